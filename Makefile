@@ -1,0 +1,79 @@
+# Every target makes its own virtual environment first: .venv, with the versions of constraints.txt.
+# `make test TORCH=2.11` (or TORCH=newest) tests another torch, in an environment of its own.
+# Variables: PYTHON (interpreter: python3), TORCH, WORKERS (pytest processes: 2).
+
+PYTHON ?= python3
+WORKERS ?= 2
+TORCH ?=
+
+.DEFAULT_GOAL := test
+.NOTPARALLEL:
+.PHONY: demo test test-slow bench lint venv compiler clean
+
+ifeq ($(TORCH),)
+VENV := .venv
+PINS := constraints.txt
+TORCH_WANTED := torch
+SELECTED :=
+else
+VENV := .venv-torch-$(TORCH)
+PINS := $(VENV)/constraints.txt
+IN_RANGE := $(shell sed -n 's/^ *"\(torch>=[^"]*\)".*/\1/p' pyproject.toml)
+TORCH_WANTED := $(if $(filter newest,$(TORCH)),$(IN_RANGE),torch==$(TORCH).*)
+# The tests of what depends on the torch version.
+SELECTED := tests/fxfusion/test_backend.py tests/fxfusion/test_torch_private.py tests/fxfusion/test_packing.py
+endif
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# Nothing here talks to a model hub.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+demo: compiler venv
+	$(BIN)/fxfusion demo
+
+ifeq ($(TORCH),)
+test: lint
+endif
+test: compiler venv
+	$(PYTEST) -m "not slow and not gpu" $(SELECTED)
+
+# pytest exits with 5 where no test is marked slow.
+test-slow: compiler venv
+	$(PYTEST) -m "slow and not gpu" $(SELECTED) || [ $$? -eq 5 ]
+
+bench: compiler venv
+	$(BIN)/python -m bench
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+venv: $(VENV)/installed
+
+# torch goes first: it is by far the largest, and what follows must not choose its version.
+# Another torch may need another setuptools, so that pin goes too.
+$(VENV)/installed: pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fxfusion needs Python 3.10 or newer: make PYTHON=...")'
+	@echo "Installing into $(VENV). The first time this downloads torch, which takes minutes."
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@[ -z "$(TORCH)" ] || { grep -vE '^(torch|setuptools)==' constraints.txt; echo "$(TORCH_WANTED)"; } > $(PINS)
+	$(PIP_INSTALL) -c $(PINS) "$(TORCH_WANTED)"
+	$(PIP_INSTALL) -c $(PINS) -e '.[test]'
+	@touch $@
+
+# Inductor compiles C++ kernels and their Python bindings.
+compiler:
+	@command -v $(firstword $(CXX)) >/dev/null || { echo "Inductor needs a C++ compiler, such as Debian's g++ (or set CXX)" >&2; exit 1; }
+	@include=$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))') && \
+	  { [ -f "$$include/Python.h" ] || { echo "Inductor needs $$include/Python.h, such as from Debian's python3-dev" >&2; exit 1; }; }
+
+# Leaves the environments; `rm -r .venv*` removes them.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks fxfusion_debug
+	find . -path './.venv*' -prune -o -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Benchmarks, the reference model and their results. Not part of the installed package."""

@@ -1,0 +1,244 @@
+"""Train the reference model: a small Llama on the Python standard library's own source files.
+
+    python -m bench.reference.train            # train (resumes by itself), then write bench/reference/model
+    python -m bench.reference.train --export   # only write the newest checkpoint there
+
+One CPU thread takes about an hour, a GPU minutes. Stop it at any time: the next start goes on from the newest
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from bench.reference.architecture import build_model
+from bench.reference.data import Corpus, TokenIds, blocks, load_corpus
+from bench.reference.export import export
+from bench.reference.muon import Muon
+
+HERE = Path(__file__).parent
+SEQUENCE, BATCH = 256, 8
+HELD_OUT_BLOCKS = 32  # for the loss logged while training; the export measures on far more
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the trained weights; a checkpoint made by another recipe is refused."""
+
+    steps: int = 1300
+    learning_rate: float = 3e-3
+    final_fraction: float = 0.02
+    warmup: int = 40
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    autocast: bool = True
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, then a cosine to `final_fraction` of the peak."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+
+
+def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers; AdamW for embeddings and norm gains, which are no linear maps."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, weight in model.named_parameters():
+        (matrices if weight.ndim == 2 and "embed" not in name else others).append(weight)
+    rate = recipe.learning_rate
+    return [
+        Muon(matrices, lr=rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+class Trainer:
+    """Model, optimizer and position in the recipe; everything that a checkpoint holds."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus, work: Path, device: str, compiled: bool) -> None:
+        self.recipe, self.work, self.device = recipe, work, torch.device(device)
+        self.step, self.seconds = 0, 0.0
+        model: nn.Module = build_model(recipe.seed)
+        self.model = model.to(self.device)
+        self.optimizers = build_optimizers(self.model, recipe)
+        self.train_blocks = blocks(corpus.train, SEQUENCE + 1, recipe.seed)
+        self.held_out = blocks(corpus.held_out, SEQUENCE + 1, recipe.seed)[:HELD_OUT_BLOCKS]
+        self.loss: Callable[[Tensor], Tensor] = torch.compile(self._loss) if compiled else self._loss
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        """Mean next-token loss of `int64 [batch, SEQUENCE + 1]` ids, in nats."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.autocast):
+            logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+    def _ids(self, rows: TokenIds) -> Tensor:
+        return torch.from_numpy(rows.astype("int64")).to(self.device)
+
+    def advance(self) -> float:
+        """One optimizer step; returns its training loss. The batch depends on the step number alone."""
+        rate = self.recipe.rate(self.step)
+        batches = len(self.train_blocks) // BATCH
+        start = self.step % batches * BATCH
+        loss = self.loss(self._ids(self.train_blocks[start : start + BATCH]))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(loss.detach())
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean next-token loss in nats on the first held-out blocks."""
+        rows = range(0, len(self.held_out), BATCH)
+        losses = [float(self.loss(self._ids(self.held_out[row : row + BATCH]))) for row in rows]
+        return sum(losses) / len(losses)
+
+    def save(self) -> None:
+        """Write the checkpoint; a crash while writing leaves the one before intact."""
+        state = {
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        partial = self.work / "checkpoint.partial"
+        torch.save(state, partial)
+        partial.replace(self.work / "checkpoint.pt")
+
+    def resume(self) -> None:
+        """Load the newest checkpoint, if there is one. ValueError when another recipe made it."""
+        file = self.work / "checkpoint.pt"
+        if not file.exists():
+            return
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        if state["recipe"] != asdict(self.recipe):
+            raise ValueError(f"{file} is of another recipe ({state['recipe']}): delete it or use --work")
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+class Log:
+    """The training log, a JSON object a line. Lines past the resumed step are dropped: they come again."""
+
+    def __init__(self, file: Path, step: int) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        file.write_text("".join(line + "\n" for line in kept))
+
+    def add(self, record: dict[str, float]) -> None:
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def progress_bar(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar on the terminal; yields `update(done, text)`. Without a terminal the texts are printed."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns) as progress:
+        task = progress.add_task("compiling", total=total, completed=done)
+
+        def update(step: int, text: str) -> None:
+            progress.update(task, completed=step, description=text or None)
+            if text and not progress.console.is_terminal:
+                print(text, flush=True)
+
+        yield update
+
+
+def train(trainer: Trainer, stop_after: int, log_every: int, evaluate_every: int, save_every: int) -> None:
+    """Run the recipe from the trainer's step up to `stop_after`, logging and saving on the way."""
+    log, recipe, losses = Log(trainer.work / "log.jsonl", trainer.step), trainer.recipe, []
+    earlier, started = trainer.seconds, time.perf_counter()
+    last_step, last_time = trainer.step, started
+    with progress_bar(recipe.steps, trainer.step) as update:
+        while trainer.step < stop_after:
+            rate = recipe.rate(trainer.step)
+            losses.append(trainer.advance())
+            now, step = time.perf_counter(), trainer.step
+            trainer.seconds = earlier + now - started
+            final, text = step in (recipe.steps, stop_after), ""
+            if step % log_every == 0 or final:
+                speed = (step - last_step) * BATCH * SEQUENCE / (now - last_time)
+                record = {"step": step, "loss": round(sum(losses) / len(losses), 4), "lr": rate}
+                record |= {"tokens_per_second": round(speed, 1), "seconds": round(trainer.seconds, 1)}
+                if step % evaluate_every == 0 or final:
+                    record["held_out_loss"] = round(trainer.held_out_loss(), 4)
+                log.add(record)
+                losses, text = [], " ".join(f"{key} {value:.5g}" for key, value in record.items())
+                last_step, last_time = step, time.perf_counter()
+            if step % save_every == 0 or final:
+                trainer.save()
+            update(step, text)
+
+
+def bfloat16_is_fast(device: str) -> bool:
+    """Whether the processor multiplies bfloat16 itself: emulated, a step takes over ten times as long."""
+    if torch.device(device).type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; see `--help`."""
+    defaults = Recipe()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--steps", type=int, default=defaults.steps, help="length of the whole schedule")
+    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--stop-after", type=int, help="stop early, on the schedule of --steps")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    yes_no = argparse.BooleanOptionalAction
+    parser.add_argument("--autocast", action=yes_no, help="bfloat16 (default: where it is fast)")
+    parser.add_argument("--compile", action=yes_no, default=True)
+    parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoint, corpus, log")
+    parser.add_argument("--output", type=Path, default=HERE / "model", help="the trained model")
+    parser.add_argument("--log-every", type=int, default=10, help="steps per log line")
+    parser.add_argument("--export", action="store_true", help="only export the newest checkpoint")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    autocast = bfloat16_is_fast(arguments.device) if arguments.autocast is None else arguments.autocast
+    recipe = Recipe(arguments.steps, arguments.learning_rate, autocast=autocast)
+    corpus = load_corpus(arguments.work)
+    print(f"{len(corpus.train):,} training tokens, {len(corpus.held_out):,} held-out tokens", flush=True)
+    if not arguments.export:
+        trainer = Trainer(recipe, corpus, arguments.work, arguments.device, arguments.compile)
+        trainer.resume()
+        stop = min(arguments.stop_after or recipe.steps, recipe.steps)
+        train(trainer, stop, arguments.log_every, evaluate_every=10 * arguments.log_every, save_every=100)
+        if stop < recipe.steps:
+            return
+    export(arguments.work, arguments.output, corpus)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""FFN Fusion (arXiv 2503.18908) for torch.fx and torch.compile.
+
+    from fxfusion import ffn_fusion
+    compiled = torch.compile(model, backend=ffn_fusion)
+
+Public names only; each is imported when it is first used, so that `import fxfusion` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxfusion.analysis.quality import evaluate
+    from fxfusion.backend import ffn_fusion, last_reports, refresh
+    from fxfusion.errors import FxFusionError, Refusal, RefusalCode
+    from fxfusion.pipeline import explain, fuse_graph
+    from fxfusion.plan import FusionPlan
+    from fxfusion.policy import FusionPolicy
+    from fxfusion.report import FusionReport
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "evaluate": "fxfusion.analysis.quality",
+    "ffn_fusion": "fxfusion.backend",
+    "last_reports": "fxfusion.backend",
+    "refresh": "fxfusion.backend",
+    "FxFusionError": "fxfusion.errors",
+    "Refusal": "fxfusion.errors",
+    "RefusalCode": "fxfusion.errors",
+    "explain": "fxfusion.pipeline",
+    "fuse_graph": "fxfusion.pipeline",
+    "FusionPlan": "fxfusion.plan",
+    "FusionPolicy": "fxfusion.policy",
+    "FusionReport": "fxfusion.report",
+}
+
+__all__ = [
+    "FusionPlan",
+    "FusionPolicy",
+    "FusionReport",
+    "FxFusionError",
+    "Refusal",
+    "RefusalCode",
+    "evaluate",
+    "explain",
+    "ffn_fusion",
+    "fuse_graph",
+    "last_reports",
+    "refresh",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in ("testing", "cost", "analysis", "models"):
+        return import_module(f"fxfusion.{name}")
+    raise AttributeError(f"module 'fxfusion' has no attribute {name!r}")

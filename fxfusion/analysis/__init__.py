@@ -1,0 +1,1 @@
+"""Measures of a model: what a rewrite costs in quality."""

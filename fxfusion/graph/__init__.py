@@ -1,0 +1,1 @@
+"""The FX engine: knows graphs, nothing of feed-forward networks."""

@@ -1,0 +1,119 @@
+"""Read-only questions about a graph: what depends on what, what is constant, what is written.
+
+`GraphFacts` is computed once per graph in a few linear sweeps; matchers ask it and never walk the
+whole graph themselves, so matching stays linear in the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+
+import networkx as nx
+from torch import fx
+
+from fxfusion.graph import ops
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What a value needs, walking back from it until a given node.
+
+    `nodes`: in graph order, without the stop node. `constants`: maximal constant values that the
+    nodes read. `shapes`: sizes and numbers computed before the stop node. `leaks`: other values from
+    before the stop node. `reaches_stop`: whether the walk met the stop node at all.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    constants: tuple[fx.Node, ...]
+    shapes: tuple[fx.Node, ...]
+    leaks: tuple[fx.Node, ...]
+    reaches_stop: bool
+    stop: fx.Node
+
+
+class GraphFacts:
+    """Everything the matchers ask about one graph. `weights`: placeholders that hold module state."""
+
+    def __init__(self, graph: fx.Graph, weights: Iterable[fx.Node]) -> None:
+        self.graph = graph
+        self.order: dict[fx.Node, int] = {node: index for index, node in enumerate(graph.nodes)}
+        self.weights: Set[fx.Node] = frozenset(weights)
+        self.written: Set[fx.Node] = self._written()
+        self.constants: Set[fx.Node] = self._constants()
+        self.mode: dict[fx.Node, int] = self._modes()
+
+    def _constants(self) -> Set[fx.Node]:
+        """Values that depend on weights and literals alone."""
+        constant: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node in self.weights or node.op == "get_attr":
+                if node not in self.written:
+                    constant.add(node)
+            elif node.op in ("call_function", "call_method") and ops.is_pure(node) and node.all_input_nodes:
+                if all(source in constant for source in node.all_input_nodes):
+                    constant.add(node)
+        return constant
+
+    def _written(self) -> Set[fx.Node]:
+        """Values that an in-place node writes, traced back through views to where they were made."""
+        written: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if ops.writes_in_place(node):
+                target = ops.written_argument(node)
+                if target is not None:
+                    written.add(self.alias_root(target))
+        return written
+
+    def _modes(self) -> dict[fx.Node, int]:
+        """How many switches of autocast, grad or inference mode stand before each node."""
+        mode, modes = 0, {}
+        for node in self.graph.nodes:
+            mode += ops.is_mode_switch(node)
+            modes[node] = mode
+        return modes
+
+    def alias_root(self, node: fx.Node) -> fx.Node:
+        """The value whose memory `node` may share: the end of its run of views and in-place writes."""
+        while (ops.op_name(node) in ops.ALIASING_OPS or ops.writes_in_place(node)) and node.all_input_nodes:
+            written = ops.written_argument(node) if ops.writes_in_place(node) else None
+            node = written or node.all_input_nodes[0]
+        return node
+
+    def slice_between(self, start: fx.Node, stop: fx.Node) -> Slice:
+        """Everything `start` needs that was computed after `stop`."""
+        floor = self.order[stop]
+        inside: set[fx.Node] = set()
+        constants: dict[fx.Node, None] = {}
+        shapes: dict[fx.Node, None] = {}
+        leaks: dict[fx.Node, None] = {}
+        reaches = False
+        pending = [start]
+        while pending:
+            node = pending.pop()
+            if node is stop:
+                reaches = True
+            elif node in inside:
+                continue
+            elif node in self.constants:
+                constants[node] = None
+            elif self.order[node] < floor or node.op == "placeholder":
+                (shapes if ops.is_shape_value(node) else leaks)[node] = None
+            else:
+                inside.add(node)
+                pending.extend(node.all_input_nodes)
+        ordered = tuple(sorted(inside, key=self.order.__getitem__))
+        return Slice(ordered, tuple(constants), tuple(shapes), tuple(leaks), reaches, stop)
+
+    def readers(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """Users of a node that read its values, not only its shape."""
+        return tuple(user for user in node.users if not (ops.is_shape_value(user) and user.op != "output"))
+
+    def digraph(self, nodes: Iterable[fx.Node]) -> nx.DiGraph:
+        """The given nodes and the edges between them."""
+        keep = set(nodes)
+        found: nx.DiGraph = nx.DiGraph()
+        found.add_nodes_from(keep)
+        for node in keep:
+            found.add_edges_from((source, node) for source in node.all_input_nodes if source in keep)
+        return found

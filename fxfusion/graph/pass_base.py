@@ -1,0 +1,72 @@
+"""What a pass is: a named step with a contract, over one graph."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx
+
+from fxfusion.errors import Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """`changed`: rewrites made (0: the graph is untouched). `refusals`: what was left alone, and why."""
+
+    changed: int
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What the pass manager saw of one pass. `seconds`: wall time with its clean-up and checks."""
+
+    name: str
+    exact: bool
+    changed: int
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "pass": self.name,
+            "exact": self.exact,
+            "changed": self.changed,
+            "nodes_before": self.nodes_before,
+            "nodes_after": self.nodes_after,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+
+class Pass(ABC):
+    """One graph rewrite.
+
+    `exact`: whether the graph computes the same function afterwards, up to rounding. An approximate
+    pass changes the function and runs only on a plan's or policy's word.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+
+    @abstractmethod
+    def run(self, graph: fx.Graph) -> PassResult:
+        """Edit the graph in place."""
+
+    def ensures(self, graph: fx.Graph) -> Sequence[str]:
+        """What is wrong with the graph after the pass; empty when all is well."""
+        return ()
+
+
+@dataclass
+class History:
+    """The passes that ran over one graph, in order."""
+
+    records: list[PassRecord] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)

@@ -1,0 +1,96 @@
+"""Runs passes in order and keeps every cross-cutting habit out of them.
+
+For each pass: run, erase dead code, lint, check placeholders and output, ask the pass what it ensures,
+record, log, dump. A pass that breaks the graph is a `PassError` with the names of those before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from fxfusion import debug
+from fxfusion.errors import PassError
+from fxfusion.graph import ops
+from fxfusion.graph.editor import erase_dead_code
+from fxfusion.graph.pass_base import History, Pass, PassRecord
+
+
+def run_passes(gm: fx.GraphModule, passes: Sequence[Pass], history: History) -> None:
+    """Edit `gm.graph` by the passes in order; appends to `history`. Recompiles once, at the end."""
+    changed = 0
+    for step in passes:
+        changed += _run_one(gm, step, history)
+    if changed:
+        gm.recompile()
+
+
+def _run_one(gm: fx.GraphModule, step: Pass, history: History) -> int:
+    graph = gm.graph
+    before = len(graph.nodes)
+    interface = _interface(graph)
+    debug.dump_graph(gm, f"{len(history.records):02d}_{step.name}.before")
+    start = time.perf_counter()
+    try:
+        result = step.run(graph)
+        erased = erase_dead_code(graph)
+        if result.changed or erased:
+            graph.lint()
+    except PassError:
+        raise
+    except Exception as error:
+        raise PassError(f"{step.name} failed{_after(history)}: {type(error).__name__}: {error}") from error
+    problems = [*_interface_changes(interface, _interface(graph)), *step.ensures(graph)]
+    if problems:
+        raise PassError(f"{step.name} broke the graph{_after(history)}: {'; '.join(problems)}")
+    seconds = time.perf_counter() - start
+    record = PassRecord(
+        step.name, step.exact, result.changed, before, len(graph.nodes), seconds, tuple(result.notes)
+    )
+    history.records.append(record)
+    history.refusals.extend(result.refusals)
+    debug.log_pass(record)
+    debug.dump_graph(gm, f"{len(history.records) - 1:02d}_{step.name}.after")
+    return result.changed + erased
+
+
+def _after(history: History) -> str:
+    names = [record.name for record in history.records]
+    return f" after [{', '.join(names)}]" if names else ""
+
+
+def _interface(graph: fx.Graph) -> tuple[list[str], list[tuple[object, ...]]]:
+    """Placeholders that were there, and what the outputs look like."""
+    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
+    outputs: list[tuple[object, ...]] = []
+    for node in graph.nodes:
+        if node.op == "output":
+            for value in ops.nodes_of(node.args):
+                example = ops.tensor_value(value)
+                outputs.append(_looks(example))
+    return placeholders, outputs
+
+
+def _looks(example: torch.Tensor | None) -> tuple[object, ...]:
+    if example is None:
+        return ()
+    return (tuple(str(size) for size in example.shape), example.dtype, example.device, example.requires_grad)
+
+
+def _interface_changes(
+    before: tuple[list[str], list[tuple[object, ...]]], after: tuple[list[str], list[tuple[object, ...]]]
+) -> list[str]:
+    problems = []
+    if after[0][: len(before[0])] != before[0]:
+        problems.append("placeholders were removed or reordered")
+    if len(after[1]) != len(before[1]):
+        problems.append(f"{len(before[1])} outputs became {len(after[1])}")
+    problems += [
+        f"output {index} was {old} and is {new}"
+        for index, (old, new) in enumerate(zip(before[1], after[1], strict=False))
+        if old and new and old != new
+    ]
+    return problems

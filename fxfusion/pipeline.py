@@ -1,0 +1,223 @@
+"""The data flow, readable top to bottom.
+
+    capture -> normalise -> match -> group into chains -> plan -> rewrite -> verify -> compile
+
+`fuse_captured` takes one captured graph through normalise .. verify; `explain` and `fuse_graph` are
+its public faces, `backend.ffn_fusion` compiles what it returns. Matching never edits, rewriting never
+searches, and the caller's graph is never touched: all edits are made on a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from fxfusion import debug
+from fxfusion.capture import CapturedGraph, capture_model, captured_from_graph
+from fxfusion.errors import OptionError, Refusal, RefusalCode
+from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.inline import drop_unused_state
+from fxfusion.graph.pass_base import History, Pass
+from fxfusion.graph.pass_manager import run_passes
+from fxfusion.passes.check_group import GroupChecker
+from fxfusion.passes.concatenate import GROUP_TAG, Concatenate
+from fxfusion.passes.drop_no_ops import DropNoOps
+from fxfusion.passes.drop_zero_branches import DropZeroBranches
+from fxfusion.passes.ffn import Chain, Group, Matches
+from fxfusion.passes.find_chains import find_chains
+from fxfusion.passes.functionalise_adds import FunctionaliseAdds
+from fxfusion.passes.hoist_constants import HoistConstants
+from fxfusion.passes.lift_weights import LiftWeights, Pack
+from fxfusion.passes.match_residual import match_residual
+from fxfusion.passes.parallelise import Parallelise
+from fxfusion.passes.plan_groups import plan_by_plan, plan_by_policy
+from fxfusion.plan import FusionPlan
+from fxfusion.policy import FusionPolicy
+from fxfusion.report import FusionReport, GraphReport
+from fxfusion.summary import blocks_after, blocks_before, summarise_chain, summarise_group
+from fxfusion.verify import Region, Verification, extract_region, verify_group
+
+Choice = FusionPolicy | FusionPlan
+VerifyMode = Literal["off", "structure", "numeric"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Analysis:
+    """What was found in one graph and chosen from it; references into the graph it was made from."""
+
+    matches: Matches
+    chains: tuple[Chain, ...]
+    groups: tuple[Group, ...]
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fused:
+    """One graph after the rewrite. `packs` say how the packed weights that it reads are computed."""
+
+    module: fx.GraphModule
+    packs: tuple[Pack, ...]
+    report: GraphReport
+
+
+def choose(policy: str | Mapping[str, object] | FusionPolicy | None, plan: Any) -> Choice:
+    """The policy or the plan; both given is an error."""
+    if plan is not None and policy is not None:
+        raise OptionError("policy and plan were both given; a plan names its groups itself, so give one of them")
+    return FusionPlan.resolve(plan) if plan is not None else FusionPolicy.resolve(policy)
+
+
+def fuse_captured(
+    captured: CapturedGraph,
+    choice: Choice,
+    *,
+    verify: VerifyMode = "structure",
+    lift_into: Literal["placeholder", "get_attr"] = "placeholder",
+) -> Fused:
+    """Normalise, match, group, plan, rewrite and verify one captured graph."""
+    work = captured.copy()
+    history = History()
+    run_passes(work.module, normalising_passes(work.weights), history)
+    found = analyse(work, choice)
+    blocks = blocks_before(found.matches, found.groups)
+    chains = tuple(summarise_chain(chain) for chain in found.chains)
+    groups = tuple(summarise_group(group) for group in found.groups)
+    after, packs, proofs = captured.module, (), ()
+    fused_blocks = blocks
+    if found.groups:
+        packs, proofs = _rewrite(work, found.groups, history, verify, lift_into)
+        after, fused_blocks = work.module, blocks_after(blocks, groups)
+    _log(found)
+    report = GraphReport(
+        chains=chains,
+        groups=groups,
+        refusals=found.refusals,
+        history=tuple(record.to_dict() for record in history.records),
+        verifications=tuple(proof.to_dict() for proof in proofs),
+        blocks_before=blocks,
+        blocks_after=fused_blocks,
+        before=captured.module,
+        after=after,
+        nodes_before=len(captured.module.graph.nodes),
+        nodes_after=len(after.graph.nodes),
+    )
+    return Fused(module=after, packs=packs, report=report)
+
+
+def normalising_passes(weights: frozenset[str]) -> tuple[Pass, ...]:
+    """Exact clean-up, in order. `weights`: names of the placeholders that hold module state."""
+    return (
+        DropNoOps(),  # first: casts and views hide the stream from everything that follows
+        FunctionaliseAdds(),  # before zero branches: `branch += 0` is an addition too
+        DropZeroBranches(weights),
+        DropNoOps(),  # a dropped zero branch can leave views that now cancel
+        HoistConstants(weights),  # last: only what is left needs to be in reach
+    )
+
+
+def analyse(captured: CapturedGraph, choice: Choice) -> Analysis:
+    """Match, group and plan. Edits nothing."""
+    graph = captured.module.graph
+    facts = GraphFacts(graph, (node for node in graph.nodes if node.name in captured.weights))
+    opaque = {node: captured.opaque[node.name] for node in graph.nodes if node.name in captured.opaque}
+    matches = match_residual(facts, opaque)
+    chains, alone = find_chains(matches, facts)
+    checker = GroupChecker(facts, matches.ffns)
+    if isinstance(choice, FusionPlan):
+        refused = (*matches.refusals, *alone)
+        groups, left = plan_by_plan(chains, matches.ffns, refused, choice, checker)
+    else:
+        groups, left = plan_by_policy(chains, choice, checker)
+    return Analysis(matches=matches, chains=chains, groups=groups, refusals=(*matches.refusals, *alone, *left))
+
+
+def _rewrite(
+    work: CapturedGraph,
+    groups: Sequence[Group],
+    history: History,
+    verify: VerifyMode,
+    lift_into: Literal["placeholder", "get_attr"],
+) -> tuple[tuple[Pack, ...], tuple[Verification, ...]]:
+    """Parallelise, concatenate, lift; prove the concatenation on the way."""
+    streams = [group.members[0].stream for group in groups]
+    run_passes(work.module, [Parallelise(groups)], history)
+    numeric = verify == "numeric"
+    parallel = [extract_region(group.members[0].stream, group.members[-1].add) for group in groups] if numeric else []
+    run_passes(work.module, [Concatenate(groups)], history)
+    proofs = _prove(work, streams, parallel) if numeric else ()
+    lift = LiftWeights(work.weights, lift_into)
+    run_passes(work.module, [lift], history)
+    return lift.packs, proofs
+
+
+def _prove(work: CapturedGraph, streams: Sequence[fx.Node], parallel: Sequence[Region]) -> tuple[Verification, ...]:
+    ends = {node.meta[GROUP_TAG]: node for node in work.module.graph.nodes if GROUP_TAG in node.meta}
+    return tuple(
+        verify_group(index, before, extract_region(stream, ends[index]), work.values)
+        for index, (stream, before) in enumerate(zip(streams, parallel, strict=True))
+    )
+
+
+def _log(found: Analysis) -> None:
+    fused = sum(len(group.members) for group in found.groups)
+    debug.show(1, f"{len(found.matches.ffns)} FFNs, {len(found.chains)} chains, {fused} fused into {len(found.groups)}")
+    for refusal in found.refusals:
+        debug.show(2, f"not fused: {refusal.layer or refusal.node}: {refusal.code.value}: {refusal.message}")
+
+
+def explain(
+    model: torch.nn.Module | Callable[..., Any],
+    *args: Any,
+    policy: str | Mapping[str, object] | FusionPolicy | None = None,
+    plan: Any = None,
+    **kwargs: Any,
+) -> FusionReport:
+    """What would be found and fused in `model(*args, **kwargs)`. Touches no weight, computes nothing.
+
+    Works on models on the meta device. Several graphs (graph breaks) are reported one by one. Raises
+    `CaptureError` where the model cannot be captured, `OptionError` or `PlanError` for a bad choice.
+    """
+    choice = choose(policy, plan)
+    captured, notes = capture_model(model, args, kwargs)
+    reports = [fuse_captured(graph, choice).report for graph in captured]
+    return FusionReport(graphs=tuple(reports), notes=notes)
+
+
+def fuse_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    policy: str | Mapping[str, object] | FusionPolicy | None = None,
+    plan: Any = None,
+    *,
+    verify: VerifyMode = "structure",
+) -> tuple[fx.GraphModule, FusionReport]:
+    """A fused copy of a graph module (from `symbolic_trace`, `torch.export` or Dynamo), and the report.
+
+    Weights that are attributes of `gm` are packed into new parameters of the copy; weights that are
+    inputs (Dynamo) stay inputs, and are concatenated in the graph. `gm` is not changed.
+    """
+    choice = choose(policy, plan)
+    captured = captured_from_graph(gm, example_inputs)
+    fused = fuse_captured(captured, choice, verify=verify, lift_into="get_attr")
+    if fused.packs:
+        _register_packs(fused, captured.values)
+    report = FusionReport(graphs=(fused.report,))
+    return fused.module, report
+
+
+def _register_packs(fused: Fused, values: Mapping[str, torch.Tensor]) -> None:
+    """Compute the packed weights as parameters of the module, group by group, and drop what nobody reads."""
+    module = fused.module
+    for pack in fused.packs:
+        sources = [values[name] for name in pack.sources]
+        with torch.no_grad():
+            packed = pack.module(*sources)
+        trainable = any(source.requires_grad for source in sources)
+        for name, value in zip(pack.values, packed, strict=True):
+            module.register_parameter(name, torch.nn.Parameter(value.detach().clone(), requires_grad=trainable))
+    drop_unused_state(module)
+    module.recompile()

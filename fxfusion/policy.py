@@ -1,0 +1,71 @@
+"""FusionPolicy: a rule that chooses groups, where no plan names them one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fxfusion.errors import OptionError
+
+NormMode = Literal["fold", "last"]
+
+
+class FusionPolicy(BaseModel):
+    """How chains become groups.
+
+    `include_leading`: whether the FFN of the layer whose mixer wrote the chain's input may join.
+    `keep_last`: how many FFNs at the end of each chain stay out. `min_members` counts what remains.
+    `max_members` [FFNs] and `max_width` [intermediate channels] split a chain into several groups.
+    `norm`: `"fold"` gives every member its own norm gain (folded into its weights); `"last"` gives
+    every member the last member's norm (arXiv 2503.18908, eq. 5).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    include_leading: bool = True
+    keep_last: int = Field(default=0, ge=0)
+    min_members: int = Field(default=2, ge=2)
+    max_members: int | None = Field(default=None, ge=2)
+    max_width: int | None = Field(default=None, ge=1)
+    norm: NormMode = "fold"
+
+    @classmethod
+    def resolve(cls, value: str | Mapping[str, object] | FusionPolicy | None) -> FusionPolicy:
+        """A policy from a preset's name, a dict of fields, a policy, or None (the default).
+
+        Raises `OptionError` naming the preset or field that is wrong.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, FusionPolicy):
+            return value
+        if isinstance(value, str):
+            if value not in PRESETS:
+                raise OptionError(f"policy: no preset {value!r}; known presets: {', '.join(sorted(PRESETS))}")
+            return PRESETS[value]
+        if not isinstance(value, Mapping):
+            raise OptionError(f"policy: expected a preset name or a dict of fields, got {type(value).__name__}")
+        try:
+            return cls.model_validate(dict(value))
+        except ValidationError as error:
+            raise OptionError(f"policy: {describe(error, cls)}") from None
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line per wrong field: its name, what is wrong, and the fields there are."""
+    parts = []
+    for item in error.errors():
+        field = ".".join(str(step) for step in item["loc"]) or "value"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"unknown field {field!r} (known: {', '.join(model.model_fields)})")
+        else:
+            parts.append(f"{field}: {item['msg']}, got {item['input']!r}")
+    return "; ".join(parts)
+
+
+PRESETS: dict[str, FusionPolicy] = {
+    "maximal": FusionPolicy(),
+    "paper": FusionPolicy(include_leading=False, keep_last=1, norm="last"),
+}

@@ -1,0 +1,154 @@
+"""The report's data. Nothing here knows how graphs are matched; `pipeline` fills it in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fxfusion.errors import Refusal
+
+if TYPE_CHECKING:
+    from torch import fx
+
+BlockKind = Literal["mixer", "ffn", "fused", "refused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One residual block of the model, in order: a box of the before/after map.
+
+    `width`: intermediate channels of an FFN (0 for a mixer). `group`: number of the group it belongs
+    to, or None. `members`: how many FFNs a fused block stands for.
+    """
+
+    kind: BlockKind
+    name: str
+    detail: str = ""
+    width: int = 0
+    group: int | None = None
+    members: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberSummary:
+    """One FFN. `name`: its module path; `width`: intermediate channels; `hidden`: stream channels."""
+
+    name: str
+    layer: str
+    hidden: int
+    width: int
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainSummary:
+    """A run of FFNs without a mixer in between."""
+
+    members: tuple[MemberSummary, ...]
+    leading: bool
+    ended_by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSummary:
+    """FFNs that became one. `packed_bytes`: memory of the wide weights, beside the originals."""
+
+    members: tuple[MemberSummary, ...]
+    norm: str
+    width: int
+    packed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphReport:
+    """One captured graph. `before` and `after` are graph modules (`after` is `before` where nothing fused)."""
+
+    chains: tuple[ChainSummary, ...] = ()
+    groups: tuple[GroupSummary, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    history: tuple[dict[str, Any], ...] = ()
+    verifications: tuple[dict[str, Any], ...] = ()
+    blocks_before: tuple[Block, ...] = ()
+    blocks_after: tuple[Block, ...] = ()
+    before: fx.GraphModule | None = None
+    after: fx.GraphModule | None = None
+    nodes_before: int = 0
+    nodes_after: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "chains": [asdict(chain) for chain in self.chains],
+            "groups": [asdict(group) for group in self.groups],
+            "refusals": [refusal.to_dict() for refusal in self.refusals],
+            "passes": list(self.history),
+            "verifications": list(self.verifications),
+            "blocks_before": [asdict(block) for block in self.blocks_before],
+            "blocks_after": [asdict(block) for block in self.blocks_after],
+            "nodes_before": self.nodes_before,
+            "nodes_after": self.nodes_after,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusionReport:
+    """Everything about one model or graph; `str(report)` is the summary in tables.
+
+    A model captured in several graphs has several `graphs`; `chains`, `groups` and `refusals` join
+    them, `before` and `after` are those of the graph with the most residual blocks.
+    """
+
+    graphs: tuple[GraphReport, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def chains(self) -> tuple[ChainSummary, ...]:
+        return tuple(chain for graph in self.graphs for chain in graph.chains)
+
+    @property
+    def groups(self) -> tuple[GroupSummary, ...]:
+        return tuple(group for graph in self.graphs for group in graph.groups)
+
+    @property
+    def refusals(self) -> tuple[Refusal, ...]:
+        return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
+
+    @property
+    def verifications(self) -> tuple[dict[str, Any], ...]:
+        return tuple(found for graph in self.graphs for found in graph.verifications)
+
+    @property
+    def main(self) -> GraphReport:
+        """The graph with the most residual blocks."""
+        return max(self.graphs, key=lambda graph: len(graph.blocks_before), default=GraphReport())
+
+    @property
+    def before(self) -> fx.GraphModule | None:
+        return self.main.before
+
+    @property
+    def after(self) -> fx.GraphModule | None:
+        return self.main.after
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {"graphs": [graph.to_dict() for graph in self.graphs], "notes": list(self.notes)}
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page and return its path."""
+        from fxfusion.report.html import render
+
+        target = Path(path)
+        target.write_text(render(self), encoding="utf-8")
+        return target
+
+    def __str__(self) -> str:
+        from fxfusion.report.text import render
+
+        return render(self)
+
+
+def total_bytes(groups: Sequence[GroupSummary]) -> int:
+    """Memory of all packed weights."""
+    return sum(group.packed_bytes for group in groups)

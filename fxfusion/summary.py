@@ -1,0 +1,73 @@
+"""From matches to the report's plain data: members, groups, and the block map before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxfusion.graph import ops
+from fxfusion.passes.ffn import Chain, FfnNode, Group, Matches
+from fxfusion.report import Block, ChainSummary, GroupSummary, MemberSummary
+from fxfusion.torch_private import size_hint
+
+
+def summarise_member(ffn: FfnNode) -> MemberSummary:
+    return MemberSummary(name=ffn.name, layer=ffn.layer, hidden=ffn.hidden, width=ffn.width, source=ffn.source)
+
+
+def summarise_chain(chain: Chain) -> ChainSummary:
+    members = tuple(summarise_member(ffn) for ffn in chain.members)
+    return ChainSummary(members=members, leading=chain.leading, ended_by=chain.ended_by)
+
+
+def summarise_group(group: Group) -> GroupSummary:
+    members = tuple(summarise_member(ffn) for ffn in group.members)
+    return GroupSummary(members=members, norm=group.norm, width=group.width, packed_bytes=_bytes(group))
+
+
+def _bytes(group: Group) -> int:
+    """Memory of the wide weights: that of the members' weights (biases are small change)."""
+    total = 0
+    for member in group.members:
+        for weight in member.weights:
+            value = ops.tensor_value(weight)
+            if value is not None:
+                total += size_hint(value.numel()) * value.element_size()
+    return total
+
+
+def blocks_before(matches: Matches, groups: Sequence[Group]) -> tuple[Block, ...]:
+    """The residual blocks of the graph in order: mixers, FFNs, and candidates that are neither."""
+    order: dict[str, int] = {}
+    for node in matches.ffns[0].add.graph.nodes if matches.ffns else ():
+        order[node.name] = len(order)
+    group_of = {ffn.add: index for index, group in enumerate(groups) for ffn in group.members}
+    placed: list[tuple[int, Block]] = []
+    for ffn in matches.ffns:
+        block = Block(kind="ffn", name=ffn.name, width=ffn.width, group=group_of.get(ffn.add))
+        placed.append((order.get(ffn.add.name, 0), block))
+    mixing = set()
+    for mixer in matches.mixers:
+        mixing.add(mixer.add.name)
+        name = mixer.layer or mixer.add.name
+        placed.append((order.get(mixer.add.name, 0), Block(kind="mixer", name=name, detail=mixer.op)))
+    for refusal in matches.refusals:
+        if refusal.node not in mixing:
+            name = refusal.layer or refusal.node
+            placed.append((order.get(refusal.node, 0), Block(kind="refused", name=name, detail=refusal.code.value)))
+    return tuple(block for _, block in sorted(placed, key=lambda item: item[0]))
+
+
+def blocks_after(before: Sequence[Block], groups: Sequence[GroupSummary]) -> tuple[Block, ...]:
+    """The same map with each group drawn as one wide block, in the place of its last member."""
+    last = {group.members[-1].name: index for index, group in enumerate(groups)}
+    blocks = []
+    for block in before:
+        if block.group is None:
+            blocks.append(block)
+        elif block.name in last:
+            group = groups[last[block.name]]
+            name = f"{group.members[0].name} .. {group.members[-1].name}"
+            blocks.append(
+                Block(kind="fused", name=name, width=group.width, group=block.group, members=len(group.members))
+            )
+    return tuple(blocks)

@@ -1,0 +1,152 @@
+"""The only file that touches private names of torch.
+
+Each function says what it relies on; `self_test()` calls every one of them, so a torch release that
+moves a name fails here, with the name, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
+from torch._inductor import list_mode_options as _list_mode_options
+from torch._logging import trace_structured
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
+
+FUNCTIONAL_NN = "torch._C._nn"
+"""Module of `linear`, `gelu` and other functions that Dynamo puts into graphs."""
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any]
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with Inductor. `mode` is one of `inductor_modes()`, `options` its config keys."""
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(_list_mode_options(mode) if mode else {}), **options}
+    compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=patches or None)
+    return compiled
+
+
+def inductor_modes() -> tuple[str, ...]:
+    """The values that `torch.compile(mode=)` accepts for Inductor."""
+    return ("default", *(name for name in _list_mode_options() if name != "default"))
+
+
+def inductor_option_names() -> frozenset[str]:
+    """Every key that Inductor's `config_patches` accepts."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def backend_named(name: str) -> Callable[..., Any]:
+    """A registered Dynamo backend, such as `eager` or `aot_eager`."""
+    found: Callable[..., Any] = lookup_backend(name)
+    return found
+
+
+def placeholder_source(node: fx.Node) -> Any:
+    """Where Dynamo found a placeholder's value, or None outside Dynamo."""
+    return getattr(node, "_dynamo_source", None)
+
+
+def is_module_state(node: fx.Node) -> bool:
+    """Whether a Dynamo placeholder is a parameter or buffer of a module (by source, not by name)."""
+    source = placeholder_source(node)
+    if source is None:
+        return False
+    if "NN_MODULE" not in source.guard_source.name and "FSDP" not in source.guard_source.name:
+        return False
+    return "_parameters[" in source.name or "_buffers[" in source.name
+
+
+def is_fsdp_managed(node: fx.Node) -> bool:
+    """Whether Dynamo found the placeholder's value in a module that FSDP manages."""
+    source = placeholder_source(node)
+    return source is not None and "FSDP" in source.guard_source.name
+
+
+def copy_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
+    """Carry over what Dynamo and AOTAutograd read from a graph module and its placeholders.
+
+    Placeholders are paired by position. Without `dynamo_compile_id` in `gm.meta` AOTAutograd sees no
+    static inputs and CUDA graphs would copy every weight.
+    """
+    new.meta.update(old.meta)
+    for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    before = [node for node in old.graph.nodes if node.op == "placeholder"]
+    after = [node for node in new.graph.nodes if node.op == "placeholder"]
+    for old_node, new_node in zip(before, after, strict=False):
+        if hasattr(old_node, "_dynamo_source"):
+            new_node._dynamo_source = old_node._dynamo_source  # type: ignore[attr-defined]
+
+
+def mark_static_weight(node: fx.Node) -> None:
+    """Dress a new placeholder as a weight, so that AOTAutograd and CUDA graphs treat it as static."""
+    node._dynamo_source = ConstantSource(source_name=f"fxfusion_{node.name}")  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def as_backend_fake(value: torch.Tensor) -> torch.Tensor:
+    """The tensor as AOTAutograd wants an input that Dynamo does not know: fake, of static shape.
+
+    Outside a Dynamo compile there is no mode to fake it in, and the tensor itself is returned.
+    """
+    context = TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return value
+    fake: torch.Tensor = context.fake_mode.from_tensor(value, static_shapes=True)
+    return fake
+
+
+def fake_mode_of(graph: fx.Graph) -> Any:
+    """The fake tensor mode that the graph's example values belong to, or None."""
+    for node in graph.nodes:
+        for key in ("example_value", "val"):
+            value = node.meta.get(key)
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+    return None
+
+
+def size_hint(size: Any) -> int:
+    """A plain integer for a size: itself, the hint of a SymInt, or 7 where torch has no hint."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return int(hint) if hint is not None else 7
+
+
+def emit_artifact(name: str, text: str) -> None:
+    """Put a text into the structured trace (`TORCH_TRACE`), where `tlparse` shows it."""
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
+    )
+
+
+@contextlib.contextmanager
+def outside_fake_mode() -> Iterator[None]:
+    """Run on real tensors although Dynamo has a fake mode active while it calls a backend."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        yield
+
+
+def reset_dynamo() -> None:
+    """Forget every compiled graph (tests and benchmarks)."""
+    import torch._dynamo
+
+    torch._dynamo.reset()

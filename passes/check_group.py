@@ -1,0 +1,102 @@
+"""Do FFNs fit into one group? The rules that no single FFN can answer for itself.
+
+Matches (no edit):
+    same operations, literals and dtypes from stream to branch; widths and weights may differ
+    norm="fold": constants that differ between members are proved gains or shifts, or per channel
+    no weight stands at two places of the group or is read outside the FFNs of the graph
+Source: issue 2; arXiv 2503.18908, theorem 3.1 (the sum of FFNs that read one input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from fxfusion.errors import RefusalCode, Refused
+from fxfusion.graph import ops
+from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.isomorphism import first_difference
+from fxfusion.passes.ffn import FfnNode, Group, Role
+from fxfusion.passes.match_residual import weight_leaves
+from fxfusion.passes.prove_norm import NormProver
+from fxfusion.policy import NormMode
+
+
+class GroupChecker:
+    """Answers for one graph. `ffns`: every FFN that the matcher found in it."""
+
+    def __init__(self, facts: GraphFacts, ffns: Sequence[FfnNode]) -> None:
+        self.facts = facts
+        self.prover = NormProver()
+        self._inside = {node for ffn in ffns for node in ffn.nodes}
+
+    def misfit(self, run: Sequence[FfnNode], ffn: FfnNode, norm: NormMode) -> Refused | None:
+        """Why the FFN cannot join the run (or start one, where it is empty); None when it can."""
+        outside = self._outside_reader(ffn)
+        if outside is not None:
+            return Refused(RefusalCode.SHARED_WEIGHT, f"a weight of it is also read by {outside}, outside the FFNs")
+        if not run:
+            return self._shared_within([ffn])
+        if ffn.hidden != run[0].hidden:
+            return Refused(RefusalCode.DIFFERENT_OPS, f"hidden is {ffn.hidden} here, {run[0].hidden} in {run[0].name}")
+        different = first_difference(ffn.structure, run[0].structure)
+        if different is not None:
+            code, words = different
+            return Refused(code, f"differs from {run[0].name}: {words}")
+        return self._shared_within([*run, ffn]) or self._constants([*run, ffn], norm)
+
+    def group(self, members: Sequence[FfnNode], norm: NormMode) -> Group:
+        """The group of members that fit."""
+        return Group(members=tuple(members), norm=norm, roles=self._roles(members, norm))
+
+    def _roles(self, members: Sequence[FfnNode], norm: NormMode) -> tuple[Role, ...]:
+        """What happens to each constant of the prologue: kept as it is where the members share it."""
+        proved = self.prover.roles(members[0]) if norm == "fold" else ()
+        roles: list[Role] = []
+        for index, constant in enumerate(members[0].prologue_constants):
+            shared = all(member.prologue_constants[index] is constant for member in members)
+            roles.append("fixed" if shared or norm == "last" else proved[index])
+        return tuple(roles)
+
+    def _constants(self, members: Sequence[FfnNode], norm: NormMode) -> Refused | None:
+        """Constants that differ between members must be foldable, or one per intermediate channel."""
+        for index, role in enumerate(self._roles(members, norm)):
+            nodes = {member.prologue_constants[index] for member in members}
+            if norm == "fold" and role == "fixed" and len(nodes) > 1:
+                return Refused(
+                    RefusalCode.NORM_UNPROVED,
+                    f"{members[-1].prologue_constants[index]} of its norm is not proved to be a gain or a shift",
+                )
+        for index in range(len(members[0].middle_constants)):
+            nodes = {member.middle_constants[index] for member in members}
+            for member in members if len(nodes) > 1 else ():
+                value = ops.tensor_value(member.middle_constants[index])
+                if value is None or value.numel() not in (1, member.width):
+                    words = f"{member.middle_constants[index]} is not one number or one per intermediate channel"
+                    return Refused(RefusalCode.NOT_POINTWISE, words)
+        return None
+
+    def _shared_within(self, members: Sequence[FfnNode]) -> Refused | None:
+        seen: dict[fx.Node, FfnNode] = {}
+        for ffn in members:
+            for weight in ffn.weights:
+                for leaf in weight_leaves(weight, self.facts):
+                    if leaf in seen:
+                        return Refused(
+                            RefusalCode.SHARED_WEIGHT, f"{ffn.name} and {seen[leaf].name} use one weight ({leaf})"
+                        )
+                    seen[leaf] = ffn
+        return None
+
+    def _outside_reader(self, ffn: FfnNode) -> str | None:
+        """A node outside every FFN that reads one of the weights, also through views and casts of it."""
+        for weight in ffn.weights:
+            pending = list(weight_leaves(weight, self.facts))
+            while pending:
+                for user in pending.pop().users:
+                    if user in self.facts.constants:
+                        pending.append(user)
+                    elif user not in self._inside:
+                        return user.name
+        return None

@@ -1,0 +1,100 @@
+"""Drop operations that return their input: same-dtype casts, inactive dropout, views that cancel.
+
+Before:
+    h = x.to(torch.float32)                    x: [batch, seq, hidden], float32 already
+    d = dropout(h, 0.1, training=False)
+    f = d.view(-1, hidden);  b = f.view(batch, seq, hidden)
+After:
+    every reader of h, d and b reads x
+
+Exact: each dropped node returns the very tensor it was given (or an equal view of it), so results
+keep every bit. Metadata assertions of `torch.export` go too: they were proved at capture.
+Source: issue 2; two captures of one model differ by exactly these nodes, and a cast of the stream
+(`aten.to` in exported graphs) would hide it from the matcher.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxfusion.graph import ops
+from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.pass_base import Pass, PassResult
+
+_CASTS = frozenset("to type_as float double half bfloat16".split())
+_VIEWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze".split())
+
+
+class DropNoOps(Pass):
+    name: ClassVar[str] = "drop_no_ops"
+    exact: ClassVar[bool] = True
+
+    def run(self, graph: fx.Graph) -> PassResult:
+        facts = GraphFacts(graph, ())
+        changed = 0
+        for node in list(graph.nodes):
+            if ops.op_name(node) == "_assert_tensor_metadata":
+                graph.erase_node(node)
+                changed += 1
+                continue
+            same = _returned_input(node, facts)
+            if same is not None:
+                node.replace_all_uses_with(same)
+                changed += 1
+        return PassResult(changed)
+
+
+def _returned_input(node: fx.Node, facts: GraphFacts) -> fx.Node | None:
+    """The value that the node hands back unchanged, or None."""
+    name = ops.op_name(node)
+    if not node.all_input_nodes or not node.users:
+        return None
+    source = node.all_input_nodes[0]
+    if name in _CASTS:
+        return source if not _copies(node) and _same_kind(node, source) and _same_shape(node, source) else None
+    if name in ops.DROPOUT_OPS:
+        probability, training = ops.dropout_arguments(node)
+        return source if training is False or probability == 0 else None
+    if name in ("alias", "lift_fresh", "Identity"):
+        return source
+    if name == "contiguous":
+        return source if _is_contiguous(source) and _same_shape(node, source) else None
+    if name in _VIEWS:
+        return _cancelled_view(source, node, facts)
+    return None
+
+
+def _cancelled_view(source: fx.Node, node: fx.Node, facts: GraphFacts) -> fx.Node | None:
+    """The value before a run of views that ends in the shape it began with."""
+    start = source
+    while True:
+        if _same_shape(start, node) and _same_kind(start, node):
+            # A reshape may copy; handing back the original would then create an alias.
+            return start if facts.alias_root(start) not in facts.written else None
+        if ops.op_name(start) not in _VIEWS or not start.all_input_nodes:
+            return None
+        start = start.all_input_nodes[0]
+
+
+def _copies(node: fx.Node) -> bool:
+    return bool(node.kwargs.get("copy")) or node.kwargs.get("memory_format") not in (None, torch.preserve_format)
+
+
+def _same_kind(one: fx.Node, other: fx.Node) -> bool:
+    left, right = ops.tensor_value(one), ops.tensor_value(other)
+    return left is not None and right is not None and left.dtype == right.dtype and left.device == right.device
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    left, right = ops.tensor_value(one), ops.tensor_value(other)
+    return left is not None and right is not None and [str(s) for s in left.shape] == [str(s) for s in right.shape]
+
+
+def _is_contiguous(node: fx.Node) -> bool:
+    value = ops.tensor_value(node)
+    if value is None or not all(isinstance(size, int) for size in value.shape):
+        return False
+    return value.is_contiguous()

@@ -1,0 +1,104 @@
+"""Drop additions of zero: what is left of an attention that was replaced by a stub.
+
+Before:
+    y = add(x, 0)                               x: [batch, seq, hidden]
+    z = zeros_like(x); m = mul(z, 0.22); y = add(x, m)
+After:
+    every reader of y reads x
+
+Exact: x + 0 = x for every value but -0.0, whose sign an addition of zero clears. A branch is zero
+when it is a literal, a tensor made of zeros, or such a tensor times a constant or moved by views.
+An addition goes only if shape and dtype stay and neither side is written in place, since removing
+a copy creates an alias.
+Source: issue 2; no capture folds these.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import fx
+
+from fxfusion.graph import ops
+from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.pass_base import Pass, PassResult
+
+_ZERO_MAKERS = frozenset("zeros zeros_like new_zeros".split())
+_ZERO_KEEPERS = ops.ALIASING_OPS | {"neg", "clone", "relu"} | ops.DROPOUT_OPS
+
+
+class DropZeroBranches(Pass):
+    name: ClassVar[str] = "drop_zero_branches"
+    exact: ClassVar[bool] = True
+
+    def __init__(self, weights: frozenset[str]) -> None:
+        """`weights`: names of the placeholders that hold module state."""
+        self.weights = weights
+
+    def run(self, graph: fx.Graph) -> PassResult:
+        facts = GraphFacts(graph, (node for node in graph.nodes if node.name in self.weights))
+        zero = _zero_values(graph, facts)
+        changed = 0
+        for node in list(graph.nodes):
+            kept = _addition_of_zero(node, zero)
+            if kept is None or not _interchangeable(node, kept):
+                continue
+            in_place = ops.writes_in_place(node) and ops.written_argument(node) is kept
+            if not in_place and {facts.alias_root(kept), facts.alias_root(node)} & facts.written:
+                continue
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
+            changed += 1
+        return PassResult(changed)
+
+
+def _zero_values(graph: fx.Graph, facts: GraphFacts) -> set[fx.Node]:
+    zero: set[fx.Node] = set()
+
+    def is_zero(value: Any) -> bool:
+        return value in zero if isinstance(value, fx.Node) else _is_number(value) and value == 0
+
+    def is_constant(value: Any) -> bool:
+        return value in facts.constants or value in zero if isinstance(value, fx.Node) else _is_number(value)
+
+    for node in graph.nodes:
+        name = ops.op_name(node)
+        if not name or ops.writes_in_place(node) or facts.alias_root(node) in facts.written:
+            continue
+        made_zero = name in _ZERO_MAKERS or (name in ("full", "full_like", "new_full") and is_zero(ops.argument(node, 1, "fill_value")))
+        if made_zero or (name in _ZERO_KEEPERS and node.all_input_nodes and is_zero(ops.argument(node, 0, "input"))):
+            zero.add(node)
+        elif name in ("mul", "add", "sub") and len(node.args) == 2:
+            left, right = node.args
+            if name == "mul" and (is_zero(left) or is_zero(right)) and is_constant(left) and is_constant(right):
+                zero.add(node)
+            elif name != "mul" and is_zero(left) and is_zero(right):
+                zero.add(node)
+    return zero
+
+
+def _addition_of_zero(node: fx.Node, zero: set[fx.Node]) -> fx.Node | None:
+    """The operand that an addition of zero leaves, or None."""
+    if ops.op_name(node) not in ("add", "sub") or len(node.args) != 2 or set(node.kwargs) - {"alpha"}:
+        return None
+    left, right = node.args
+
+    def is_zero(value: Any) -> bool:
+        return value in zero if isinstance(value, fx.Node) else _is_number(value) and value == 0
+
+    if is_zero(right) and isinstance(left, fx.Node):
+        return left
+    if is_zero(left) and isinstance(right, fx.Node) and ops.op_name(node) == "add" and not ops.writes_in_place(node):
+        return right if node.kwargs.get("alpha", 1) == 1 else None
+    return None
+
+
+def _interchangeable(node: fx.Node, kept: fx.Node) -> bool:
+    before, after = ops.tensor_value(node), ops.tensor_value(kept)
+    if before is None or after is None:
+        return False
+    return before.dtype == after.dtype and [str(s) for s in before.shape] == [str(s) for s in after.shape]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,142 @@
+"""The typed records that travel from the matchers to the rewriters.
+
+    x ──┬─ prologue (norm) ─ n ─┬─ in-projection 0 (gate) ─ pieces ─┐
+        │                       └─ in-projection 1 (up)   ─ pieces ─┴─ middle ─ down ─ scales ─ b
+        └──────────────────────────────────── add(x, b) ─────────────────────────────────────── y
+
+x, y, b: `[..., hidden]`; pieces and middle: `[..., width]`. Records hold node references and no
+logic beyond properties; they are stale once the graph has been edited.
+Source: issue 2; arXiv 2503.18908, equations 1 to 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import fx
+
+from fxfusion.errors import Refusal
+from fxfusion.graph.isomorphism import Structure
+
+Role = Literal["gain", "shift", "fixed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """`y = x W^T + b`. `weight`: a constant node, `[out, in]`, or `[in, out]` where `transposed`.
+
+    An absent bias is None, never zeros.
+    """
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Output channels `start:stop:step` of in-projection number `projection`, as `node` reads them."""
+
+    node: fx.Node
+    projection: int
+    start: int
+    stop: int
+    step: int = 1
+
+    @property
+    def width(self) -> int:
+        return len(range(self.start, self.stop, self.step))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FfnNode:
+    """One residual feed-forward node, `add = stream + branch(stream)`.
+
+    `nodes`: every node of the branch. `prologue`: from the stream to `normed`, in graph order, with
+    the constants it reads in the order it reads them. `middle` likewise, from the pieces to the input
+    of `down`; `aliases` maps views in it to the values they show. `tail`: what multiplies the result
+    of `down` or is added to it, in order: literals and per-channel constants, `[hidden]` or one number.
+    """
+
+    stream: fx.Node
+    add: fx.Node
+    branch: fx.Node
+    nodes: tuple[fx.Node, ...]
+    prologue: tuple[fx.Node, ...]
+    prologue_constants: tuple[fx.Node, ...]
+    normed: fx.Node
+    projections: tuple[Linear, ...]
+    pieces: tuple[Piece, ...]
+    aliases: Mapping[fx.Node, fx.Node]
+    middle: tuple[fx.Node, ...]
+    middle_constants: tuple[fx.Node, ...]
+    down: Linear
+    tail: tuple[tuple[Literal["mul", "add"], fx.Node | float], ...]
+    prologue_structure: Structure
+    structure: Structure
+    name: str
+    layer: str
+    source: str
+
+    @property
+    def hidden(self) -> int:
+        return self.down.out_features
+
+    @property
+    def width(self) -> int:
+        return self.down.in_features
+
+    @property
+    def weights(self) -> tuple[fx.Node, ...]:
+        return (*(linear.weight for linear in self.projections), self.down.weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """A maximal run of FFN nodes, each reading what the one before wrote.
+
+    `leading`: whether the first member sits in the layer whose mixer wrote the chain's input.
+    `ended_by`: what stopped the chain, in words.
+    """
+
+    members: tuple[FfnNode, ...]
+    leading: bool
+    ended_by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Consecutive members of one chain that become one FFN."""
+
+    members: tuple[FfnNode, ...]
+    norm: Literal["fold", "last"]
+    roles: tuple[Role, ...] = ()
+
+    @property
+    def width(self) -> int:
+        return sum(member.width for member in self.members)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixer:
+    """A residual branch that lets tokens see each other (attention, convolution, scan)."""
+
+    add: fx.Node
+    nodes: tuple[fx.Node, ...]
+    op: str
+    layer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matches:
+    """What the matcher found in one graph."""
+
+    ffns: tuple[FfnNode, ...]
+    mixers: tuple[Mixer, ...]
+    refusals: tuple[Refusal, ...]

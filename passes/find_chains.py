@@ -1,0 +1,104 @@
+"""Group FFN nodes into chains: maximal runs in which each reads what the one before wrote.
+
+Matches (no edit):
+    y1 = x + F1(x);  y2 = y1 + F2(y1);  y3 = y2 + F3(y2)         one chain of three
+A chain breaks where a mixer, another reader of the stream, a norm on the stream or a change of
+autocast or grad mode stands between two FFNs. An FFN that stays alone gets a refusal that says which.
+Source: issue 2; arXiv 2503.18908, section 3.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+from torch import fx
+
+from fxfusion.errors import Refusal, RefusalCode
+from fxfusion.graph import ops, provenance
+from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.passes.ffn import Chain, FfnNode, Matches
+
+Break = tuple[RefusalCode, str]
+
+
+def find_chains(matches: Matches, facts: GraphFacts) -> tuple[tuple[Chain, ...], tuple[Refusal, ...]]:
+    """Chains of two or more FFNs, in graph order, and a refusal for each FFN that stands alone."""
+    by_add = {ffn.add: ffn for ffn in matches.ffns}
+    links: nx.DiGraph = nx.DiGraph()
+    links.add_nodes_from(ffn.add for ffn in matches.ffns)
+    for ffn in matches.ffns:
+        before = by_add.get(ffn.stream)
+        if before is not None and _break_between(before, ffn, facts) is None:
+            links.add_edge(before.add, ffn.add)
+    chains, refusals = [], []
+    for component in nx.weakly_connected_components(links):
+        members = tuple(by_add[add] for add in sorted(component, key=facts.order.__getitem__))
+        code, ended_by = _end_of(members[-1], matches, facts)
+        if len(members) > 1:
+            chains.append(Chain(members=members, leading=_is_leading(members[0], matches), ended_by=ended_by))
+        else:
+            refusals.append(_alone(members[0], code, ended_by, _start_of(members[0], matches)))
+    return tuple(chains), tuple(refusals)
+
+
+def _break_between(before: FfnNode, after: FfnNode, facts: GraphFacts) -> Break | None:
+    """What keeps two FFNs, the second of which reads the first's result, from being neighbours."""
+    own = {*after.nodes, after.add}
+    for reader in before.add.users:
+        if reader not in own:
+            return RefusalCode.STREAM_READ, f"{reader.name} also reads the stream after {before.name}"
+    if facts.mode[before.add] != facts.mode[after.add]:
+        return RefusalCode.MODE_CHANGE, f"autocast or grad mode changes after {before.name}"
+    return None
+
+
+def _end_of(last: FfnNode, matches: Matches, facts: GraphFacts) -> Break:
+    """Why the chain goes no further than its last member."""
+    for ffn in matches.ffns:
+        if ffn.stream is last.add:
+            found = _break_between(last, ffn, facts)
+            if found is not None:
+                return found
+    for mixer in matches.mixers:
+        if last.add in mixer.add.all_input_nodes:
+            return RefusalCode.ALONE, f"{mixer.op} in {mixer.layer or mixer.add.name} follows"
+    for ffn in matches.ffns:
+        if ffn.stream is not last.add and _is_function_of(ffn.stream, last.add, facts):
+            return RefusalCode.POST_NORM, f"the stream after {last.name} passes {ops.op_name(ffn.stream)} first"
+    if any(user.op == "output" for user in last.add.users):
+        return RefusalCode.STREAM_READ, "the stream is an output of the graph here"
+    return RefusalCode.ALONE, "no other FFN reads the stream after it"
+
+
+def _is_function_of(value: fx.Node, source: fx.Node, facts: GraphFacts) -> bool:
+    """Whether `value` was computed from `source` alone, other than by a residual addition."""
+    if facts.order[value] < facts.order[source] or ops.op_name(value) == "add" and source in value.all_input_nodes:
+        return False
+    found = facts.slice_between(value, source)
+    return found.reaches_stop and not found.leaks and len(found.nodes) < 24
+
+
+def _start_of(ffn: FfnNode, matches: Matches) -> str:
+    for mixer in matches.mixers:
+        if mixer.add is ffn.stream:
+            return f"{mixer.op} in {mixer.layer or mixer.add.name} comes before"
+    return "no FFN comes directly before"
+
+
+def _is_leading(first: FfnNode, matches: Matches) -> bool:
+    """Whether the mixer that wrote the stream just before lives in the first member's own layer."""
+    for mixer in matches.mixers:
+        if mixer.add is first.stream:
+            if not first.layer and not mixer.layer:
+                return True
+            return first.layer == mixer.layer
+    return False
+
+
+def _alone(ffn: FfnNode, code: RefusalCode, ended_by: str, started_by: str) -> Refusal:
+    return Refusal(
+        code=code,
+        message=f"no neighbour to fuse with: {started_by}; {ended_by}",
+        node=ffn.add.name,
+        layer=ffn.name,
+        source=ffn.source or provenance.source_line(ffn.add),
+    )

@@ -1,0 +1,219 @@
+"""Walk the residual stream: find every addition whose branch is an FFN, a mixer, or neither, and say why.
+
+Matches (no edit):
+    y = x + F(x)      F with linear layers inside, everything in it computed after x
+Result: FFN nodes, token mixers, and one refusal for each other candidate. A mixer is a candidate
+too (its branch has linear layers), so it is refused with `token_mixing` and reported as a mixer.
+Source: issue 2; arXiv 2503.18908, equation 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from fxfusion import debug
+from fxfusion.errors import Refusal, RefusalCode, Refused
+from fxfusion.graph import ops, provenance
+from fxfusion.graph.dataflow import GraphFacts, Slice
+from fxfusion.passes.ffn import FfnNode, Matches, Mixer
+from fxfusion.passes.match_ffn import FfnMatcher
+
+LINEARS = frozenset("linear addmm matmul mm bmm baddbmm einsum bilinear".split())
+MIXERS = frozenset(
+    "scaled_dot_product_attention flex_attention conv1d conv2d conv3d convolution conv_transpose1d cumsum cumprod "
+    "logcumsumexp cummax roll flip fft_fft fft_rfft rfft fft sort unfold as_strided transpose permute t mT movedim "
+    "swapaxes T H avg_pool1d max_pool1d pad lstm gru rnn multi_head_attention_forward associative_scan scan".split()
+)
+ROUTERS = frozenset(
+    "topk one_hot grouped_mm _grouped_mm index_add scatter scatter_add gather index_select nonzero bincount "
+    "histc argsort masked_select index_put moe grouped_mm_fallback".split()
+)
+
+
+def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> Matches:
+    """All FFN nodes, mixers and refusals of a graph, in graph order.
+
+    `opaque_weights`: weights that cannot be packed (tensor subclasses, quantised), with the reason.
+    """
+    matcher = FfnMatcher(facts)
+    ffns: list[FfnNode] = []
+    mixers: list[Mixer] = []
+    refusals = [_higher_order(node) for node in facts.graph.nodes if ops.is_higher_order(node)]
+    for add in facts.graph.nodes:
+        operands = _residual_operands(add, facts)
+        if operands is None:
+            continue
+        stream, branch = operands
+        found = facts.slice_between(branch, stream)
+        if not any(ops.op_name(node) in LINEARS for node in found.nodes):
+            continue
+        try:
+            _check_stream(stream, found, facts)
+            _check_branch(add, branch, found, facts, opaque_weights)
+            ffns.append(matcher.match(stream, add, branch, found))
+            debug.show(4, f"candidate {add}: FFN {ffns[-1].name}")
+        except Refused as refused:
+            refusals.append(_refusal(refused, add, found))
+            debug.show(4, f"candidate {add}: {refused.code.value}: {refused.message}")
+            if refused.code is RefusalCode.TOKEN_MIXING:
+                layer = provenance.layer_path((*found.nodes, add))
+                mixers.append(Mixer(add=add, nodes=found.nodes, op=_mixing_op(found, facts), layer=layer))
+    return Matches(ffns=tuple(ffns), mixers=tuple(mixers), refusals=tuple(refusals))
+
+
+def _residual_operands(add: fx.Node, facts: GraphFacts) -> tuple[fx.Node, fx.Node] | None:
+    """(earlier, later) operand of an addition of two activations: the stream comes first."""
+    if ops.op_name(add) != "add" or len(add.args) != 2:
+        return None
+    left, right = add.args
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
+        return None
+    if {left, right} & facts.constants:
+        return None
+    values = [ops.tensor_value(node) for node in (left, right, add)]
+    if any(value is None or not value.is_floating_point() or value.dim() == 0 for value in values):
+        return None
+    return (left, right) if facts.order[left] < facts.order[right] else (right, left)
+
+
+def _check_stream(stream: fx.Node, found: Slice, facts: GraphFacts) -> None:
+    """Refuse additions whose branch reads something else than the value it is added to."""
+    if found.reaches_stop:
+        return
+    read = set(found.leaks)
+    if read & set(stream.all_input_nodes):
+        if ops.op_name(stream) == "add":
+            message = "the branch reads the stream from before another addition (a parallel block with a mixer)"
+            raise Refused(RefusalCode.OTHER_ACTIVATION, message, stream)
+        message = f"the stream is not passed on as it is: {ops.op_name(stream)} stands between the branch and the sum"
+        raise Refused(RefusalCode.SCALED_STREAM, message, stream)
+    names = ", ".join(str(node) for node in found.leaks[:3]) or "nothing"
+    raise Refused(RefusalCode.OTHER_ACTIVATION, f"the branch reads {names}, not the stream it is added to", stream)
+
+
+def _check_branch(
+    add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]
+) -> None:
+    """Everything that can be refused without knowing what the branch computes."""
+    for node in found.nodes:
+        _check_node(node, facts)
+    if found.leaks:
+        names = ", ".join(str(node) for node in found.leaks[:3])
+        raise Refused(RefusalCode.OTHER_ACTIVATION, f"the branch also reads {names}", found.leaks[0])
+    if add.kwargs.get("alpha", 1) != 1:
+        raise Refused(RefusalCode.STRUCTURE, f"the addition scales the branch (alpha={add.kwargs['alpha']})", add)
+    _check_shapes(add, branch, found.stop)
+    _check_readers(add, branch, found, facts)
+    _check_writes(add, found, facts)
+    if len({facts.mode[node] for node in (*found.nodes, add)}) > 1:
+        raise Refused(RefusalCode.MODE_CHANGE, "autocast or grad mode changes inside the branch", add)
+    for node in found.nodes:
+        for source in node.all_input_nodes:
+            for weight in weight_leaves(source, facts) if source in facts.constants else ():
+                if weight in opaque_weights:
+                    raise Refused(RefusalCode.TENSOR_SUBCLASS, opaque_weights[weight], weight)
+
+
+def _check_node(node: fx.Node, facts: GraphFacts) -> None:
+    name = ops.op_name(node)
+    if ops.is_random(node):
+        raise Refused(RefusalCode.RANDOM, f"{name} draws random numbers (dropout in training mode?)", node)
+    if ops.is_higher_order(node):
+        raise Refused(RefusalCode.HIGHER_ORDER, f"{node.target} hides part of the branch in a sub-graph", node)
+    if name in ROUTERS:
+        raise Refused(RefusalCode.ROUTER, f"{name} routes tokens to experts", node)
+    if _mixes_tokens(node, facts):
+        raise Refused(RefusalCode.TOKEN_MIXING, f"{name} lets one token see another", node)
+
+
+def _mixes_tokens(node: fx.Node, facts: GraphFacts) -> bool:
+    name = ops.op_name(node)
+    if name in MIXERS or "attention" in name or "conv" in name:
+        return True
+    if name not in ("matmul", "mm", "bmm", "einsum", "baddbmm"):
+        return False
+    tensors = [source for source in node.all_input_nodes if not ops.is_shape_value(source)]
+    # Two activations multiplied as matrices, or a constant on the left of one.
+    return sum(source not in facts.constants for source in tensors) > 1 or (bool(tensors) and tensors[0] in facts.constants)
+
+
+def _mixing_op(found: Slice, facts: GraphFacts) -> str:
+    return next((ops.op_name(node) for node in found.nodes if "attention" in ops.op_name(node)), "") or next(
+        (ops.op_name(node) for node in found.nodes if _mixes_tokens(node, facts)), "view"
+    )
+
+
+def _check_shapes(add: fx.Node, branch: fx.Node, stream: fx.Node) -> None:
+    summed, added, carried = (ops.tensor_value(node) for node in (add, branch, stream))
+    assert summed is not None and added is not None and carried is not None
+    shapes = [[str(size) for size in value.shape] for value in (summed, added, carried)]
+    if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+        raise Refused(RefusalCode.BROADCAST, f"the addition broadcasts {shapes[2]} and {shapes[1]}", add)
+    if summed.dtype != carried.dtype:
+        message = f"the addition turns a {carried.dtype} stream into {summed.dtype}"
+        raise Refused(RefusalCode.DIFFERENT_DTYPE, message, add)
+
+
+def _check_readers(add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFacts) -> None:
+    inside = set(found.nodes)
+    for node in found.nodes:
+        allowed = inside | {add} if node is branch else inside
+        outsiders = [user for user in node.users if user not in allowed]
+        if outsiders:
+            raise Refused(RefusalCode.INNER_VALUE_READ, f"{node} is also read by {outsiders[0]}, outside the branch", node)
+
+
+def _check_writes(add: fx.Node, found: Slice, facts: GraphFacts) -> None:
+    """In-place nodes may write values that the branch made for itself; nothing else."""
+    inside = set(found.nodes)
+    for node in (*found.nodes, add):
+        if not ops.writes_in_place(node):
+            continue
+        target = ops.written_argument(node)
+        private = target in inside and len(target.users) == 1 and ops.op_name(target) not in ops.ALIASING_OPS
+        if target is None or not private or node is add:
+            raise Refused(RefusalCode.MUTATION, f"{node} writes {target} in place", node)
+    roots = {facts.alias_root(source) for node in found.nodes for source in node.all_input_nodes if source not in inside}
+    written = roots & facts.written
+    if written:
+        name = ", ".join(sorted(str(node) for node in written))
+        raise Refused(RefusalCode.MUTATION, f"{name} is written in place elsewhere in the graph", add)
+
+
+def weight_leaves(node: fx.Node, facts: GraphFacts) -> set[fx.Node]:
+    """The weights that a constant is computed from."""
+    leaves: set[fx.Node] = set()
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current in facts.weights or current.op == "get_attr":
+            leaves.add(current)
+        pending.extend(current.all_input_nodes)
+    return leaves
+
+
+def _refusal(refused: Refused, add: fx.Node, found: Slice) -> Refusal:
+    node = refused.node if isinstance(refused.node, fx.Node) else add
+    every = (*found.nodes, add)
+    return Refusal(
+        code=refused.code,
+        message=refused.message,
+        node=str(add),
+        layer=provenance.common_path(every) or provenance.layer_path(every),
+        source=provenance.source_line(node) or provenance.source_line(add),
+    )
+
+
+def _higher_order(node: fx.Node) -> Refusal:
+    return Refusal(
+        code=RefusalCode.HIGHER_ORDER,
+        message=f"{node.target} holds a sub-graph (activation checkpointing?); FFNs in it are not looked at",
+        node=str(node),
+        layer=provenance.module_path(node),
+        source=provenance.source_line(node),
+    )

@@ -1,0 +1,91 @@
+"""What stands between an FFN's last linear layer and the residual addition.
+
+Matches (no edit):
+    b = scale * (h Wd^T + bd)         scale: a literal, one number or one per channel, [hidden]
+    b = (h Wd^T) + bias
+    casts and views that keep the channel axis, in any order
+All of it can be folded into the down projection. A norm in this place cannot: the norm of a sum is
+not the sum of norms.
+Source: issue 2; DESIGN's definition of an FFN node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import fx
+
+from fxfusion.errors import RefusalCode, Refused
+from fxfusion.graph import ops
+from fxfusion.graph.dataflow import GraphFacts, Slice
+from fxfusion.passes.ffn import Linear
+from fxfusion.passes.match_pieces import VIEWS, keeps_channels
+
+TailStep = tuple[Literal["mul", "add"], fx.Node | float]
+
+_CASTS = frozenset("to type_as float double half bfloat16".split())
+_NORM_SIGNS = frozenset("layer_norm rms_norm native_layer_norm group_norm mean var rsqrt normalize norm".split())
+
+
+def match_tail(
+    branch: fx.Node, linears: Sequence[Linear], found: Slice, facts: GraphFacts
+) -> tuple[Linear, tuple[TailStep, ...]]:
+    """The branch's last linear layer and what is done to its result. Raises `Refused`."""
+    by_node = {linear.node: linear for linear in linears}
+    steps: list[TailStep] = []
+    node = branch
+    while node not in by_node:
+        walked = _step_back(node, facts)
+        if walked is None or walked[0] not in set(found.nodes):
+            raise _refusal(node, linears, found, facts)
+        node, step = walked
+        if step is not None:
+            steps.append(step)
+    steps.reverse()
+    return by_node[node], tuple(steps)
+
+
+def _step_back(node: fx.Node, facts: GraphFacts) -> tuple[fx.Node, TailStep | None] | None:
+    """The value that a tail node shows, scales or shifts, with what it does to it."""
+    name = ops.op_name(node)
+    first = ops.argument(node, 0, "input")
+    if isinstance(first, fx.Node) and (name in _CASTS or (name in VIEWS and keeps_channels(node, first))):
+        return first, None
+    if name not in ("mul", "add", "div") or len(node.args) != 2 or node.kwargs or ops.writes_in_place(node):
+        return None
+    value, constant = node.args
+    if name != "div" and _is_constant(value, facts):
+        value, constant = constant, value
+    if not isinstance(value, fx.Node) or value in facts.constants or not _is_constant(constant, facts):
+        return None
+    if isinstance(constant, fx.Node):
+        if name == "div" or not _is_per_channel(constant):
+            return None
+        return value, ("mul" if name == "mul" else "add", constant)
+    if name == "add":
+        return None
+    return value, ("mul", float(constant) if name == "mul" else 1.0 / float(constant))
+
+
+def _is_constant(value: Any, facts: GraphFacts) -> bool:
+    if isinstance(value, fx.Node):
+        return value in facts.constants
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value != 0
+
+
+def _is_per_channel(node: fx.Node) -> bool:
+    example = ops.tensor_value(node)
+    return example is not None and all(size == 1 for size in example.shape[:-1])
+
+
+def _refusal(node: fx.Node, linears: Sequence[Linear], found: Slice, facts: GraphFacts) -> Refused:
+    if not linears:
+        return Refused(RefusalCode.LINEAR_COUNT, "the branch has no linear layer with constant weights", node)
+    last = facts.order[linears[-1].node]
+    after = [other for other in found.nodes if facts.order[other] > last]
+    if any(ops.op_name(other) in _NORM_SIGNS for other in after):
+        return Refused(RefusalCode.OUTPUT_NORM, "a norm stands between the last linear layer and the addition", node)
+    return Refused(
+        RefusalCode.STRUCTURE, f"{ops.op_name(node)} stands between the last linear layer and the addition", node
+    )

@@ -1,0 +1,182 @@
+"""Build the wide weights of one group as nodes: cut, fold, concatenate.
+
+Before:
+    Wg_i [width_i, hidden], g_i [hidden], s_i [hidden], Wd_i [hidden, width_i], scale_i [hidden]
+After:
+    Wg = cat_i(Wg_i * g_i)               [sum of widths, hidden]
+    bg = cat_i(bg_i + Wg_i s_i)          [sum of widths]
+    Wd = cat_i(scale_i * Wd_i, dim=1)    [hidden, sum of widths];   bd = sum_i(scale_i * bd_i)
+
+Exact: F.linear(x * g + s, W, b) = F.linear(x, W * g, b + W s). Products and sums are taken in float32
+or wider and rounded once to the weight's dtype. The nodes are tagged, so that `lift_weights` can take
+them out of the graph: they are computed once, never per call.
+Source: arXiv 2503.18908, theorem 3.1 and section 5.5.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from fxfusion.graph import ops
+from fxfusion.graph.editor import GraphEditor
+from fxfusion.passes.ffn import FfnNode, Group, Linear
+
+PACK_TAG = "fxfusion_pack"
+
+
+class WeightPacker:
+    """Creates the packed weights of one group, each tagged with the group's index."""
+
+    def __init__(self, editor: GraphEditor, group: Group, index: int) -> None:
+        self.editor = editor
+        self.group = group
+        self.index = index
+
+    def projection_weight(self, number: int) -> fx.Node:
+        """`[pieces * sum of widths, hidden]`: piece by piece, in each piece member by member."""
+        parts = [
+            self._fold_gains(member, self._rows(member, number, place))
+            for place in range(self._piece_count(number))
+            for member in self.group.members
+        ]
+        return self._packed(self._cat(parts, 0))
+
+    def projection_bias(self, number: int) -> fx.Node | None:
+        """`[pieces * sum of widths]`, or None where no member has a bias and no shift is folded."""
+        shifted = "shift" in self.group.roles
+        if not shifted and all(member.projections[number].bias is None for member in self.group.members):
+            return None
+        parts = [
+            self._projection_bias_part(member, number, place)
+            for place in range(self._piece_count(number))
+            for member in self.group.members
+        ]
+        return self._packed(self._cat(parts, 0))
+
+    def middle_constant(self, index: int) -> fx.Node:
+        """A constant of the activation: itself where shared, else one value per wide channel."""
+        nodes = [member.middle_constants[index] for member in self.group.members]
+        if all(node is nodes[0] for node in nodes):
+            return nodes[0]
+        parts = [
+            self._vector(node, member.width) for node, member in zip(nodes, self.group.members, strict=True)
+        ]
+        return self._packed(self._cat(parts, 0))
+
+    def down_weight(self) -> fx.Node:
+        """`[hidden, sum of widths]`, scales of the tails folded in."""
+        parts = []
+        for member in self.group.members:
+            weight = self._as_out_in(member.down)
+            for kind, value in member.tail:
+                if kind == "mul":
+                    weight = self._scale_rows(weight, value, member.hidden)
+            parts.append(self._to(weight, _dtype(member.down.weight)))
+        return self._packed(self._cat(parts, 1))
+
+    def down_bias(self) -> fx.Node | None:
+        """`[hidden]`: the sum of the members' biases and shifts, or None where there are none."""
+        parts = [part for member in self.group.members if (part := self._down_bias_part(member)) is not None]
+        if not parts:
+            return None
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.editor.call(operator.add, total, part)
+        return self._packed(self._to(total, _dtype(self.group.members[0].down.weight)))
+
+    def _down_bias_part(self, member: FfnNode) -> fx.Node | None:
+        wide = self._wide_dtype(member.down.weight)
+        bias = self._to(member.down.bias, wide) if member.down.bias is not None else None
+        for kind, value in member.tail:
+            factor = self._to(self._vector(value, member.hidden), wide) if isinstance(value, fx.Node) else value
+            if kind == "add":
+                bias = factor if bias is None else self.editor.call(operator.add, bias, factor)
+            elif bias is not None:
+                bias = self.editor.call(operator.mul, bias, factor)
+        assert bias is None or isinstance(bias, fx.Node)
+        return bias
+
+    def _piece_count(self, number: int) -> int:
+        return sum(piece.projection == number for piece in self.group.members[0].pieces)
+
+    def _rows(self, member: FfnNode, number: int, place: int) -> fx.Node:
+        """The rows of a projection's weight that make one piece, `[width, hidden]`."""
+        linear = member.projections[number]
+        return self._cut(self._as_out_in(linear), member, number, place)
+
+    def _cut(self, value: fx.Node, member: FfnNode, number: int, place: int) -> fx.Node:
+        piece = [piece for piece in member.pieces if piece.projection == number][place]
+        if (piece.start, piece.stop, piece.step) == (0, member.projections[number].out_features, 1):
+            return value
+        return self.editor.call(operator.getitem, value, slice(piece.start, piece.stop, piece.step))
+
+    def _fold_gains(self, member: FfnNode, rows: fx.Node) -> fx.Node:
+        dtype, wide = _dtype(rows), self._wide_dtype(rows)
+        for gain in self._with_role(member, "gain"):
+            factor = self._to(self.editor.method("reshape", gain, -1), wide)
+            rows = self.editor.call(operator.mul, self._to(rows, wide), factor)
+        return self._to(rows, dtype)
+
+    def _projection_bias_part(self, member: FfnNode, number: int, place: int) -> fx.Node:
+        linear = member.projections[number]
+        wide = self._wide_dtype(linear.weight)
+        total: fx.Node | None = None
+        if linear.bias is not None:
+            total = self._to(self._cut(linear.bias, member, number, place), wide)
+        rows = self._to(self._rows(member, number, place), wide)
+        for shift in self._with_role(member, "shift"):
+            vector = self._to(self._vector(shift, member.hidden), wide)
+            moved = self.editor.call(torch.mv, rows, vector)
+            total = moved if total is None else self.editor.call(operator.add, total, moved)
+        if total is None:
+            total = self.editor.call(torch.zeros, (member.width,), dtype=wide, device=_device(linear.weight))
+        return self._to(total, _dtype(linear.weight))
+
+    def _with_role(self, member: FfnNode, role: str) -> list[fx.Node]:
+        if self.group.norm == "last":
+            return []
+        pairs = zip(member.prologue_constants, self.group.roles, strict=True)
+        return [constant for constant, own in pairs if own == role]
+
+    def _scale_rows(self, weight: fx.Node, value: fx.Node | float, hidden: int) -> fx.Node:
+        wide = self._wide_dtype(weight)
+        factor: fx.Node | float = value
+        if isinstance(value, fx.Node):
+            factor = self.editor.method("unsqueeze", self._to(self._vector(value, hidden), wide), -1)
+        return self.editor.call(operator.mul, self._to(weight, wide), factor)
+
+    def _as_out_in(self, linear: Linear) -> fx.Node:
+        return self.editor.method("t", linear.weight) if linear.transposed else linear.weight
+
+    def _vector(self, node: fx.Node, length: int) -> fx.Node:
+        """One number or a vector as `[length]`."""
+        return self.editor.method("expand", self.editor.method("reshape", node, -1), length)
+
+    def _to(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if _dtype(node) == dtype else self.editor.method("to", node, dtype)
+
+    def _wide_dtype(self, node: fx.Node) -> torch.dtype:
+        return torch.promote_types(_dtype(node), torch.float32)
+
+    def _cat(self, parts: Sequence[fx.Node], dim: int) -> fx.Node:
+        return self.editor.call(torch.cat, list(parts), dim)
+
+    def _packed(self, node: fx.Node) -> fx.Node:
+        node.meta[PACK_TAG] = self.index
+        return node
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    example = ops.tensor_value(node)
+    assert example is not None, f"{node} has no example value"
+    return example.dtype
+
+
+def _device(node: fx.Node) -> torch.device:
+    example = ops.tensor_value(node)
+    assert example is not None, f"{node} has no example value"
+    return example.device
