@@ -58,7 +58,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
             refusals.append(_refusal(refused, add, found))
             debug.show(4, f"candidate {add}: {refused.code.value}: {refused.message}")
             if refused.code is RefusalCode.TOKEN_MIXING:
-                layer = provenance.layer_path((*found.nodes, add))
+                layer = provenance.layer_path(_owners(add, found))
                 mixers.append(Mixer(add=add, nodes=found.nodes, op=_mixing_op(found, facts), layer=layer))
     return Matches(ffns=tuple(ffns), mixers=tuple(mixers), refusals=tuple(refusals))
 
@@ -97,7 +97,7 @@ def _check_branch(
     add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]
 ) -> None:
     """Everything that can be refused without knowing what the branch computes."""
-    for node in found.nodes:
+    for node in sorted(found.nodes, key=lambda node: "attention" not in ops.op_name(node)):
         _check_node(node, facts)
     if found.leaks:
         names = ", ".join(str(node) for node in found.leaks[:3])
@@ -199,14 +199,19 @@ def weight_leaves(node: fx.Node, facts: GraphFacts) -> set[fx.Node]:
 
 def _refusal(refused: Refused, add: fx.Node, found: Slice) -> Refusal:
     node = refused.node if isinstance(refused.node, fx.Node) else add
-    every = (*found.nodes, add)
     return Refusal(
         code=refused.code,
         message=refused.message,
         node=str(add),
-        layer=provenance.common_path(every) or provenance.layer_path(every),
+        layer=provenance.common_path(_owners(add, found)),
         source=provenance.source_line(node) or provenance.source_line(add),
     )
+
+
+def _owners(add: fx.Node, found: Slice) -> tuple[fx.Node, ...]:
+    """The nodes that say where a branch lives: its linear layers (masks and angles are made elsewhere)."""
+    linears = tuple(node for node in found.nodes if ops.op_name(node) in LINEARS and provenance.has_provenance(node))
+    return (*linears, add)
 
 
 def _higher_order(node: fx.Node) -> Refusal:

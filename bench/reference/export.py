@@ -35,7 +35,7 @@ Held-out perplexity of these weights: **{perplexity:.2f}**, 95 % interval {low:.
 ({loss:.3f} nats per token; `fxfusion.evaluate` in float32, {tokens:,} tokens in sequences of 256).
 
 `heldout_ids.safetensors` and `calibration_ids.safetensors` (`input_ids`, uint16 `[{blocks}, {block}]`) hold
-token ids of the held-out and of the training files. `bench.reference` has the functions that load all of this.
+token ids of the held-out and of the training files. `bench.reference` has functions that load all of this.
 """
 
 

@@ -93,24 +93,29 @@ def evaluate(
         Loss and perplexity, computed in float32 whatever the model's dtype. The 95 % interval is a normal
         one: 1.96 times the standard error of a ratio (summed loss over token count, by sequence); from a
         single sequence it is unbounded. A loss that is NaN or infinite is returned as such, with a warning
-        that names the batch.
+        that names the first such batch.
 
     Raises:
         ValueError: no batches, no token that counts, a batch or logits of a wrong shape, a model on `meta`.
         TypeError: a batch that is neither a tensor nor a dict.
     """
     sums, counts = [torch.zeros(0, dtype=torch.float64)], [torch.zeros(0, dtype=torch.int64)]
-    number = -1
+    number, broken = -1, []
     with torch.no_grad(), _eval_mode(model):
         device = _device(model)
         for number, batch in enumerate(_with_progress(batches, progress)):
             total, count = _batch_loss(model, _to_device(_as_inputs(batch, number), device), number)
             if not torch.isfinite(total).all():
-                warnings.warn(f"the loss of batch {number} is not finite: {total.tolist()}", stacklevel=2)
+                broken.append(number)
             sums.append(total.cpu())
             counts.append(count.cpu())
     if number < 0:
         raise ValueError("batches is empty: nothing to evaluate (a generator can be used up only once)")
+    if broken:
+        message = (
+            f"the loss is not finite in {len(broken)} of {number + 1} batches, first in batch {broken[0]}"
+        )
+        warnings.warn(message, stacklevel=2)
     return _summarise(torch.cat(sums), torch.cat(counts))
 
 
@@ -198,10 +203,10 @@ def _targets(inputs: dict[str, Any], number: int) -> tuple[Tensor, dict[str, Any
     mask = inputs.get("attention_mask")
     if mask is None:
         return labels, inputs
-    if mask.shape != labels.shape:
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
         raise ValueError(
             f"the attention_mask of batch {number} must be [batch, seq] like its ids {list(labels.shape)},"
-            f" got {list(mask.shape)}"
+            f" got {list(getattr(mask, 'shape', [type(mask).__name__]))}"
         )
     counted = mask != 0
     # A token is predicted at the position before it: behind left padding that position saw nothing.
