@@ -218,6 +218,7 @@ def _register_packs(fused: Fused, values: Mapping[str, torch.Tensor]) -> None:
             packed = pack.module(*sources)
         trainable = any(source.requires_grad for source in sources)
         for name, value in zip(pack.values, packed, strict=True):
+            delattr(module, name)
             module.register_parameter(name, torch.nn.Parameter(value.detach().clone(), requires_grad=trainable))
     drop_unused_state(module)
     module.recompile()

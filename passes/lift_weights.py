@@ -47,7 +47,9 @@ class LiftWeights(Pass):
     exact: ClassVar[bool] = True
 
     def __init__(self, weights: frozenset[str], into: Literal["placeholder", "get_attr"]) -> None:
-        """`into="get_attr"` lifts only packs whose sources are attributes too: an input may change per call."""
+        """Where packed values go. `"get_attr"` lifts only packs whose sources are attributes too, since an
+        input may change per call; the new attributes hold fake tensors until someone computes the packs.
+        """
         self.weights = weights
         self.into = into
         self.packs: tuple[Pack, ...] = ()
@@ -72,9 +74,13 @@ class LiftWeights(Pass):
 
     def _replace(self, graph: fx.Graph, root: fx.Node, name: str) -> str:
         """Put a new input or attribute in the place of a packed value; returns the new node's name."""
+        owner = graph.owning_module
+        if self.into == "get_attr" and owner is not None:
+            while hasattr(owner, name):  # a graph may be fused twice, by two plans
+                name += "_"
+            owner.register_buffer(name, ops.tensor_value(root))
         last = [node for node in graph.nodes if node.op == "placeholder"]
-        anchor = last[-1] if last else None
-        with graph.inserting_after(anchor):
+        with graph.inserting_after(last[-1] if last else None):
             value = graph.create_node(self.into, name, (), {}, name=name)
         value.meta = {key: root.meta[key] for key in ("example_value", "val", "fxfusion") if key in root.meta}
         root.replace_all_uses_with(value)
