@@ -182,13 +182,10 @@ def _fill_example_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> N
     """Give every node a fake example value where the capture left none."""
     mode = fake_mode_of(gm.graph) or FakeTensorMode()
     lacking = [n for n in gm.graph.nodes if n.op != "output" and "val" not in n.meta and "example_value" not in n.meta]
-    # torch.export records values without gradients; attributes must agree with them.
-    exported = any("val" in node.meta for node in gm.graph.nodes)
     for node in lacking:
         if node.op == "get_attr":
             value = attribute(gm, str(node.target))
             if isinstance(value, torch.Tensor):
-                value = value.detach() if exported else value
                 node.meta["example_value"] = mode.from_tensor(value, static_shapes=True)
     if all(node.op in ("get_attr", "call_module") for node in lacking):
         return

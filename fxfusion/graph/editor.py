@@ -79,7 +79,9 @@ def set_example_value(node: fx.Node, mode: Any) -> None:
 
     args = fx.node.map_arg(node.args, value_of)
     kwargs = fx.node.map_arg(node.kwargs, value_of)
-    with outside_fake_mode(), mode or contextlib.nullcontext():
+    # torch.export ("val") records values without gradients; new values must agree with them.
+    recording = torch.is_grad_enabled() and key == "example_value"
+    with outside_fake_mode(), mode or contextlib.nullcontext(), torch.set_grad_enabled(recording):
         if node.op == "call_method":
             node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         elif callable(node.target):
