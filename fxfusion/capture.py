@@ -57,6 +57,7 @@ class CapturedGraph:
             graph.output(value).meta = dict(original.meta)
         module = fx.GraphModule(self.module, graph, class_name=type(self.module).__name__)
         copy_dynamo_facts(self.module, module)
+        module.recompile()
         return CapturedGraph(
             module=module, inputs=self.inputs, weights=self.weights, values=self.values, opaque=self.opaque
         )

@@ -7,6 +7,7 @@ moves a name fails here, with the name, and nowhere else.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -77,12 +78,13 @@ def is_fsdp_managed(node: fx.Node) -> bool:
 
 
 def copy_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
-    """Carry over what Dynamo and AOTAutograd read from a graph module and its placeholders.
+    """Carry over what Dynamo, AOTAutograd and torch.export keep beside a graph and its placeholders.
 
     Placeholders are paired by position. Without `dynamo_compile_id` in `gm.meta` AOTAutograd sees no
     static inputs and CUDA graphs would copy every weight.
     """
     new.meta.update(old.meta)
+    new.graph.set_codegen(copy.copy(old.graph._codegen))  # how exported graphs take and return pytrees
     for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
         if hasattr(old, name):
             setattr(new, name, getattr(old, name))
