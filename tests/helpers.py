@@ -1,0 +1,377 @@
+"""What the tests share: tiny stacks of FFNs, an independent parallel form, captures, tolerances, goldens.
+
+The parallel form here is plain eager PyTorch over the modules themselves. It knows nothing of graphs,
+so it is no copy of what it judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxfusion import fuse_graph
+from fxfusion.capture import CapturedGraph, capture_model, captured_from_graph
+from fxfusion.errors import Refusal, RefusalCode
+from fxfusion.graph import ops
+from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.pass_base import History, Pass, PassRecord
+from fxfusion.graph.pass_manager import run_passes
+from fxfusion.passes.ffn import Matches
+from fxfusion.passes.match_residual import match_residual
+from fxfusion.pipeline import normalising_passes
+from fxfusion.report import FusionReport
+
+HIDDEN, WIDTH = 8, 12
+How = Literal["dynamo", "export", "symbolic"]
+
+# --- modules ------------------------------------------------------------------------------------------
+
+
+class Rms(nn.Module):
+    """RMSNorm with the gain last; `offset=1.0` gives the `(1 + w)` form."""
+
+    def __init__(self, hidden: int, eps: float = 1e-6, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return n * (self.weight + self.offset) if self.offset else n * self.weight
+
+
+class Float32Rms(Rms):
+    """The same with statistics in float32, as most decoders write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Gated(nn.Module):
+    """down(act(gate(n)) * up(n))"""
+
+    def __init__(
+        self,
+        hidden: int = HIDDEN,
+        width: int = WIDTH,
+        bias: bool = False,
+        act: Callable[..., Tensor] = F.silu,
+    ) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden, width, bias)
+        self.up = nn.Linear(hidden, width, bias)
+        self.down = nn.Linear(width, hidden, bias)
+        self.act = act
+
+    def forward(self, n: Tensor) -> Tensor:
+        return self.down(self.act(self.gate(n)) * self.up(n))
+
+
+class Plain(nn.Module):
+    """fc2(act(fc1(n)))"""
+
+    def __init__(
+        self, hidden: int = HIDDEN, width: int = WIDTH, bias: bool = True, act: Callable[..., Tensor] = F.gelu
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden, width, bias)
+        self.fc2 = nn.Linear(width, hidden, bias)
+        self.act = act
+
+    def forward(self, n: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(n)))
+
+
+class Packed(nn.Module):
+    """gate and up in one weight; `cut(h)` gives the two halves."""
+
+    def __init__(
+        self, cut: Callable[[Tensor], Sequence[Tensor]], hidden: int = HIDDEN, width: int = WIDTH
+    ) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(hidden, 2 * width, False)
+        self.down = nn.Linear(width, hidden, False)
+        self.cut = cut
+
+    def forward(self, n: Tensor) -> Tensor:
+        gate, up = self.cut(self.gate_up(n))
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + ffn(norm(x))"""
+
+    def __init__(self, norm: nn.Module, ffn: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.ffn = norm, ffn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn(self.norm(x))
+
+
+class Attention(nn.Module):
+    """A residual token mixer: x + attention(x)."""
+
+    def __init__(self, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(hidden, 3 * hidden, False)
+        self.out = nn.Linear(hidden, hidden, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return x + self.out(F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0])
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, under `layers.<i>`."""
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def randomise(module: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Every parameter random, norm gains and biases too, in eval mode; the module itself is returned."""
+    generator = torch.Generator().manual_seed(seed)
+    module.to(dtype).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            scaled = noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0 + 0.3 * noise
+            parameter.copy_(scaled)
+    return module
+
+
+def stack(
+    ffn: Callable[..., nn.Module] = Gated,
+    norm: Callable[[int], nn.Module] = Rms,
+    *,
+    count: int = 3,
+    hidden: int = HIDDEN,
+    widths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **ffn_options: Any,
+) -> Stack:
+    """`count` blocks `x + ffn(norm(x))` with random weights; `widths` gives each its own width."""
+    sizes = widths or [WIDTH] * count
+    blocks = [Block(norm(hidden), ffn(hidden=hidden, width=width, **ffn_options)) for width in sizes]
+    model = Stack(blocks)
+    randomise(model, seed, dtype)
+    return model
+
+
+def tokens(batch: int = 2, seq: int = 5, hidden: int = HIDDEN, dtype: torch.dtype = torch.float64) -> Tensor:
+    """A random stream `[batch, seq, hidden]`."""
+    return torch.randn(
+        batch, seq, hidden, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    ).to(dtype)
+
+
+# --- the parallel form --------------------------------------------------------------------------------
+
+
+def branch_of(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """F of a block `x + F(x)`: its own parts where it has them, else what it adds to the stream."""
+    if isinstance(block, Block):
+        return lambda x: block.ffn(block.norm(x))
+    return lambda x: block(x) - x
+
+
+def parallel_form(
+    model: Stack,
+    x: Tensor,
+    groups: Sequence[Sequence[int]] | None = None,
+    norm: Literal["fold", "last"] = "fold",
+) -> Tensor:
+    """The stack with every member of a group reading the group's input. Default: one group of all.
+
+    `norm="last"`: every member reads the input through the last member's norm (blocks only).
+    """
+    blocks = list(model.layers)
+    groups = [list(range(len(blocks)))] if groups is None else groups
+    group_at = {group[0]: group for group in groups}
+    index = 0
+    while index < len(blocks):
+        group = group_at.get(index)
+        if group is None:
+            x, index = blocks[index](x), index + 1
+            continue
+        members = [blocks[number] for number in group]
+        if norm == "last":
+            normed = members[-1].norm(x)
+            x = x + sum(member.ffn(normed) for member in members)
+        else:
+            x = x + sum(branch_of(member)(x) for member in members)
+        index = group[-1] + 1
+    return x
+
+
+# --- tolerances: DESIGN, section 3 --------------------------------------------------------------------
+
+# dtype -> error relative to the largest value. Half precision is judged by RMSE against float64.
+RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
+FLOAT32_INSIDE = 1e-6  # float64 models that compute their norm and gain in float32
+HALF_RMSE_FACTOR = 2.0
+GRADIENT_FACTOR = 2.0
+
+
+def error_of(fused: Tensor, parallel: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    assert fused.shape == parallel.shape and fused.dtype == parallel.dtype
+    scale = float(parallel.detach().double().abs().max()) or 1.0
+    return float((fused.detach().double() - parallel.detach().double()).abs().max()) / scale
+
+
+def rmse(value: Tensor, truth: Tensor) -> float:
+    return float((value.detach().double() - truth.detach().double()).pow(2).mean().sqrt())
+
+
+def assert_exact(
+    fused: Tensor,
+    parallel: Tensor,
+    dtype: torch.dtype,
+    *,
+    truth: Tensor | None = None,
+    float32_inside: bool = False,
+    gradient: bool = False,
+) -> None:
+    """The exactness contract for one tensor. `truth`: the float64 parallel form, for half precision."""
+    assert fused.dtype == parallel.dtype == dtype
+    factor = GRADIENT_FACTOR if gradient else 1.0
+    if dtype in RELATIVE:
+        limit = factor * (FLOAT32_INSIDE if float32_inside and dtype == torch.float64 else RELATIVE[dtype])
+        error = error_of(fused, parallel)
+        assert error <= limit, f"{dtype}: relative error {error:.3g}, allowed {limit:.3g}"
+        return
+    assert truth is not None, "half precision is judged against a float64 run"
+    allowed = factor * HALF_RMSE_FACTOR * rmse(parallel, truth)
+    error = rmse(fused, truth)
+    assert error <= allowed, f"{dtype}: RMSE {error:.3g}, allowed {allowed:.3g}"
+
+
+# --- captures -----------------------------------------------------------------------------------------
+
+
+def capture(model: Callable[..., Any], *inputs: Any, how: How = "dynamo", **kwargs: Any) -> CapturedGraph:
+    """One graph of `model(*inputs)`: Dynamo's, `torch.export`'s or `symbolic_trace`'s."""
+    if how == "dynamo":
+        torch._dynamo.reset()
+        graphs, _ = capture_model(model, inputs, kwargs)
+        assert len(graphs) == 1, f"{len(graphs)} graphs"
+        return graphs[0]
+    assert isinstance(model, nn.Module) and not kwargs
+    gm = torch.export.export(model, inputs).module() if how == "export" else fx.symbolic_trace(model)
+    assert isinstance(gm, fx.GraphModule)
+    return captured_from_graph(gm, inputs)
+
+
+def facts_of(captured: CapturedGraph) -> GraphFacts:
+    graph = captured.module.graph
+    return GraphFacts(graph, (node for node in graph.nodes if node.name in captured.weights))
+
+
+def run_graph(captured: CapturedGraph) -> Any:
+    """The captured graph on the inputs it was captured with."""
+    return captured.module(*captured.inputs)
+
+
+def apply(captured: CapturedGraph, *passes: Pass) -> tuple[CapturedGraph, list[PassRecord]]:
+    """An edited copy, and what the pass manager recorded."""
+    work, history = captured.copy(), History()
+    run_passes(work.module, passes, history)
+    return work, history.records
+
+
+def normalise(captured: CapturedGraph) -> CapturedGraph:
+    """A copy after all normalising passes."""
+    return apply(captured, *normalising_passes(captured.weights))[0]
+
+
+def match(model: Callable[..., Any], *inputs: Any, how: How = "dynamo") -> Matches:
+    """What the matcher finds after normalisation."""
+    work = normalise(capture(model, *inputs, how=how))
+    opaque = {node: work.opaque[node.name] for node in work.module.graph.nodes if node.name in work.opaque}
+    return match_residual(facts_of(work), opaque)
+
+
+def fuse(model: nn.Module, *inputs: Tensor, **options: Any) -> tuple[fx.GraphModule, FusionReport]:
+    """`fuse_graph` on the traced module."""
+    return fuse_graph(fx.symbolic_trace(model), inputs, **options)
+
+
+def fuse_captured_graph(captured: CapturedGraph, **options: Any) -> tuple[Any, FusionReport]:
+    """`fuse_graph` on a captured graph; the result of the fused graph, and the report."""
+    fused, report = fuse_graph(captured.module, captured.inputs, **options)
+    return fused(*captured.inputs), report
+
+
+def refusal_with(refusals: Iterable[Refusal], code: RefusalCode, fragment: str = "") -> Refusal:
+    """The refusal with this code whose message holds the fragment; fails with all that there are."""
+    listed = list(refusals)
+    for refusal in listed:
+        if refusal.code is code and fragment in refusal.message:
+            return refusal
+    shown = "\n".join(f"  {refusal.code.value}: {refusal.message}" for refusal in listed) or "  none"
+    raise AssertionError(f"no refusal {code.value} with {fragment!r}; there are:\n{shown}")
+
+
+def nodes_named(captured: CapturedGraph, name: str) -> list[fx.Node]:
+    """The nodes that do one operation, by its bare name."""
+    return [node for node in captured.module.graph.nodes if ops.op_name(node) == name]
+
+
+# --- stable text of a graph ---------------------------------------------------------------------------
+
+
+def graph_text(captured: CapturedGraph) -> str:
+    """A graph as text that does not change with node names, torch versions or machines.
+
+    Placeholders and attributes are `in0`, `in1`; results are `%0`, `%1`; each with shape and dtype.
+    """
+    names: dict[fx.Node, str] = {}
+    lines = []
+    inputs = results = 0
+    for node in captured.module.graph.nodes:
+        if node.op == "output":
+            lines.append(f"return {_argument_text(node.args[0], names)}")
+            continue
+        if node.op in ("placeholder", "get_attr"):
+            names[node] = f"in{inputs}"
+            inputs += 1
+            kind = "weight" if node.op == "get_attr" or node.name in captured.weights else "input"
+            lines.append(f"{names[node]}: {_type_text(node)}  # {kind}")
+            continue
+        names[node] = f"%{results}"
+        results += 1
+        call = ops.op_name(node) + ("_" if ops.writes_in_place(node) else "")
+        args = [_argument_text(value, names) for value in node.args]
+        args += [f"{key}={_argument_text(value, names)}" for key, value in sorted(node.kwargs.items())]
+        lines.append(f"{names[node]}: {_type_text(node)} = {call}({', '.join(args)})")
+    return "\n".join(lines) + "\n"
+
+
+def _type_text(node: fx.Node) -> str:
+    value = ops.tensor_value(node)
+    if value is None:
+        return type(node.meta.get("example_value", node.meta.get("val"))).__name__
+    return f"{str(value.dtype).removeprefix('torch.')}{[int(size) for size in value.shape]}"
+
+
+def _argument_text(value: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_argument_text(item, names) for item in value) + "]"
+    return repr(value)
