@@ -23,6 +23,7 @@ _RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias expand unsqueeze
 _LAST_AXIS_NORMS = frozenset("native_layer_norm _fused_rms_norm rms_norm".split())
 _LAST_AXIS_REDUCTIONS = frozenset("_softmax _log_softmax softmax log_softmax".split())
 _CHANNEL_CUTS = frozenset("slice split split_with_sizes".split())
+_METADATA = frozenset(("prim::device", "prim::layout"))
 _CREATIONS = frozenset("ones zeros full ones_like zeros_like full_like scalar_tensor empty_like new_ones new_zeros".split())
 
 
@@ -103,6 +104,8 @@ class _Judge(TorchDispatchMode):  # type: ignore[misc]
     def _judge(self, func: OpOverload, args: Any, kwargs: Any, active: list[torch.Tensor], result: Any) -> bool:
         """Whether the result still has a channel axis; raises if the operation is not token-wise."""
         name = func._schema.name.split("::")[-1].rstrip("_") or func._schema.name
+        if func._schema.name in _METADATA:
+            return True  # says where a tensor lives, not what it holds
         channels = self._activations[id(active[0])][1]
         if name in _COPIES or name in _CREATIONS:
             return channels
