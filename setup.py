@@ -1,6 +1,7 @@
 """The list of packages; everything else is in pyproject.toml.
 
-`fxfusion.passes` is added by name: an sdist, and a checkout without symbolic links, has no folder fxfusion/passes.
+`fxfusion.passes` is added by name: an sdist, and a checkout without symbolic links,
+has no folder fxfusion/passes.
 """
 
 from setuptools import find_packages, setup

@@ -27,6 +27,7 @@ from fxfusion.torch_private import (
     fake_mode_of,
     is_fsdp_managed,
     is_module_state,
+    lazy_graph_module,
     size_hint,
 )
 
@@ -55,9 +56,8 @@ class CapturedGraph:
         if output is not None:
             value, original = output
             graph.output(value).meta = dict(original.meta)
-        module = fx.GraphModule(self.module, graph, class_name=type(self.module).__name__)
+        module = lazy_graph_module(self.module, graph)
         copy_dynamo_facts(self.module, module)
-        module.recompile()
         return CapturedGraph(
             module=module, inputs=self.inputs, weights=self.weights, values=self.values, opaque=self.opaque
         )

@@ -66,7 +66,7 @@ class PackBinding:
 
     def __init__(self, pack: Pack, positions: Sequence[int], differentiable: bool) -> None:
         self.module = pack.module
-        self.code = pack.module.code
+        self.code = str(pack.module.graph)
         self.positions = tuple(positions)
         self.differentiable = differentiable
         self._packed: PackedWeights | None = None

@@ -131,6 +131,15 @@ def size_hint(size: Any) -> int:
     return int(hint) if hint is not None else 7
 
 
+def lazy_graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """A graph module that writes its Python code when it is first called, not at every edit."""
+    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+    with _use_lazy_graph_module(True):
+        made: fx.GraphModule = _make_graph_module(root, graph)
+    return made
+
+
 def emit_artifact(name: str, text: str) -> None:
     """Put a text into the structured trace (`TORCH_TRACE`), where `tlparse` shows it."""
     trace_structured(

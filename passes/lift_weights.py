@@ -24,6 +24,7 @@ from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.pass_base import Pass, PassResult
 from fxfusion.passes.pack_weights import PACK_TAG
+from fxfusion.torch_private import lazy_graph_module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,4 +115,4 @@ def _pack_graph(sources: Sequence[fx.Node], inner: Sequence[fx.Node], roots: Seq
         kwargs = fx.node.map_arg(node.kwargs, copies.__getitem__)
         copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=f"value_{place}")
     graph.output(tuple(copies[root] for root in roots))
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return lazy_graph_module(torch.nn.Module(), graph)

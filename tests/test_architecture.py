@@ -27,7 +27,7 @@ COMPILER = ("passes/", "fxfusion/graph/") + tuple(
 # too (phi, opt) is not allowed as a whole identifier or string, nor at the start of a class name.
 FAMILIES = re.compile(
     "llama|mi[sx]tral|qwen|gemma|gpt_?2|gpt_?neo|gptj|falcon|granite|olmo|nemotron|stablelm|smollm|starcoder"
-    "|deepseek|chatglm|internlm|codegen|roberta|deberta",
+    "|deepseek|chatglm|internlm|roberta|deberta",
     re.IGNORECASE,
 )
 WORD_FAMILIES = re.compile(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ ALIASING_OPS = frozenset(
 
 def op_name(node: fx.Node) -> str:
     """The bare name of the operation: `add`, `linear`, `silu`; empty for nodes that call nothing."""
-    return _bare_name(node)[0]
+    return _bare_name(node.op, node.target)[0]
 
 
 def writes_in_place(node: fx.Node) -> bool:
@@ -73,7 +74,7 @@ def writes_in_place(node: fx.Node) -> bool:
         return node.target._schema.is_mutable
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
         return True
-    return _bare_name(node)[1] or _positional_inplace(node)
+    return _bare_name(node.op, node.target)[1] or _positional_inplace(node)
 
 
 def written_argument(node: fx.Node) -> fx.Node | None:
@@ -166,12 +167,12 @@ def nodes_of(value: Any) -> Iterator[fx.Node]:
     yield from found
 
 
-def _bare_name(node: fx.Node) -> tuple[str, bool]:
+@lru_cache(maxsize=4096)
+def _bare_name(op: str, target: Any) -> tuple[str, bool]:
     """(name without underscore suffix, whether that suffix or the operator says "in place")."""
-    target = node.target
-    if node.op == "call_method":
+    if op == "call_method":
         name = str(target)
-    elif node.op != "call_function":
+    elif op != "call_function":
         return "", False
     elif isinstance(target, OpOverload):
         name = target._schema.name.split("::")[-1]
