@@ -143,21 +143,22 @@ def _rewrite(
     lift_into: Literal["placeholder", "get_attr"],
 ) -> tuple[tuple[Pack, ...], tuple[Verification, ...]]:
     """Parallelise, concatenate, lift; prove the concatenation on the way."""
-    streams = [group.members[0].stream for group in groups]
     run_passes(work.module, [Parallelise(groups)], history)
     numeric = verify == "numeric"
     parallel = [extract_region(group.members[0].stream, group.members[-1].add) for group in groups] if numeric else []
     run_passes(work.module, [Concatenate(groups)], history)
-    proofs = _prove(work, streams, parallel) if numeric else ()
+    proofs = _prove(work, groups, parallel) if numeric else ()
     lift = LiftWeights(work.weights, lift_into)
     run_passes(work.module, [lift], history)
     return lift.packs, proofs
 
 
-def _prove(work: CapturedGraph, streams: Sequence[fx.Node], parallel: Sequence[Region]) -> tuple[Verification, ...]:
+def _prove(work: CapturedGraph, groups: Sequence[Group], parallel: Sequence[Region]) -> tuple[Verification, ...]:
     ends = {node.meta[GROUP_TAG]: node for node in work.module.graph.nodes if GROUP_TAG in node.meta}
+    replaced = {group.members[-1].add: ends[index] for index, group in enumerate(groups)}
+    streams = [group.members[0].stream for group in groups]
     return tuple(
-        verify_group(index, before, extract_region(stream, ends[index]), work.values)
+        verify_group(index, before, extract_region(replaced.get(stream, stream), ends[index]), work.values)
         for index, (stream, before) in enumerate(zip(streams, parallel, strict=True))
     )
 

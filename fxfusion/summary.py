@@ -59,15 +59,14 @@ def blocks_before(matches: Matches, groups: Sequence[Group]) -> tuple[Block, ...
 
 def blocks_after(before: Sequence[Block], groups: Sequence[GroupSummary]) -> tuple[Block, ...]:
     """The same map with each group drawn as one wide block, in the place of its last member."""
-    last = {group.members[-1].name: index for index, group in enumerate(groups)}
     blocks = []
     for block in before:
         if block.group is None:
             blocks.append(block)
-        elif block.name in last:
-            group = groups[last[block.name]]
-            name = f"{group.members[0].name} .. {group.members[-1].name}"
-            blocks.append(
-                Block(kind="fused", name=name, width=group.width, group=block.group, members=len(group.members))
-            )
+            continue
+        members = groups[block.group].members
+        if block.name == members[-1].name:
+            name = f"{members[0].name} .. {members[-1].name}"
+            width = groups[block.group].width
+            blocks.append(Block(kind="fused", name=name, width=width, group=block.group, members=len(members)))
     return tuple(blocks)

@@ -41,8 +41,10 @@ class Concatenate(Pass):
         self.groups = tuple(groups)
 
     def run(self, graph: fx.Graph) -> PassResult:
+        fused: dict[fx.Node, fx.Node] = {}  # where one group ends, its neighbour may begin
         for index, group in enumerate(self.groups):
-            _fuse(group, index, self.name)
+            stream = group.members[0].stream
+            fused[group.members[-1].add] = _fuse(group, index, fused.get(stream, stream), self.name)
         return PassResult(len(self.groups))
 
     def ensures(self, graph: fx.Graph) -> Sequence[str]:
@@ -55,10 +57,10 @@ class Concatenate(Pass):
         ]
 
 
-def _fuse(group: Group, index: int, made_by: str) -> None:
+def _fuse(group: Group, index: int, stream: fx.Node, made_by: str) -> fx.Node:
+    """Build the wide FFN on `stream`, the group's input as it is now; returns the addition that ends it."""
     last = group.members[-1]
     template = last if group.norm == "last" else group.members[0]
-    stream = group.members[0].stream
     editor = GraphEditor(last.add, made_by, [member.name for member in group.members])
     packer = WeightPacker(editor, group, index)
     normed = _normed(editor, group, template, stream)
@@ -70,6 +72,7 @@ def _fuse(group: Group, index: int, made_by: str) -> None:
     total.meta[GROUP_TAG] = index
     last.add.replace_all_uses_with(total)
     last.add.graph.erase_node(last.add)
+    return total
 
 
 def _normed(editor: GraphEditor, group: Group, template: FfnNode, stream: fx.Node) -> fx.Node:
