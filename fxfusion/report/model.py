@@ -115,6 +115,22 @@ class FusionReport:
         return tuple(refusal for graph in self.graphs for refusal in graph.refusals)
 
     @property
+    def summary(self) -> dict[str, int]:
+        """Counts: FFNs found, those in chains, those fused; groups, refusals, blocks before and after."""
+        before = [block for graph in self.graphs for block in graph.blocks_before]
+        return {
+            "ffns": sum(block.kind == "ffn" for block in before),
+            "in_chains": sum(len(chain.members) for chain in self.chains),
+            "chains": len(self.chains),
+            "fused": sum(len(group.members) for group in self.groups),
+            "groups": len(self.groups),
+            "refusals": len(self.refusals),
+            "blocks_before": len(before),
+            "blocks_after": sum(len(graph.blocks_after) for graph in self.graphs),
+            "packed_bytes": total_bytes(self.groups),
+        }
+
+    @property
     def verifications(self) -> tuple[dict[str, Any], ...]:
         return tuple(found for graph in self.graphs for found in graph.verifications)
 
@@ -133,14 +149,18 @@ class FusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {"graphs": [graph.to_dict() for graph in self.graphs], "notes": list(self.notes)}
+        return {
+            "summary": self.summary,
+            "graphs": [graph.to_dict() for graph in self.graphs],
+            "notes": list(self.notes),
+        }
 
-    def to_html(self, path: str | Path) -> Path:
-        """Write one self-contained HTML page and return its path."""
+    def to_html(self, path: str | Path, title: str = "fxfusion report") -> Path:
+        """Write one self-contained HTML page (UTF-8, no outside assets) and return its path."""
         from fxfusion.report.html import render
 
         target = Path(path)
-        target.write_text(render(self), encoding="utf-8")
+        target.write_text(render(self, title), encoding="utf-8")
         return target
 
     def __str__(self) -> str:

@@ -1,37 +1,48 @@
-"""The report as text: a few tables, shortest answer first."""
+"""The report as text: a few tables of at most 100 columns, shortest answer first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 from tabulate import tabulate
 
 from fxfusion.errors import Refusal
 from fxfusion.report.model import FusionReport, GraphReport, MemberSummary
+from fxfusion.report.names import alike, compact
 
 _STYLE = "simple"
+_COLUMNS = 100
+_GAP = 2  # between two columns of a table
+_CODE, _WHERE, _SOURCE = 18, 26, 22
 
 
 def render(report: FusionReport) -> str:
-    fused = sum(len(group.members) for group in report.groups)
-    found = sum(len(chain.members) for chain in report.chains)
-    head = (
-        f"{len(report.chains)} chains with {found} FFNs found; {fused} FFNs fused into {len(report.groups)}; "
-        f"{len(report.refusals)} candidates not fused"
-    )
-    parts = [head, *report.notes]
+    parts = [headline(report), *report.notes]
     for index, graph in enumerate(report.graphs):
-        tables = [table for table in (_chains(graph), _groups(graph), _refusals(graph), _passes(graph)) if table]
-        if not tables:
+        tables = [table(graph) for table in (chains, groups, refusals, passes)]
+        if not any(tables):
             continue
         if len(report.graphs) > 1:
-            parts.append(f"graph {index + 1} of {len(report.graphs)}")
-        parts += tables
+            parts.append(f"Graph {index + 1} of {len(report.graphs)}")
+        parts += [table for table in tables if table]
     return "\n\n".join(parts)
 
 
-def _chains(graph: GraphReport) -> str:
+def headline(report: FusionReport) -> str:
+    """The result in one line."""
+    counts = report.summary
+    if not counts["groups"]:
+        return (
+            f"Nothing to fuse: {_count(counts['ffns'], 'FFN')} found, {counts['in_chains']} of them in chains"
+        )
+    return (
+        f"{counts['fused']} of {_count(counts['ffns'], 'FFN')} fused into {counts['groups']}; "
+        f"residual blocks in a row: {counts['blocks_before']} -> {counts['blocks_after']}"
+    )
+
+
+def chains(graph: GraphReport) -> str:
+    """The runs of FFNs that were found."""
     rows = [
         (
             index,
@@ -43,52 +54,42 @@ def _chains(graph: GraphReport) -> str:
         )
         for index, chain in enumerate(graph.chains)
     ]
-    if not rows:
-        return ""
-    return "Chains\n" + tabulate(
-        rows, ("chain", "FFNs", "from .. to", "total width", "leading", "ended by"), tablefmt=_STYLE
+    header = ("chain", "FFNs", "members", "total width", "leading", "ended by")
+    return _table(
+        "Chains (runs of FFNs with no mixer between them)", header, rows, (None, None, 30, None, None, 32)
     )
 
 
-def _groups(graph: GraphReport) -> str:
+def groups(graph: GraphReport) -> str:
+    """What became one FFN, and the proof where there is one."""
     proofs = {found["group"]: found for found in graph.verifications}
     rows = []
     for index, group in enumerate(graph.groups):
         proof = proofs.get(index)
-        rows.append(
-            (
-                index,
-                len(group.members),
-                span(group.members),
-                group.width,
-                group.norm,
-                f"{group.packed_bytes / 2**20:.1f}",
-                f"{proof['error']:.1e} (limit {proof['limit']:.0e})" if proof else "-",
-            )
-        )
-    if not rows:
-        return ""
-    header = ("group", "FFNs", "members", "width", "norm", "packed MiB", "error against parallel form")
-    return "Fused groups\n" + tabulate(rows, header, tablefmt=_STYLE)
-
-
-def _refusals(graph: GraphReport) -> str:
-    ordered = sorted(graph.refusals, key=lambda refusal: (refusal.code.value, refusal.message))
-    rows = []
-    for (code, message), same in groupby(ordered, key=lambda refusal: (refusal.code.value, refusal.message)):
-        listed = list(same)
-        rows.append((code, len(listed), _where(listed), message, listed[0].source))
-    if not rows:
-        return ""
-    return "Not fused\n" + tabulate(
+        error = f"{proof['error']:.1e} (limit {proof['limit']:.0e})" if proof else "not checked"
+        packed = f"{group.packed_bytes / 2**20:.1f}"
+        rows.append((index, len(group.members), span(group.members), group.width, group.norm, packed, error))
+    header = ("group", "FFNs", "members", "width", "norm", "packed MiB", "error")
+    return _table(
+        "Fused groups (error: against the parallel form, relative)",
+        header,
         rows,
-        ("code", "count", "where", "why", "first source line"),
-        tablefmt=_STYLE,
-        maxcolwidths=[None, None, 34, 60, 30],
+        (None, None, 28, None, None, None, None),
     )
 
 
-def _passes(graph: GraphReport) -> str:
+def refusals(graph: GraphReport) -> str:
+    """Every candidate that was left alone, those with the same reason in one row."""
+    rows = []
+    for code, sentence, same in alike(graph.refusals):
+        names = compact([refusal.layer or refusal.node for refusal in same])
+        rows.append((code, f"{len(same)}x {names}" if len(same) > 1 else names, sentence, _sources(same)))
+    why = _COLUMNS - _CODE - _WHERE - _SOURCE - 3 * _GAP
+    return _table("Not fused", ("code", "where", "why", "source"), rows, (_CODE, _WHERE, why, _SOURCE))
+
+
+def passes(graph: GraphReport) -> str:
+    """What each pass did; those that changed nothing share the last line."""
     rows = [
         (
             record["pass"],
@@ -98,20 +99,32 @@ def _passes(graph: GraphReport) -> str:
             f"{record['seconds'] * 1e3:.1f}",
         )
         for record in graph.history
+        if record["changed"]
     ]
-    if not rows:
-        return ""
-    return "Passes\n" + tabulate(rows, ("pass", "kind", "changed", "nodes", "ms"), tablefmt=_STYLE)
+    idle = [record for record in graph.history if not record["changed"]]
+    if idle:
+        names = ", ".join(dict.fromkeys(str(record["pass"]) for record in idle))
+        rows.append((names, "", 0, "", f"{sum(record['seconds'] for record in idle) * 1e3:.1f}"))
+    return _table("Passes", ("pass", "kind", "changed", "nodes", "ms"), rows, (42, None, None, None, None))
 
 
 def span(members: Sequence[MemberSummary]) -> str:
-    """`model.layers.3.mlp .. model.layers.9.mlp`, or the one name."""
-    if len(members) == 1:
-        return members[0].name
-    return f"{members[0].name} .. {members[-1].name}"
+    """`model.layers.3-9.mlp` for those members."""
+    return compact([member.name for member in members])
 
 
-def _where(refusals: Iterable[Refusal]) -> str:
-    names = [refusal.layer or refusal.node for refusal in refusals]
-    shown = ", ".join(names[:3])
-    return shown + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+def _table(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[object]], widths: Sequence[int | None]
+) -> str:
+    if not rows:
+        return ""
+    return f"{title}\n" + tabulate(rows, header, tablefmt=_STYLE, maxcolwidths=list(widths))
+
+
+def _sources(same: Sequence[Refusal]) -> str:
+    found = list(dict.fromkeys(refusal.source for refusal in same if refusal.source))
+    return found[0] + (f" and {len(found) - 1} more" if len(found) > 1 else "") if found else ""
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
