@@ -12,19 +12,33 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxfusion.capture import CapturedGraph, capture_dynamo
-from fxfusion.errors import FxFusionError, NotFusedError, OptionError, PlanError, RefusalCode
+from fxfusion.errors import (
+    FxFusionError,
+    MissingWeightsError,
+    NotFusedError,
+    OptionError,
+    PlanError,
+    RefusalCode,
+)
 from fxfusion.options import BackendOptions
 from fxfusion.packing import FusedCallable, PackBinding, forget_stamps
 from fxfusion.passes.lift_weights import Pack
 from fxfusion.pipeline import Fused, fuse_captured
-from fxfusion.report import FusionReport
-from fxfusion.torch_private import as_backend_fake, backend_named, compile_with_inductor, mark_static_weight
+from fxfusion.report import FusionReport, GraphReport
+from fxfusion.torch_private import (
+    as_backend_fake,
+    as_user_error,
+    backend_named,
+    compile_with_inductor,
+    mark_static_weight,
+)
 
 log = logging.getLogger("fxfusion")
 
@@ -46,13 +60,18 @@ def ffn_fusion(
     planned group was not fused, or the error that would otherwise have caused a fall back.
     """
     start = time.perf_counter()
-    settings = BackendOptions.parse(options, mode)
-    captured = capture_dynamo(gm, example_inputs)
-    fused = _fuse_or_fall_back(captured, settings)
-    _count_seconds(time.perf_counter() - start)
-    if fused is None or not fused.packs:
+    try:
+        settings = BackendOptions.parse(options, mode)
+        ready = _fuse_or_fall_back(gm, example_inputs, settings)
+    except MissingWeightsError as error:
+        return _raise_when_called(error)
+    except FxFusionError as error:
+        raise as_user_error(error) from error.__cause__
+    finally:
+        _count_seconds(time.perf_counter() - start)
+    if ready is None:
         return _compile(gm, example_inputs, settings)
-    return _compile_fused(fused, captured, settings)
+    return FusedCallable(_compile(ready.module, ready.inputs, settings), ready.bindings)
 
 
 def last_reports() -> tuple[FusionReport, ...]:
@@ -73,20 +92,37 @@ def refresh(model: torch.nn.Module) -> int:
     return forget_stamps([*model.parameters(), *model.buffers()])
 
 
-def _fuse_or_fall_back(captured: CapturedGraph, settings: BackendOptions) -> Fused | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """A fused graph, its inputs (packed weights last) and what computes those at each call."""
+
+    module: fx.GraphModule
+    inputs: list[Any]
+    bindings: list[PackBinding]
+
+
+def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: BackendOptions) -> _Ready | None:
+    """The fused graph; None where the graph is to be compiled as it is."""
     try:
+        captured = capture_dynamo(gm, inputs)
         fused = fuse_captured(captured, settings.choice, verify=settings.verify)
-    except (OptionError, PlanError):
+        _report(fused.report)
+        _report_unmatched(fused, settings)
+        return _make_ready(fused, captured) if fused.packs else None
+    except (OptionError, PlanError, MissingWeightsError):
         raise
     except Exception as error:
         if settings.strict:
             raise
-        log.warning("fxfusion: compiling the unfused graph, because %s: %s", type(error).__name__, error)
+        words = f"compiling the unfused graph, because {type(error).__name__}: {error}"
+        log.warning("fxfusion: %s", words)
+        _reports.append(FusionReport(graphs=(), notes=(words,)))
         return None
-    _reports.append(FusionReport(graphs=(fused.report,)))
+
+
+def _report(report: GraphReport) -> None:
+    _reports.append(FusionReport(graphs=(report,)))
     del _reports[:-_KEPT_REPORTS]
-    _report_unmatched(fused, settings)
-    return fused
 
 
 def _report_unmatched(fused: Fused, settings: BackendOptions) -> None:
@@ -100,19 +136,22 @@ def _report_unmatched(fused: Fused, settings: BackendOptions) -> None:
     log.warning("fxfusion: %d planned groups were not fused: %s", len(unmatched), words)
 
 
-def _compile_fused(fused: Fused, captured: CapturedGraph, settings: BackendOptions) -> Callable[..., Any]:
-    try:
-        bindings = [_bind(pack, captured) for pack in fused.packs]
-        packed = [tensor for binding in bindings for tensor in binding.tensors(captured.inputs)]
-    except FxFusionError as error:
-        return _raise_when_called(error)
-    inputs = [*captured.inputs, *_dress(fused, packed)]
-    return FusedCallable(_compile(fused.module, inputs, settings), bindings)
+def _make_ready(fused: Fused, captured: CapturedGraph) -> _Ready:
+    """Compute the packed weights. Raises `MissingWeightsError` where they are on the meta device."""
+    bindings = [_bind(pack, captured) for pack in fused.packs]
+    packed = [tensor for binding in bindings for tensor in binding.tensors(captured.inputs)]
+    return _Ready(module=fused.module, inputs=[*captured.inputs, *_dress(fused, packed)], bindings=bindings)
 
 
 def _bind(pack: Pack, captured: CapturedGraph) -> PackBinding:
-    names = [node.name for node in captured.module.graph.nodes if node.op == "placeholder"]
-    positions = [names.index(source) for source in pack.sources]
+    places = [node.name for node in captured.module.graph.nodes if node.op == "placeholder"]
+    position_of = {name: position for position, name in enumerate(places)}
+    baked = [source for source in pack.sources if source not in position_of]
+    if baked:
+        raise NotFusedError(
+            f"the weight {baked[0]} is baked into the graph (freezing?), so it could go stale"
+        )
+    positions = [position_of[source] for source in pack.sources]
     return PackBinding(pack, positions, differentiable=torch.is_grad_enabled())
 
 
@@ -125,7 +164,7 @@ def _dress(fused: Fused, packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [as_backend_fake(tensor) for tensor in packed]
 
 
-def _raise_when_called(error: FxFusionError) -> Callable[..., Any]:
+def _raise_when_called(error: MissingWeightsError) -> Callable[..., Any]:
     def missing(*_: Any) -> Any:
         raise error
 

@@ -38,6 +38,10 @@ class NotFusedError(FxFusionError, RuntimeError):
     """`strict=True` and a planned group was not fused; the message lists the refusals."""
 
 
+class MissingWeightsError(FxFusionError, RuntimeError):
+    """A fused model was run while its weights are still on the meta device."""
+
+
 class StaleWeightsError(FxFusionError, RuntimeError):
     """A weight changed in a way that a compiled graph with frozen weights cannot follow."""
 

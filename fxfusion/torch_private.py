@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._inductor import list_mode_options as _list_mode_options
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
@@ -34,8 +36,7 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(_list_mode_options(mode) if mode else {}), **options}
-    compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=patches or None)
-    return compiled
+    return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=patches or None))
 
 
 def inductor_modes() -> tuple[str, ...]:
@@ -92,12 +93,12 @@ def copy_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
     after = [node for node in new.graph.nodes if node.op == "placeholder"]
     for old_node, new_node in zip(before, after, strict=False):
         if hasattr(old_node, "_dynamo_source"):
-            new_node._dynamo_source = old_node._dynamo_source  # type: ignore[attr-defined]
+            new_node._dynamo_source = old_node._dynamo_source
 
 
 def mark_static_weight(node: fx.Node) -> None:
     """Dress a new placeholder as a weight, so that AOTAutograd and CUDA graphs treat it as static."""
-    node._dynamo_source = ConstantSource(source_name=f"fxfusion_{node.name}")  # type: ignore[attr-defined]
+    node._dynamo_source = ConstantSource(source_name=f"fxfusion_{node.name}")
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
 
@@ -138,6 +139,32 @@ def lazy_graph_module(root: torch.nn.Module, graph: fx.Graph) -> fx.GraphModule:
     with _use_lazy_graph_module(True):
         made: fx.GraphModule = _make_graph_module(root, graph)
     return made
+
+
+class StorageWatch:
+    """Tells when the storage of one of some tensors is gone, without keeping any alive."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._refs = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
+        self._handles = [ref.cdata for ref in self._refs]
+
+    def any_expired(self) -> bool:
+        return any(map(torch.UntypedStorage._expired, self._handles))
+
+
+def as_user_error(error: Exception) -> Exception:
+    """The error, of its own type still, dressed so that Dynamo passes it on to the user as it is.
+
+    Other exceptions of a backend reach the user as `BackendCompilerFailed`.
+    """
+    kind = type(error)
+
+    def start(self: Any, *args: Any) -> None:
+        ShortenTraceback.__init__(self, *args, first_useful_frame=None)
+
+    names = {"__init__": start, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    dressed: Exception = type(kind.__name__, (kind, ShortenTraceback), names)(*error.args)
+    return dressed
 
 
 def emit_artifact(name: str, text: str) -> None:
