@@ -52,10 +52,9 @@ class CapturedGraph:
     def copy(self) -> CapturedGraph:
         """The same with a graph of its own, to be edited; tensors are shared."""
         graph = fx.Graph()
-        output = graph.graph_copy(self.module.graph, {}, return_output_node=True)
-        if output is not None:
-            value, original = output
-            graph.output(value).meta = dict(original.meta)
+        copies: dict[fx.Node, fx.Node] = {}
+        result = graph.graph_copy(self.module.graph, copies)
+        graph.output(result).meta = dict(self.module.graph.output_node().meta)
         module = lazy_graph_module(self.module, graph)
         copy_dynamo_facts(self.module, module)
         return CapturedGraph(
@@ -157,9 +156,7 @@ def _zeros_for(gm: fx.GraphModule) -> Callable[..., Any]:
     return run
 
 
-def _note_attribute(
-    gm: fx.GraphModule, node: fx.Node, values: dict[str, torch.Tensor], opaque: dict[str, str]
-) -> None:
+def _note_attribute(gm: fx.GraphModule, node: fx.Node, values: dict[str, torch.Tensor], opaque: dict[str, str]) -> None:
     value = attribute(gm, str(node.target))
     if isinstance(value, torch.Tensor):
         values[node.name] = value

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxfusion import debug
 from fxfusion.capture import CapturedGraph, capture_model, captured_from_graph
-from fxfusion.errors import OptionError, Refusal, RefusalCode
+from fxfusion.errors import OptionError, Refusal
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.inline import drop_unused_state
 from fxfusion.graph.pass_base import History, Pass
@@ -86,8 +86,9 @@ def fuse_captured(
     blocks = blocks_before(found.matches, found.groups)
     chains = tuple(summarise_chain(chain) for chain in found.chains)
     groups = tuple(summarise_group(group) for group in found.groups)
-    after, packs, proofs = captured.module, (), ()
-    fused_blocks = blocks
+    after, fused_blocks = captured.module, blocks
+    packs: tuple[Pack, ...] = ()
+    proofs: tuple[Verification, ...] = ()
     if found.groups:
         packs, proofs = _rewrite(work, found.groups, history, verify, lift_into)
         after, fused_blocks = work.module, blocks_after(blocks, groups)

@@ -169,9 +169,7 @@ def as_user_error(error: Exception) -> Exception:
 
 def emit_artifact(name: str, text: str) -> None:
     """Put a text into the structured trace (`TORCH_TRACE`), where `tlparse` shows it."""
-    trace_structured(
-        "artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text
-    )
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=lambda: text)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,13 @@ class Verification:
         return self.error <= self.limit
 
     def to_dict(self) -> dict[str, object]:
-        return {"group": self.group, "dtype": self.dtype, "error": self.error, "limit": self.limit, "passed": self.passed}
+        return {
+            "group": self.group,
+            "dtype": self.dtype,
+            "error": self.error,
+            "limit": self.limit,
+            "passed": self.passed,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +93,23 @@ def verify_group(
         stream = _random_stream(parallel.inputs[0], seed)
         before = _run(parallel, stream, weights)
         after = _run(fused, stream, weights)
-        result = _compare(group, before, after, lambda: _run(parallel, stream.double(), weights, exact=True))
+        result = _compare(
+            group,
+            before,
+            after,
+            lambda: _run(parallel, stream.double(), weights, exact=True),
+            mixed=_uses_float32(parallel),
+        )
     if not result.passed:
         raise VerificationError(
-            f"group {group}: the fused FFN differs from the parallel form by {result.error:.3g}, allowed {result.limit:.3g}"
+            f"group {group}: the fused FFN differs from the parallel form by {result.error:.3g}, "
+            f"allowed {result.limit:.3g}"
         )
     return result
 
 
 def _compare(
-    group: int, before: torch.Tensor, after: torch.Tensor, exact: Callable[[], torch.Tensor]
+    group: int, before: torch.Tensor, after: torch.Tensor, exact: Callable[[], torch.Tensor], mixed: bool
 ) -> Verification:
     dtype = str(before.dtype).removeprefix("torch.")
     if not torch.equal(before.isfinite(), after.isfinite()):
@@ -112,9 +125,15 @@ def _compare(
         return Verification(
             group=group, dtype=dtype, error=float((other - truth).pow(2).mean().sqrt()) / scale, limit=limit
         )
-    limit = 1e-6 if before.dtype == torch.float64 else 1e-5
+    limit = 1e-5 if before.dtype == torch.float32 else 1e-6 if mixed else 1e-10
     error = float((one - other).abs().max()) / max(float(one.abs().max()), 1e-30)
     return Verification(group=group, dtype=dtype, error=error, limit=limit)
+
+
+def _uses_float32(region: Region) -> bool:
+    """Whether the model computes in float32 inside (folding then moves a float64 model by about 5e-8)."""
+    values = (ops.tensor_value(node) for node in region.graph.nodes)
+    return any(value is not None and value.dtype == torch.float32 for value in values)
 
 
 def _random_stream(node: fx.Node, seed: int) -> torch.Tensor:
@@ -172,5 +191,3 @@ def _wide(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_wide(item) for item in value)
     return value
-
-

@@ -52,11 +52,17 @@ class GroupChecker:
 
     def _roles(self, members: Sequence[FfnNode], norm: NormMode) -> tuple[Role, ...]:
         """What happens to each constant of the prologue: kept as it is where the members share it."""
-        proved = self.prover.roles(members[0]) if norm == "fold" else ()
+        proved = self.prover.roles(members[0]) if norm == "fold" else ("fixed",) * len(members[0].prologue_constants)
+        shared = [
+            all(member.prologue_constants[index] is constant for member in members)
+            for index, constant in enumerate(members[0].prologue_constants)
+        ]
+        # A gain that leaves the norm must not leave a shift behind it: (n + s) * g is not n * g + s.
+        gain_goes = any(role == "gain" and not same for role, same in zip(proved, shared, strict=True))
         roles: list[Role] = []
-        for index, constant in enumerate(members[0].prologue_constants):
-            shared = all(member.prologue_constants[index] is constant for member in members)
-            roles.append("fixed" if shared or norm == "last" else proved[index])
+        for role, same in zip(proved, shared, strict=True):
+            stays = same and not (role == "shift" and gain_goes)
+            roles.append("fixed" if stays else role)
         return tuple(roles)
 
     def _constants(self, members: Sequence[FfnNode], norm: NormMode) -> Refused | None:

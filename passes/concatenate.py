@@ -27,7 +27,7 @@ from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
 from fxfusion.passes.ffn import FfnNode, Group
-from fxfusion.passes.pack_weights import WeightPacker
+from fxfusion.passes.pack_weights import PACK_TAG, WeightPacker
 
 GROUP_TAG = "fxfusion_group"
 """Marks the addition that ends a fused group with the group's index."""
@@ -41,10 +41,12 @@ class Concatenate(Pass):
         self.groups = tuple(groups)
 
     def run(self, graph: fx.Graph) -> PassResult:
+        _forget_tags(graph)
         fused: dict[fx.Node, fx.Node] = {}  # where one group ends, its neighbour may begin
         for index, group in enumerate(self.groups):
             stream = group.members[0].stream
             fused[group.members[-1].add] = _fuse(group, index, fused.get(stream, stream), self.name)
+        _erase_members(graph, self.groups)
         return PassResult(len(self.groups))
 
     def ensures(self, graph: fx.Graph) -> Sequence[str]:
@@ -53,7 +55,7 @@ class Concatenate(Pass):
             f"{member.name} is still computed by itself"
             for group in self.groups
             for member in group.members
-            if member.down.node in alive
+            if alive & {member.down.node, *(linear.node for linear in member.projections)}
         ]
 
 
@@ -75,6 +77,23 @@ def _fuse(group: Group, index: int, stream: fx.Node, made_by: str) -> fx.Node:
     return total
 
 
+def _forget_tags(graph: fx.Graph) -> None:
+    """Take the marks of an earlier fusion off (a graph may be fused again, by another plan)."""
+    for node in graph.nodes:
+        node.meta.pop(GROUP_TAG, None)
+        node.meta.pop(PACK_TAG, None)
+
+
+def _erase_members(graph: fx.Graph, groups: Sequence[Group]) -> None:
+    """Erase what nobody reads any more. In-place nodes too, which general dead-code removal must keep: the
+    matcher made sure that those of a branch write what the branch itself made.
+    """
+    own = {node for group in groups for member in group.members for node in (*member.nodes, member.add)}
+    for node in reversed(list(graph.nodes)):
+        if node in own and not node.users:
+            graph.erase_node(node)
+
+
 def _normed(editor: GraphEditor, group: Group, template: FfnNode, stream: fx.Node) -> fx.Node:
     """The template's norm over the group's input, with folded gains set to one and shifts to zero."""
     if not template.prologue:
@@ -89,9 +108,7 @@ def _normed(editor: GraphEditor, group: Group, template: FfnNode, stream: fx.Nod
     return editor.clone(template.prologue, replace)[template.normed]
 
 
-def _project(
-    editor: GraphEditor, packer: WeightPacker, template: FfnNode, normed: fx.Node
-) -> dict[fx.Node, fx.Node]:
+def _project(editor: GraphEditor, packer: WeightPacker, template: FfnNode, normed: fx.Node) -> dict[fx.Node, fx.Node]:
     """One wide linear layer per projection, cut into one wide piece per piece of the template."""
     pieces: dict[fx.Node, fx.Node] = {}
     for number, _ in enumerate(template.projections):
@@ -103,9 +120,7 @@ def _project(
     return pieces
 
 
-def _middle(
-    editor: GraphEditor, packer: WeightPacker, template: FfnNode, pieces: dict[fx.Node, fx.Node]
-) -> fx.Node:
+def _middle(editor: GraphEditor, packer: WeightPacker, template: FfnNode, pieces: dict[fx.Node, fx.Node]) -> fx.Node:
     """The template's activation on the wide pieces. Views in it regroup tokens only and are left out."""
     stand_in = dict(pieces)
     for index, constant in enumerate(template.middle_constants):

@@ -65,14 +65,15 @@ def _zero_values(graph: fx.Graph, facts: GraphFacts) -> set[fx.Node]:
         name = ops.op_name(node)
         if not name or ops.writes_in_place(node) or facts.alias_root(node) in facts.written:
             continue
-        made_zero = name in _ZERO_MAKERS or (name in ("full", "full_like", "new_full") and is_zero(ops.argument(node, 1, "fill_value")))
+        made_zero = name in _ZERO_MAKERS or (
+            name in ("full", "full_like", "new_full") and is_zero(ops.argument(node, 1, "fill_value"))
+        )
         if made_zero or (name in _ZERO_KEEPERS and node.all_input_nodes and is_zero(ops.argument(node, 0, "input"))):
             zero.add(node)
         elif name in ("mul", "add", "sub") and len(node.args) == 2:
-            left, right = node.args
-            if name == "mul" and (is_zero(left) or is_zero(right)) and is_constant(left) and is_constant(right):
-                zero.add(node)
-            elif name != "mul" and is_zero(left) and is_zero(right):
+            # Zero times an activation is not zero where that is infinite or NaN; weights are taken as finite.
+            sides = [is_zero(side) for side in node.args]
+            if all(sides) or (name == "mul" and any(sides) and all(is_constant(side) for side in node.args)):
                 zero.add(node)
     return zero
 

@@ -24,7 +24,7 @@ Break = tuple[RefusalCode, str]
 def find_chains(matches: Matches, facts: GraphFacts) -> tuple[tuple[Chain, ...], tuple[Refusal, ...]]:
     """Chains of two or more FFNs, in graph order, and a refusal for each FFN that stands alone."""
     by_add = {ffn.add: ffn for ffn in matches.ffns}
-    links: nx.DiGraph = nx.DiGraph()
+    links: nx.DiGraph[fx.Node] = nx.DiGraph()
     links.add_nodes_from(ffn.add for ffn in matches.ffns)
     for ffn in matches.ffns:
         before = by_add.get(ffn.stream)

@@ -49,7 +49,9 @@ def match_pieces(projections: Sequence[Linear], middle: Iterable[fx.Node]) -> Cu
     for index, linear in enumerate(projections):
         cuts.pieces[linear.node] = Piece(node=linear.node, projection=index, start=0, stop=linear.out_features)
     for node in middle:
-        sources = [source for source in node.all_input_nodes if not ops.is_shape_value(source) or source in cuts.holders]
+        sources = [
+            source for source in node.all_input_nodes if not ops.is_shape_value(source) or source in cuts.holders
+        ]
         if not sources:
             continue
         source = cuts.resolve(sources[0])
@@ -95,9 +97,7 @@ def _cut(node: fx.Node, name: str, source: Piece, cuts: Cuts) -> None:
 def _within(node: fx.Node, source: Piece, index: slice) -> Piece:
     """The piece that a slice of a piece is, in channels of the projection."""
     channels = range(source.start, source.stop, source.step)[index]
-    return Piece(
-        node=node, projection=source.projection, start=channels.start, stop=channels.stop, step=channels.step
-    )
+    return Piece(node=node, projection=source.projection, start=channels.start, stop=channels.stop, step=channels.step)
 
 
 def _last_axis_slice(index: Any, dim_count: int) -> slice | None:
@@ -108,7 +108,9 @@ def _last_axis_slice(index: Any, dim_count: int) -> slice | None:
     full = slice(None, None, None)
     whole = all(item is Ellipsis or item == full for item in rest)
     reaches_last = Ellipsis in rest or len(index) == dim_count
-    plain = isinstance(last, slice) and all(isinstance(v, (int, type(None))) for v in (last.start, last.stop, last.step))
+    plain = isinstance(last, slice) and all(
+        isinstance(v, (int, type(None))) for v in (last.start, last.stop, last.step)
+    )
     return last if whole and reaches_last and plain and (last.step or 1) > 0 else None
 
 
@@ -126,7 +128,19 @@ def _aten_slice(node: fx.Node, name: str, dim_count: int) -> slice | None:
 
 def _split_sizes(node: fx.Node, name: str, width: int, dim_count: int) -> list[int] | None:
     """Sizes of the parts, or None unless the last axis is cut by plain numbers."""
-    amount = node.args[1] if len(node.args) > 1 else _first(node.kwargs, "chunks", "split_size_or_sections", "split_size", "split_sizes", "indices_or_sections", "sections")
+    amount = (
+        node.args[1]
+        if len(node.args) > 1
+        else _first(
+            node.kwargs,
+            "chunks",
+            "split_size_or_sections",
+            "split_size",
+            "split_sizes",
+            "indices_or_sections",
+            "sections",
+        )
+    )
     dim = ops.argument(node, 2, "dim", 0)
     if not isinstance(dim, int) or dim % max(dim_count, 1) != dim_count - 1:
         return None

@@ -136,7 +136,9 @@ def _mixes_tokens(node: fx.Node, facts: GraphFacts) -> bool:
         return False
     tensors = [source for source in node.all_input_nodes if not ops.is_shape_value(source)]
     # Two activations multiplied as matrices, or a constant on the left of one.
-    return sum(source not in facts.constants for source in tensors) > 1 or (bool(tensors) and tensors[0] in facts.constants)
+    return sum(source not in facts.constants for source in tensors) > 1 or (
+        bool(tensors) and tensors[0] in facts.constants
+    )
 
 
 def _mixing_op(found: Slice, facts: GraphFacts) -> str:
@@ -162,7 +164,9 @@ def _check_readers(add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFact
         allowed = inside | {add} if node is branch else inside
         outsiders = [user for user in node.users if user not in allowed]
         if outsiders:
-            raise Refused(RefusalCode.INNER_VALUE_READ, f"{node} is also read by {outsiders[0]}, outside the branch", node)
+            raise Refused(
+                RefusalCode.INNER_VALUE_READ, f"{node} is also read by {outsiders[0]}, outside the branch", node
+            )
 
 
 def _check_writes(add: fx.Node, found: Slice, facts: GraphFacts) -> None:
@@ -175,7 +179,9 @@ def _check_writes(add: fx.Node, found: Slice, facts: GraphFacts) -> None:
         private = target in inside and len(target.users) == 1 and ops.op_name(target) not in ops.ALIASING_OPS
         if target is None or not private or node is add:
             raise Refused(RefusalCode.MUTATION, f"{node} writes {target} in place", node)
-    roots = {facts.alias_root(source) for node in found.nodes for source in node.all_input_nodes if source not in inside}
+    roots = {
+        facts.alias_root(source) for node in found.nodes for source in node.all_input_nodes if source not in inside
+    }
     written = roots & facts.written
     if written:
         name = ", ".join(sorted(str(node) for node in written))

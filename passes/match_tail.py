@@ -65,7 +65,8 @@ def _step_back(node: fx.Node, facts: GraphFacts) -> tuple[fx.Node, TailStep | No
         return value, ("mul" if name == "mul" else "add", constant)
     if name == "add":
         return None
-    return value, ("mul", float(constant) if name == "mul" else 1.0 / float(constant))
+    assert isinstance(constant, (int, float))
+    return value, ("mul", float(constant) if name == "mul" else 1.0 / constant)
 
 
 def _is_constant(value: Any, facts: GraphFacts) -> bool:

@@ -62,9 +62,7 @@ class WeightPacker:
         nodes = [member.middle_constants[index] for member in self.group.members]
         if all(node is nodes[0] for node in nodes):
             return nodes[0]
-        parts = [
-            self._vector(node, member.width) for node, member in zip(nodes, self.group.members, strict=True)
-        ]
+        parts = [self._vector(node, member.width) for node, member in zip(nodes, self.group.members, strict=True)]
         return self._packed(self._cat(parts, 0))
 
     def down_weight(self) -> fx.Node:
@@ -90,14 +88,13 @@ class WeightPacker:
 
     def _down_bias_part(self, member: FfnNode) -> fx.Node | None:
         wide = self._wide_dtype(member.down.weight)
-        bias = self._to(member.down.bias, wide) if member.down.bias is not None else None
+        bias: fx.Node | None = self._to(member.down.bias, wide) if member.down.bias is not None else None
         for kind, value in member.tail:
             factor = self._to(self._vector(value, member.hidden), wide) if isinstance(value, fx.Node) else value
-            if kind == "add":
-                bias = factor if bias is None else self.editor.call(operator.add, bias, factor)
-            elif bias is not None:
-                bias = self.editor.call(operator.mul, bias, factor)
-        assert bias is None or isinstance(bias, fx.Node)
+            if bias is not None:
+                bias = self.editor.call(operator.mul if kind == "mul" else operator.add, bias, factor)
+            elif kind == "add" and isinstance(factor, fx.Node):
+                bias = factor
         return bias
 
     def _piece_count(self, number: int) -> int:
@@ -130,7 +127,8 @@ class WeightPacker:
         rows = self._to(self._rows(member, number, place), wide)
         for shift in self._with_role(member, "shift"):
             vector = self._to(self._vector(shift, member.hidden), wide)
-            moved = self.editor.call(torch.mv, rows, vector)
+            # Not `torch.mv`: autocast would round it.
+            moved = self.editor.method("sum", self.editor.call(operator.mul, rows, vector), -1)
             total = moved if total is None else self.editor.call(operator.add, total, moved)
         if total is None:
             total = self.editor.call(torch.zeros, (member.width,), dtype=wide, device=_device(linear.weight))

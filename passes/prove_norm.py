@@ -50,7 +50,7 @@ def _search(ffn: FfnNode) -> tuple[Role, ...]:
         value = ops.tensor_value(constant)
         foldable = value is not None and value.numel() in (1, ffn.hidden)
         choices.append(("gain", "shift", "fixed") if foldable else ("fixed",))
-    fixed: tuple[Role, ...] = ("fixed",) * len(choices)
+    fixed: tuple[Role, ...] = tuple("fixed" for _ in choices)
     if len(choices) > 4:
         return fixed
     for roles in sorted(itertools.product(*choices), key=lambda found: found.count("fixed")):
@@ -84,8 +84,7 @@ def _holds(ffn: FfnNode, roles: tuple[Role, ...]) -> bool:
 def _random_like(node: fx.Node, generator: torch.Generator) -> torch.Tensor:
     example = ops.tensor_value(node)
     assert example is not None
-    shape = [size for size in example.shape if isinstance(size, int)]
-    return torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0
+    return torch.randn(tuple(example.shape), generator=generator, dtype=torch.float64) + 2.0
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-import networkx as nx
 from torch import fx
 
 from fxfusion.graph import ops
@@ -48,11 +47,12 @@ class GraphFacts:
         constant: set[fx.Node] = set()
         for node in self.graph.nodes:
             if node in self.weights or node.op == "get_attr":
-                if node not in self.written:
-                    constant.add(node)
-            elif node.op in ("call_function", "call_method") and ops.is_pure(node) and node.all_input_nodes:
-                if all(source in constant for source in node.all_input_nodes):
-                    constant.add(node)
+                known = node not in self.written
+            else:
+                sources = node.all_input_nodes
+                known = bool(sources) and all(source in constant for source in sources) and ops.is_pure(node)
+            if known:
+                constant.add(node)
         return constant
 
     def _written(self) -> Set[fx.Node]:
@@ -108,12 +108,3 @@ class GraphFacts:
     def readers(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """Users of a node that read its values, not only its shape."""
         return tuple(user for user in node.users if not (ops.is_shape_value(user) and user.op != "output"))
-
-    def digraph(self, nodes: Iterable[fx.Node]) -> nx.DiGraph:
-        """The given nodes and the edges between them."""
-        keep = set(nodes)
-        found: nx.DiGraph = nx.DiGraph()
-        found.add_nodes_from(keep)
-        for node in keep:
-            found.add_edges_from((source, node) for source in node.all_input_nodes if source in keep)
-        return found

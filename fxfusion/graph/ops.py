@@ -163,7 +163,12 @@ def is_shape_value(node: fx.Node) -> bool:
 def nodes_of(value: Any) -> Iterator[fx.Node]:
     """Every node inside a nested argument."""
     found: list[fx.Node] = []
-    fx.node.map_arg(value, lambda node: found.append(node) or node)
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(value, note)
     yield from found
 
 

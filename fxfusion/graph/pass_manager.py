@@ -47,9 +47,7 @@ def _run_one(gm: fx.GraphModule, step: Pass, history: History) -> int:
     if problems:
         raise PassError(f"{step.name} broke the graph{_after(history)}: {'; '.join(problems)}")
     seconds = time.perf_counter() - start
-    record = PassRecord(
-        step.name, step.exact, result.changed, before, len(graph.nodes), seconds, tuple(result.notes)
-    )
+    record = PassRecord(step.name, step.exact, result.changed, before, len(graph.nodes), seconds, tuple(result.notes))
     history.records.append(record)
     history.refusals.extend(result.refusals)
     debug.log_pass(record)

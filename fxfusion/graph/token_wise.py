@@ -24,12 +24,12 @@ _LAST_AXIS_NORMS = frozenset("native_layer_norm _fused_rms_norm rms_norm".split(
 _LAST_AXIS_REDUCTIONS = frozenset("_softmax _log_softmax softmax log_softmax".split())
 _CHANNEL_CUTS = frozenset("slice split split_with_sizes".split())
 _METADATA = frozenset(("prim::device", "prim::layout"))
-_CREATIONS = frozenset("ones zeros full ones_like zeros_like full_like scalar_tensor empty_like new_ones new_zeros".split())
+_CREATIONS = frozenset(
+    "ones zeros full ones_like zeros_like full_like scalar_tensor empty_like new_ones new_zeros".split()
+)
 
 
-def check_token_wise(
-    nodes: Sequence[fx.Node], inputs: Mapping[fx.Node, bool], *, pointwise_only: bool = False
-) -> None:
+def check_token_wise(nodes: Sequence[fx.Node], inputs: Mapping[fx.Node, bool], *, pointwise_only: bool = False) -> None:
     """Raise `Refused` unless every node of the region treats each token by itself.
 
     `inputs` maps each value that the region reads to whether it is an activation (True) or a constant
@@ -58,8 +58,10 @@ def _fake_like(node: fx.Node, mode: Any) -> Any:
 def _hint(node: fx.Node) -> Any:
     value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, (list, tuple)):
-        return type(value)(size_hint(item) for item in value) if type(value) in (list, tuple) else tuple(
-            size_hint(item) for item in value
+        return (
+            type(value)(size_hint(item) for item in value)
+            if type(value) in (list, tuple)
+            else tuple(size_hint(item) for item in value)
         )
     return value if isinstance(value, (int, float)) else size_hint(value)
 
@@ -73,11 +75,11 @@ def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
     return node.target(*args, **kwargs)
 
 
-class _Judge(TorchDispatchMode):  # type: ignore[misc]
+class _Judge(TorchDispatchMode):
     """Looks at each ATen operation on its way to the fake tensors."""
 
     def __init__(self, pointwise_only: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.pointwise_only = pointwise_only
         self.node: fx.Node | None = None
         # Tensors that hold activations -> whether their last axis is the channel axis. The tensors are
