@@ -148,9 +148,7 @@ def _bind(pack: Pack, captured: CapturedGraph) -> PackBinding:
     position_of = {name: position for position, name in enumerate(places)}
     baked = [source for source in pack.sources if source not in position_of]
     if baked:
-        raise NotFusedError(
-            f"the weight {baked[0]} is baked into the graph (freezing?), so it could go stale"
-        )
+        raise NotFusedError(f"the weight {baked[0]} is baked into the graph (freezing?), so it could go stale")
     positions = [position_of[source] for source in pack.sources]
     return PackBinding(pack, positions, differentiable=torch.is_grad_enabled())
 

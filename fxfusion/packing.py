@@ -121,12 +121,8 @@ class PackBinding:
         if packed is None or not packed.is_of(sources):
             packed = self._last = self._find(sources)
         current = packed.fresh(sources)
-        if (
-            self.differentiable
-            and torch.is_grad_enabled()
-            and any(source.requires_grad for source in sources)
-        ):
-            result: tuple[torch.Tensor, ...] = _Packed.apply(packed, *sources)  # type: ignore[no-untyped-call]
+        if self.differentiable and torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            result: tuple[torch.Tensor, ...] = _Packed.apply(packed, *sources)
             return result
         return current
 
@@ -193,9 +189,7 @@ class _Packed(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors
         with packing_mode(saved), torch.enable_grad():
-            sources = [
-                source.detach().requires_grad_(wanted) for source, wanted in zip(saved, needed, strict=True)
-            ]
+            sources = [source.detach().requires_grad_(wanted) for source, wanted in zip(saved, needed, strict=True)]
             values = ctx.packed.module(*sources)
         pairs = [
             (value, gradient)
@@ -206,9 +200,7 @@ class _Packed(torch.autograd.Function):
         if not pairs or not wanted:
             return (None, *(None for _ in sources))
         found = iter(
-            torch.autograd.grad(
-                [value for value, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True
-            )
+            torch.autograd.grad([value for value, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
         )
         return (None, *(next(found) if source.requires_grad else None for source in sources))
 
