@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxfusion.errors import CaptureError
-from fxfusion.graph.inline import attribute, inline_modules
+from fxfusion.graph.inline import attribute, inline_modules, merge_attributes
 from fxfusion.torch_private import (
     FakeTensor,
     FakeTensorMode,
@@ -95,6 +95,7 @@ def captured_from_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
         raise CaptureError(f"the graph has {len(placeholders)} inputs, {len(example_inputs)} example inputs were given")
     work = CapturedGraph(module=gm, inputs=tuple(example_inputs)).copy().module
     inline_modules(work)
+    merge_attributes(work)
     _fill_example_values(work, example_inputs)
     return capture_dynamo(work, example_inputs)
 

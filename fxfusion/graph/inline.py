@@ -73,6 +73,18 @@ def _splice(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module, inner: f
     return 1
 
 
+def merge_attributes(gm: fx.GraphModule) -> None:
+    """Read each tensor by one node, in place: tracers write a node for each use, and tied weights have two names."""
+    readers: dict[int, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op == "get_attr":
+            value = attribute(gm, str(node.target))
+            first = readers.setdefault(id(value), node) if isinstance(value, torch.Tensor) else node
+            if first is not node:
+                node.replace_all_uses_with(first)
+                gm.graph.erase_node(node)
+
+
 def drop_unused_state(gm: fx.GraphModule) -> None:
     """Delete sub-modules, parameters and buffers that no node reads."""
     used = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}

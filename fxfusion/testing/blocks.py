@@ -1,0 +1,133 @@
+"""The blocks of random stacks as torch modules: obvious, and without code of the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxfusion.testing import spec
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "square": lambda h: F.relu(h) ** 2,
+}
+
+
+class Norm(nn.Module):
+    """A norm over the last axis in one of several spellings; `[..., hidden]` to the same shape."""
+
+    def __init__(self, kind: spec.NormKind, hidden: int) -> None:
+        super().__init__()
+        self.kind, self.hidden = kind, hidden
+        gained = kind in ("rms", "rms_plus_one", "rms_manual", "layer", "layer_no_bias")
+        self.weight = nn.Parameter(torch.empty(hidden)) if gained else None
+        self.bias = nn.Parameter(torch.empty(hidden)) if kind == "layer" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "none":
+            return x
+        if self.kind in ("layer", "layer_no_bias", "layer_plain"):
+            return F.layer_norm(x, (self.hidden,), self.weight, self.bias, 1e-5)
+        if self.kind == "rms":
+            return F.rms_norm(x, (self.hidden,), self.weight, 1e-6)
+        assert self.weight is not None
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return normed * (1.0 + self.weight) if self.kind == "rms_plus_one" else self.weight * normed
+
+
+class Conv1D(nn.Module):
+    """A linear layer that stores its weight as `[in, out]` and multiplies by `addmm`."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.size()[:-1] + (self.outputs,)
+        return torch.addmm(self.bias, x.reshape(-1, self.weight.shape[0]), self.weight).view(shape)
+
+
+class Ffn(nn.Module):
+    """The branch of a feed-forward block: `forward(x)` is `scale * F(norm(x))`."""
+
+    def __init__(self, given: spec.Ffn, hidden: int) -> None:
+        super().__init__()
+        self.given, self.hidden = given, hidden
+        self.norm = Norm(given.norm, hidden)
+        self.scale = nn.Parameter(torch.empty(hidden)) if given.scale == "layer_scale" else None
+        width, bias = given.width, given.bias
+        if given.layout == "conv1d":
+            self.up: nn.Module = Conv1D(hidden, width)
+            self.down: nn.Module = Conv1D(width, hidden)
+            return
+        packed = given.layout in (*spec.PACKED, "interleaved")
+        self.up = nn.Linear(hidden, 2 * width if packed else width, bias=bias)
+        self.gate = nn.Linear(hidden, width, bias=bias) if given.layout == "separate" else None
+        self.down = nn.Linear(width, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_norm(x, self.norm)
+
+    def with_norm(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """The branch with another block's norm; `[batch, seq, hidden]` to the same shape."""
+        shape = x.shape
+        if self.given.flat:
+            x = x.reshape(-1, self.hidden)
+        b = self.down(self._middle(norm(x)))
+        if self.given.scale == "literal":
+            b = b * 0.5
+        elif self.scale is not None:
+            b = self.scale * b
+        return b.reshape(shape) if self.given.flat else b
+
+    def _middle(self, n: Tensor) -> Tensor:
+        act, width, layout = ACTIVATIONS[self.given.activation], self.given.width, self.given.layout
+        h = self.up(n)
+        if layout in ("plain", "conv1d"):
+            return act(h)
+        if self.gate is not None and layout == "separate":
+            return act(self.gate(n)) * h
+        if layout == "chunk":
+            gate, up = h.chunk(2, dim=-1)
+        elif layout == "split":
+            gate, up = torch.split(h, width, dim=-1)
+        elif layout == "slices":
+            gate, up = h[..., :width], h[..., width:]
+        else:
+            gate, up = h[..., ::2], h[..., 1::2]
+        return act(gate) * up
+
+
+class Mixer(nn.Module):
+    """The branch of a block in which tokens see each other; `[batch, seq, hidden]` to the same shape."""
+
+    def __init__(self, given: spec.Mixer, hidden: int, seq: int) -> None:
+        super().__init__()
+        self.kind = given.kind
+        self.norm = Norm("rms", hidden)
+        self.inside = nn.Linear(hidden, 3 * hidden if given.kind == "attention" else hidden, bias=False)
+        self.outside = nn.Linear(hidden, hidden, bias=False)
+        self.conv = nn.Conv1d(hidden, hidden, 3, padding=1) if given.kind == "conv" else None
+        self.tokens = nn.Parameter(torch.empty(seq, seq)) if given.kind == "token_linear" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inside(self.norm(x))
+        if self.kind == "attention":
+            q, k, v = h.chunk(3, dim=-1)
+            h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif self.conv is not None:
+            h = self.conv(h.transpose(1, 2)).transpose(1, 2)
+        elif self.tokens is not None:
+            h = torch.matmul(self.tokens, h)
+        else:
+            h = torch.cumsum(h, dim=1)
+        out: Tensor = self.outside(h)
+        return out
