@@ -3,15 +3,17 @@
 Matches (no edit):
     n(x; g, s) = n(x; 1, 0) * g + s        x: [tokens, hidden]; g, s: [hidden] or one number
 on random float64 streams, gains and shifts, whatever the norm's spelling (`(1 + w)` included: the
-constant is then the sum). Casts are left out and views are skipped, so the proof is of the formula,
-not of its rounding. Needs no weights, so it works on `meta` models.
+constant is then the sum), and by structure: between a gain and the end of the norm stand only sums,
+products, casts and views, so that no threshold (a clamp) can hide from the random numbers. Casts are
+left out and views are skipped, so the proof is of the formula, not of its rounding. Needs no weights,
+so it works on `meta` models.
 Source: issue 2; arXiv 2503.18908, section 5.5 (the norm's diagonal can be pushed into the next layer).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +22,15 @@ from torch import fx
 from fxfusion.graph import ops
 from fxfusion.graph.isomorphism import Structure
 from fxfusion.passes.ffn import FfnNode, Role
-from fxfusion.passes.match_pieces import VIEWS
-from fxfusion.torch_private import outside_fake_mode
+from fxfusion.passes.match_pieces import VIEWS, keeps_channels
+from fxfusion.torch_private import outside_fake_mode, size_hint
 
 _TOKENS = 3
 _TRIALS = 2
 _TOLERANCE = 1e-9
 _CASTS = frozenset("to type_as float double half bfloat16".split())
+# What may be done to a gain or shift, and to values that it has entered.
+_AFFINE = _CASTS | VIEWS | {"mul", "add", "addcmul", "layer_norm", "rms_norm", "native_layer_norm", "getitem"}
 
 
 class NormProver:
@@ -60,31 +64,70 @@ def _search(ffn: FfnNode) -> tuple[Role, ...]:
 
 
 def _holds(ffn: FfnNode, roles: tuple[Role, ...]) -> bool:
+    folded = [node for node, role in zip(ffn.prologue_constants, roles, strict=True) if role != "fixed"]
+    if not _is_affine_after(ffn, folded):
+        return False
     generator = torch.Generator().manual_seed(2503)
-    for _ in range(_TRIALS):
-        x = torch.randn(_TOKENS, ffn.hidden, generator=generator, dtype=torch.float64)
-        constants = {node: _random_like(node, generator) for node in ffn.prologue_constants}
-        plain = dict(constants)
-        gain, shift = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        for node, role in zip(ffn.prologue_constants, roles, strict=True):
-            if role == "gain":
-                gain, plain[node] = gain * constants[node].flatten(), torch.ones_like(constants[node])
-            elif role == "shift":
-                shift, plain[node] = shift + constants[node].flatten(), torch.zeros_like(constants[node])
-        try:
-            whole, without = _run(ffn, x, constants), _run(ffn, x, plain)
-        except (TypeError, RuntimeError, ValueError):
-            # A prologue that does not run on [tokens, hidden] in float64 is unproved, not wrong.
-            return False
-        if not _close(whole, without * gain + shift):
-            return False
+    try:
+        return all(_holds_once(ffn, roles, generator) for _ in range(_TRIALS))
+    except (TypeError, RuntimeError, ValueError, IndexError, AttributeError):
+        # A prologue that does not run on a few tokens in float64 is unproved, not wrong.
+        return False
+
+
+def _is_affine_after(ffn: FfnNode, constants: Sequence[fx.Node]) -> bool:
+    """Whether only sums, products, casts and views touch what the constants have entered."""
+    entered = set(constants)
+    for node in ffn.prologue:
+        if entered & set(node.all_input_nodes):
+            if ops.op_name(node) not in _AFFINE:
+                return False
+            entered.add(node)
     return True
 
 
-def _random_like(node: fx.Node, generator: torch.Generator) -> torch.Tensor:
+def _holds_once(ffn: FfnNode, roles: tuple[Role, ...], generator: torch.Generator) -> bool:
+    rank = len(_example(ffn.stream).shape)
+    x = torch.randn(_TOKENS if rank > 1 else 1, ffn.hidden, generator=generator, dtype=torch.float64)
+    x = _with_rank(x, rank)
+    constants = {node: _random_like(node, generator) for node in ffn.prologue_constants}
+    plain = dict(constants)
+    gain, shift = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    for node, role in zip(ffn.prologue_constants, roles, strict=True):
+        if role == "gain":
+            gain, plain[node] = gain * constants[node].flatten(), torch.ones_like(constants[node])
+        elif role == "shift":
+            shift, plain[node] = shift + constants[node].flatten(), torch.zeros_like(constants[node])
+    return _close(_run(ffn, x, constants), _run(ffn, x, plain) * gain + shift)
+
+
+def _example(node: fx.Node) -> torch.Tensor:
     example = ops.tensor_value(node)
-    assert example is not None
-    return torch.randn(tuple(example.shape), generator=generator, dtype=torch.float64) + 2.0
+    if example is None:
+        raise TypeError(f"{node} is no tensor")
+    return example
+
+
+def _with_rank(value: torch.Tensor, rank: int) -> torch.Tensor:
+    """`[tokens, channels]` with as many axes as the graph has there."""
+    if rank < 2:
+        return value.reshape(-1)
+    return value.reshape(*[1] * (rank - 2), -1, value.shape[-1])
+
+
+def _random_like(node: fx.Node, generator: torch.Generator) -> Any:
+    if ops.tensor_value(node) is None:
+        return _plain_value(node)
+    shape = [size for size in _example(node).shape if isinstance(size, int)]
+    return torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0
+
+
+def _plain_value(node: fx.Node) -> Any:
+    """The number or the sizes that a node stands for."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if isinstance(value, (list, tuple)):
+        return tuple(size_hint(item) for item in value)
+    return value if isinstance(value, float) else size_hint(value)
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -94,32 +137,46 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(torch.isfinite(scale)) and bool((one - other).abs().max() <= _TOLERANCE * scale)
 
 
-def _run(ffn: FfnNode, x: torch.Tensor, constants: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor:
-    """The prologue on `[tokens, hidden]` in float64: casts and views of the token axes do nothing."""
-    values: dict[fx.Node, Any] = {ffn.stream: x, **constants}
+def _run(ffn: FfnNode, x: torch.Tensor, constants: Mapping[fx.Node, Any]) -> torch.Tensor:
+    """The prologue on a few tokens in float64: casts do nothing, views of the token axes keep their order."""
+    values: dict[fx.Node, Any] = {ffn.stream: x.clone(), **constants}
+
+    def value_of(found: fx.Node) -> Any:
+        return values[found] if found in values else _plain_value(found)
+
     for node in ffn.prologue:
-        if ops.is_shape_value(node):
-            continue
+        args = fx.node.map_arg(node.args, value_of)
+        kwargs = fx.node.map_arg(node.kwargs, value_of)
         name = ops.op_name(node)
-        if name in _CASTS or (name in VIEWS and _same_channels(node)):
-            values[node] = values[node.all_input_nodes[0]]
-            continue
-        args = fx.node.map_arg(node.args, lambda found: values.get(found, found))
-        kwargs = fx.node.map_arg(node.kwargs, lambda found: values.get(found, found))
-        kwargs = {key: torch.float64 if isinstance(value, torch.dtype) else value for key, value in kwargs.items()}
-        args = tuple(torch.float64 if isinstance(value, torch.dtype) else value for value in args)
-        if node.op == "call_method":
-            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if name in _CASTS:
+            values[node] = _cast(node, value_of(node.all_input_nodes[0]))
+        elif name in VIEWS and _same_channels(node):
+            # A copy: an in-place node after it must not write the value before it.
+            values[node] = _with_rank(value_of(node.all_input_nodes[0]), len(_example(node).shape)).clone()
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], str(node.target))(*map(_wide, args[1:]), **_wide_kwargs(kwargs))
         elif callable(node.target):
-            values[node] = node.target(*args, **kwargs)
+            values[node] = node.target(*map(_wide, args), **_wide_kwargs(kwargs))
     found = values[ffn.normed]
     assert isinstance(found, torch.Tensor)
     return found
 
 
+def _cast(node: fx.Node, value: torch.Tensor) -> torch.Tensor:
+    dtype = _example(node).dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(f"a cast to {dtype} is more than rounding")
+    return value
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def _wide_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _wide(value) for key, value in kwargs.items()}
+
+
 def _same_channels(node: fx.Node) -> bool:
     """Whether a view regroups tokens only (`unsqueeze(-1)` after a reduction does more)."""
-    before, after = ops.tensor_value(node.all_input_nodes[0]), ops.tensor_value(node)
-    if before is None or after is None or before.dim() == 0 or after.dim() == 0:
-        return False
-    return str(before.shape[-1]) == str(after.shape[-1]) and ops.op_name(node) not in ("unsqueeze", "squeeze")
+    return keeps_channels(node, node.all_input_nodes[0]) and ops.op_name(node) not in ("unsqueeze", "squeeze")

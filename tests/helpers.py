@@ -91,9 +91,7 @@ class Plain(nn.Module):
 class Packed(nn.Module):
     """gate and up in one weight; `cut(h)` gives the two halves."""
 
-    def __init__(
-        self, cut: Callable[[Tensor], Sequence[Tensor]], hidden: int = HIDDEN, width: int = WIDTH
-    ) -> None:
+    def __init__(self, cut: Callable[[Tensor], Sequence[Tensor]], hidden: int = HIDDEN, width: int = WIDTH) -> None:
         super().__init__()
         self.gate_up = nn.Linear(hidden, 2 * width, False)
         self.down = nn.Linear(width, hidden, False)
@@ -174,9 +172,7 @@ def stack(
 
 def tokens(batch: int = 2, seq: int = 5, hidden: int = HIDDEN, dtype: torch.dtype = torch.float64) -> Tensor:
     """A random stream `[batch, seq, hidden]`."""
-    return torch.randn(
-        batch, seq, hidden, generator=torch.Generator().manual_seed(7), dtype=torch.float64
-    ).to(dtype)
+    return torch.randn(batch, seq, hidden, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
 
 
 # --- the parallel form --------------------------------------------------------------------------------
@@ -375,3 +371,86 @@ def _argument_text(value: Any, names: dict[fx.Node, str]) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_argument_text(item, names) for item in value) + "]"
     return repr(value)
+
+
+# --- hand-written blocks, and what must become of them ------------------------------------------------
+
+
+class Custom(nn.Module):
+    """`x + branch(self, x)` with a set of parameters to choose from.
+
+    g, b, s: `[hidden]`; w1, w3: `[width, hidden]`; w2: `[hidden, width]`; wide: `[2 * width, hidden]`;
+    square: `[hidden, hidden]`; b1, a: `[width]`; b2: `[hidden]`; one, two: a single number.
+    """
+
+    def __init__(
+        self, branch: Callable[[Any, Tensor], Tensor], hidden: int = HIDDEN, width: int = WIDTH, seed: int = 0
+    ) -> None:
+        super().__init__()
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("g", "b", "s", "b2"), (hidden,))
+        shapes |= dict.fromkeys(("w1", "w3"), (width, hidden)) | dict.fromkeys(("b1", "a"), (width,))
+        shapes |= {"w2": (hidden, width), "wide": (2 * width, hidden), "square": (hidden, hidden)}
+        shapes |= {"one": (), "two": ()}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.branch = branch
+        randomise(self, seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(self, x)
+
+
+def customs(*branches: Callable[[Any, Tensor], Tensor], count: int = 2, **sizes: int) -> Stack:
+    """A stack of hand-written blocks: one per branch, or `count` of the only branch."""
+    chosen = branches if len(branches) > 1 else branches * count
+    return Stack(Custom(branch, seed=index, **sizes) for index, branch in enumerate(chosen))
+
+
+def assert_fuses(model: Stack, x: Tensor, how: How = "symbolic", **options: Any) -> FusionReport:
+    """The whole stack becomes one group, exactly; the comparison goes red when one weight is off."""
+    result, report = fuse_captured_graph(capture(model, x, how=how), **options)
+    fused = result[0] if isinstance(result, (tuple, list)) else result
+    sizes = [len(group.members) for group in report.groups]
+    assert sizes == [len(model.layers)], f"groups of {sizes}; {[str(refusal) for refusal in report.refusals]}"
+    parallel = parallel_form(model, x)
+    assert_exact(fused, parallel, x.dtype)
+    assert error_of(model(x), parallel) > 1e-3, "the parallel form is the sequential one: the comparison shows nothing"
+    with torch.no_grad():
+        for parameter in model.layers[-1].parameters():
+            parameter.mul_(1.01)
+    assert error_of(fused, parallel_form(model, x)) > 1e-6, "a changed weight makes no difference"
+    return report
+
+
+def assert_not_fused(
+    model: nn.Module, inputs: Sequence[Any], code: RefusalCode, fragment: str = "", how: How = "symbolic"
+) -> FusionReport:
+    """No group, the result bit-equal to the graph's own, and a refusal with this code that says why."""
+    captured = capture(model, *inputs, how=how)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        expected = captured.copy().module(*(_fresh(value) for value in inputs_of(captured)))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        fused, report = fuse_graph(captured.module, captured.inputs)
+        result = fused(*(_fresh(value) for value in inputs_of(captured)))
+    assert not report.groups, f"fused {[member.name for member in report.groups[0].members]}"
+    for one, other in zip(_flat_tensors(result), _flat_tensors(expected), strict=True):
+        assert torch.equal(one, other)
+    refusal_with(report.refusals, code, fragment)
+    return report
+
+
+def inputs_of(captured: CapturedGraph) -> tuple[Any, ...]:
+    return captured.inputs
+
+
+def _fresh(value: Any) -> Any:
+    """A copy, since graphs with in-place writes change what they are given."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _flat_tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _flat_tensors(item)] if isinstance(value, (list, tuple)) else []
