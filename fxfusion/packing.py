@@ -122,7 +122,7 @@ class PackBinding:
             packed = self._last = self._find(sources)
         current = packed.fresh(sources)
         if self.differentiable and torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            result: tuple[torch.Tensor, ...] = _Packed.apply(packed, *sources)
+            result: tuple[torch.Tensor, ...] = _Packed.apply(packed, *sources)  # type: ignore[no-untyped-call]
             return result
         return current
 
@@ -184,7 +184,7 @@ class _Packed(torch.autograd.Function):
         return tuple(tensor.view_as(tensor) for tensor in packed.tensors)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         saved = ctx.saved_tensors
