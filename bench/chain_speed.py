@@ -1,0 +1,130 @@
+"""A chain of 8 FFNs: fused against unfused, and against one hand-written wide module.
+
+    python -m bench.chain_speed [--quick]
+
+18 cells: hidden x ffn in {256 x 704, 1024 x 2816, 2048 x 1024}, float32 and bfloat16, 1, 16 and 128
+tokens; identical Inductor settings. Goals: geometric mean over unfused at least 1.15x, at least 0.95x
+of the hand-written module, no cell whose interval lies below 0.97x (issue 2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import track
+from tabulate import tabulate
+from torch import nn
+
+from bench.record import record
+from bench.timing import measure, ratio
+from fxfusion import ffn_fusion, last_reports
+
+SHAPES = ((256, 704), (1024, 2816), (2048, 1024))
+DTYPES = (torch.float32, torch.bfloat16)
+TOKENS = (1, 16, 128)
+MEMBERS = 8
+PREDICTION = "small shapes gain most (fewer kernels per byte); 128 tokens about even; wide module equal to fused"
+
+
+class Ffn(nn.Module):
+    """`x + down(silu(gate(norm x)) * up(norm x))`, x: [tokens, hidden]."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        self.gate = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(hidden, width, bias=False)
+        self.down = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(x)
+        return x + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+
+def compiled(module: nn.Module, backend: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A compiled copy, so that no two candidates share memory or compiled code."""
+    own = copy.deepcopy(module)
+    own.compile(backend=backend, dynamic=False)
+    return own
+
+
+def cell(hidden: int, width: int, dtype: torch.dtype, tokens: int, rounds: int, threads: int) -> dict[str, Any]:
+    """All candidates of one cell, in one interleaved run."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    chain = nn.Sequential(*(Ffn(hidden, width) for _ in range(MEMBERS))).to(dtype)
+    wide = Ffn(hidden, MEMBERS * width).to(dtype)
+    x = torch.randn(tokens, hidden, dtype=dtype)
+    modules = {
+        "unfused": compiled(chain, "inductor"),
+        "unfused_again": compiled(chain, "inductor"),
+        "fused": compiled(chain, ffn_fusion),
+        "hand_written": compiled(wide, "inductor"),
+    }
+    with torch.no_grad():
+        for module in modules.values():
+            module(x)
+        assert len(last_reports()[-1].groups) == 1, "the chain was not fused"
+        samples = measure(
+            {name: lambda module=module: module(x) for name, module in modules.items()}, rounds=rounds, threads=threads
+        )
+    return {
+        "hidden": hidden,
+        "width": width,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": tokens,
+        "unfused_over_fused": ratio(samples["unfused"], samples["fused"]).to_dict(),
+        "hand_written_over_fused": ratio(samples["hand_written"], samples["fused"]).to_dict(),
+        "a_a_control": ratio(samples["unfused"], samples["unfused_again"]).to_dict(),
+        "samples_seconds": samples,
+    }
+
+
+def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures that the issue asks for."""
+    gains = [c["unfused_over_fused"]["value"] for c in cells]
+    return {
+        "geomean_over_unfused": round(statistics.geometric_mean(gains), 4),
+        "geomean_of_hand_written": round(
+            statistics.geometric_mean(c["hand_written_over_fused"]["value"] for c in cells), 4
+        ),
+        "geomean_a_a": round(statistics.geometric_mean(c["a_a_control"]["value"] for c in cells), 4),
+        "cells_below_0.97": sum(c["unfused_over_fused"]["high"] < 0.97 for c in cells),
+        "cells_below_0.95_of_hand_written": sum(c["hand_written_over_fused"]["high"] < 0.95 for c in cells),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one shape, few rounds, nothing recorded")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    shapes = SHAPES[:1] if arguments.quick else SHAPES
+    rounds = 5 if arguments.quick else arguments.rounds
+    grid = [(h, w, dtype, tokens) for h, w in shapes for dtype in DTYPES for tokens in TOKENS]
+    cells = [cell(*place, rounds, arguments.threads) for place in track(grid, description="cells")]
+    rows = [
+        (f"{c['hidden']} x {c['width']}", c["dtype"], c["tokens"])
+        + tuple(
+            f"{c[key]['value']:.3f} [{c[key]['low']:.3f}, {c[key]['high']:.3f}]"
+            for key in ("unfused_over_fused", "hand_written_over_fused", "a_a_control")
+        )
+        for c in cells
+    ]
+    print(tabulate(rows, ("shape", "dtype", "tokens", "speed over unfused", "speed over hand-written", "A/A")))
+    summary = summarise(cells)
+    print(tabulate(summary.items()))
+    if not arguments.quick:
+        print("recorded:", record("chain_speed", {"summary": summary, "cells": cells}, predictions={"all": PREDICTION}).name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What fxfusion adds to torch.compile, and how matching grows with depth.
+
+    python -m bench.pass_time
+
+Goals (issue 2): matching and rewriting at most 5 % of the compile time of a 32-layer model; 128 layers
+at most 4.5x the pass time of 32; with nothing to fuse at most 2 %, and outputs identical to Inductor's;
+the never-stale check at most 100 us per call for 32 fused layers, no concat of parameters in the
+compiled graph, one set of packed buffers per group however many graphs were compiled.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from bench.chain_speed import Ffn
+from bench.record import record
+from fxfusion import ffn_fusion, last_reports
+from fxfusion.backend import seconds_inside
+from fxfusion.packing import live_packs
+
+HIDDEN, WIDTH, HEADS = 128, 352, 4
+
+
+class Attention(nn.Module):
+    """`x + o(attention(q, k, v))`, x: [batch, tokens, hidden]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(HIDDEN, eps=1e-6)
+        self.qkv = nn.Linear(HIDDEN, 3 * HIDDEN, bias=False)
+        self.out = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, HIDDEN))
+
+
+def decoder(layers: int, attention_free: bool) -> nn.Sequential:
+    """A Llama-shaped stack; with `attention_free`, five of each eight layers have no attention."""
+    torch.manual_seed(0)
+    blocks: list[nn.Module] = []
+    for layer in range(layers):
+        if not attention_free or layer % 8 < 3:
+            blocks.append(Attention())
+        blocks.append(Ffn(HIDDEN, WIDTH))
+    return nn.Sequential(*blocks).eval()
+
+
+def compile_seconds(layers: int, attention_free: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """One cold compile: total seconds, seconds inside fxfusion, outputs."""
+    torch.compiler.reset()
+    model = decoder(layers, attention_free)
+    x = torch.randn(1, 16, HIDDEN, generator=torch.Generator().manual_seed(1))
+    compiled = torch.compile(model, backend=ffn_fusion, options=options, dynamic=False)
+    inside, start = seconds_inside(), time.perf_counter()
+    with torch.no_grad(), torch._inductor.utils.fresh_cache():
+        output = compiled(x)
+        total = time.perf_counter() - start
+        inside = seconds_inside() - inside
+        torch.compiler.reset()
+        plain = torch.compile(model, backend="inductor", dynamic=False)(x)
+    return {
+        "layers": layers,
+        "total_seconds": total,
+        "fxfusion_seconds": inside,
+        "share": inside / total,
+        "groups": len(last_reports()[-1].groups),
+        "identical_to_inductor": bool(torch.equal(output, plain)),
+    }
+
+
+def growth(repeats: int = 5) -> dict[str, Any]:
+    """Median pass seconds of 32 and 128 layers, captured anew each time, interleaved."""
+    samples: dict[int, list[float]] = {32: [], 128: []}
+    for _ in range(repeats):
+        for layers in samples:
+            torch.compiler.reset()
+            compiled = torch.compile(decoder(layers, True), backend=ffn_fusion, options={"compiler": "eager"})
+            before = seconds_inside()
+            with torch.no_grad():
+                compiled(torch.randn(1, 16, HIDDEN))
+            samples[layers].append(seconds_inside() - before)
+    medians = {layers: statistics.median(found[1:]) for layers, found in samples.items()}
+    return {"samples_seconds": samples, "growth_128_over_32": medians[128] / medians[32]}
+
+
+def call_overhead() -> dict[str, Any]:
+    """Microseconds per call of the never-stale check for 32 fused layers, measured on the check itself."""
+    torch.compiler.reset()
+    model = nn.Sequential(*(Ffn(32, 64) for _ in range(32)))
+    seen: list[Any] = []
+    compiled = torch.compile(model, backend=_spy(seen), dynamic=False)
+    x = torch.randn(4, 32)
+    with torch.no_grad():
+        compiled(x)
+        fused, inputs = seen[-1]
+        check = Timer("[b.tensors(i) for b in bs]", globals={"bs": fused.bindings, "i": inputs}, num_threads=1)
+        seconds = check.blocked_autorange(min_run_time=1.0).median
+    cats = [node for node in last_reports()[-1].after.graph.nodes if getattr(node.target, "__name__", "") == "cat"]
+    packs = live_packs()
+    with torch.no_grad():
+        compiled(torch.randn(8, 32))
+        compiled(torch.randn(16, 32))
+    return {
+        "check_microseconds_per_call": seconds * 1e6,
+        "sources": sum(len(binding.positions) for binding in fused.bindings),
+        "parameter_cats_in_graph": len(cats),
+        "packs_after_one_graph": packs,
+        "packs_after_three_graphs": live_packs(),
+    }
+
+
+def _spy(seen: list[Any]) -> Any:
+    """The backend, noting what it returns and the inputs that it was given."""
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        fused = ffn_fusion(gm, inputs, options={"compiler": "eager"})
+        seen.append((fused, tuple(inputs)))
+        return fused
+
+    return backend
+
+
+def main() -> None:
+    compile_seconds(4, True, {})  # warm up Inductor and its workers
+    results = {
+        "fused_32": compile_seconds(32, True, {}),
+        "nothing_to_fuse_32": compile_seconds(32, False, {"policy": {"min_members": 2}}),
+        "growth": growth(),
+        "call": call_overhead(),
+    }
+    rows = [(name, key, value) for name, found in results.items() for key, value in found.items() if key != "samples_seconds"]
+    print(tabulate(rows))
+    print("recorded:", record("pass_time", results).name)
+
+
+if __name__ == "__main__":
+    main()
