@@ -23,8 +23,8 @@ class BackendOptions:
 
     `choice`: the policy or plan. `compiler`: what compiles the rewritten graph. `mode`: one of
     Inductor's modes; `inductor`: Inductor config keys. `verify`: `"structure"` checks the graph,
-    `"numeric"` also compares each fused group with its parallel form, `"off"` neither compares nor
-    lints more than Dynamo needs. `strict`: raise where fxfusion would otherwise fall back.
+    after each pass, `"numeric"` also compares each fused group with its parallel form, `"off"` does
+    neither. `strict`: raise where fxfusion would otherwise fall back.
     """
 
     choice: FusionPolicy | FusionPlan = field(default_factory=FusionPolicy)

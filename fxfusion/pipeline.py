@@ -80,7 +80,7 @@ def fuse_captured(
 ) -> Fused:
     """Normalise, match, group, plan, rewrite and verify one captured graph."""
     work = captured.copy()
-    history = History()
+    history = History(check=verify != "off")
     run_passes(work.module, normalising_passes(work.weights), history)
     found = analyse(work, choice)
     blocks = blocks_before(found.matches, found.groups)

@@ -66,7 +66,8 @@ class Pass(ABC):
 
 @dataclass
 class History:
-    """The passes that ran over one graph, in order."""
+    """The passes that ran over one graph, in order. Without `check`, none is linted or checked."""
 
+    check: bool = True
     records: list[PassRecord] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
