@@ -42,6 +42,8 @@ class Concatenate(Pass):
 
     def run(self, graph: fx.Graph) -> PassResult:
         _forget_tags(graph)
+        for node in graph.nodes:  # numbers of an earlier run would be taken for ours
+            node.meta.pop(GROUP_TAG, None)
         fused: dict[fx.Node, fx.Node] = {}  # where one group ends, its neighbour may begin
         for index, group in enumerate(self.groups):
             stream = group.members[0].stream

@@ -58,7 +58,7 @@ def _compatible_runs(
     run: list[FfnNode] = []
     before: Refused | None = None
     for ffn in members:
-        reason = _over_limit(run, ffn, policy) or checker.misfit(run, ffn, policy.norm)
+        reason = _over_limit(run, ffn, policy) or _fused_before([*run, ffn]) or checker.misfit(run, ffn, policy.norm)
         if reason is None:
             run.append(ffn)
             continue
@@ -78,6 +78,14 @@ def _over_limit(run: Sequence[FfnNode], ffn: FfnNode, policy: FusionPolicy) -> R
         return Refused(RefusalCode.POLICY, f"the group before it is full; max_members is {policy.max_members}")
     if policy.max_width is not None and sum(other.width for other in run) + ffn.width > policy.max_width:
         return Refused(RefusalCode.POLICY, f"the group would be wider than max_width {policy.max_width}")
+    return None
+
+
+def _fused_before(members: Sequence[FfnNode]) -> Refused | None:
+    """A policy leaves what an earlier run made as it is, so that fusing twice is fusing once; a plan may name it."""
+    for ffn in members:
+        if ffn.add.meta.get("fxfusion", {}).get("pass") == "concatenate":
+            return Refused(RefusalCode.POLICY, f"{ffn.name} is the work of an earlier fusion")
     return None
 
 
