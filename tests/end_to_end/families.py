@@ -41,7 +41,7 @@ class Family:
     in the layer. `stub`: what takes its place: `"zero"` (the number 0), `"zeros"` (a tensor) or `"same"`
     (its own input, for blocks that add the residual themselves); `arity`: how many values it returns,
     0 for a bare one. `norms`: norms that feed or follow nothing but attention. `ffn_norm`: the FFN's own
-    norm. `limit`: allowed relative error, 1e-6 where the model computes its norms in float32.
+    norm. `limit`: allowed relative error, 1e-6 where the model applies its norms in float32.
     `fused`: how many FFNs fuse under `include_leading=False`; `refused`: codes expected if not all do.
     """
 
@@ -52,8 +52,9 @@ class Family:
     arity: int = 2
     norms: Sequence[str] = ("input_layernorm",)
     ffn_norm: str = "post_attention_layernorm"
-    limit: float = 1e-6
+    limit: float = 1e-10
     kind: str = "causal"
+    dtype: torch.dtype = torch.float64
     config: Mapping[str, Any] = field(default_factory=dict)
     fused: int = 3
     refused: str = ""
@@ -80,9 +81,9 @@ class Stub(nn.Module):
 
 
 def make_model(family: Family, seed: int = 0) -> nn.Module:
-    """The family's model in float64 and eval mode, random, attention in its first layer only."""
+    """The family's model in its dtype (float64) and eval mode, random, attention in its first layer only."""
     torch.manual_seed(seed)
-    model = build(family).double().eval()
+    model = build(family).to(family.dtype).eval()
     randomise(model, seed)
     remove_mixers(model, family)
     return model
@@ -255,7 +256,7 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
 def disturb(model: nn.Module, family: Family) -> None:
     """Change the last layer's FFN a little, in place: every matrix of it by 1 %."""
     with torch.no_grad():
-        for name, value in layers_of(model, family)[-1].named_parameters():
+        for value in layers_of(model, family)[-1].parameters():
             if value.dim() == 2:
                 value.mul_(1.01)
 

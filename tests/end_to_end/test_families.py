@@ -7,6 +7,7 @@ by its dataflow. Tables and expectations are in `family_table.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,14 +20,13 @@ from fxfusion.report import FusionReport
 from tests.end_to_end.families import (
     Family,
     disturb,
-    hide_names,
     make_inputs,
     make_model,
     parallel_form,
     relative,
     run,
 )
-from tests.end_to_end.family_table import FAST, LEADING, REFUSED, SLOW
+from tests.end_to_end.family_table import FAST, LAST_NORM, LEADING, REFUSED
 
 OWN_LAYERS = {"include_leading": False}
 RED = 1e-4
@@ -91,3 +91,68 @@ def test_family_is_fused_exactly(family: Family) -> None:
 @pytest.mark.parametrize("family", LEADING, ids=lambda family: family.id)
 def test_the_leading_ffn_joins(family: Family) -> None:
     assert count(check(family, make_model(family), leading=True)) == family.fused + 1
+
+
+@pytest.mark.parametrize("family", LAST_NORM, ids=lambda family: family.id)
+def test_the_last_norm_serves_all(family: Family) -> None:
+    model = make_model(family)
+    inputs = make_inputs(family, model)
+    own, last = (parallel_form(model, family, inputs, last_norm=last) for last in (False, True))
+    assert relative(last, own) > 0.01, "the two norms' parallel forms are too close to tell them apart"
+    assert count(check(family, model, last_norm=True)) == family.fused
+
+
+# --- refused, and then bit-equal to the model as it was given ------------------------------------------
+
+
+@pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.id)
+def test_family_is_refused_and_left_alone(family: Family) -> None:
+    model = make_model(family)
+    inputs = make_inputs(family, model)
+    expected = run(model, inputs)
+    output, report = run_reported(compiled(model), inputs)
+    assert count(report) == 0
+    for layer in range(1, 3):
+        assert codes(report, f"{family.layers}.{layer}") == {family.refused}
+    assert torch.equal(output, expected)
+
+
+def family_named(name: str) -> Family:
+    return next(family for family in FAST if family.id == name)
+
+
+def test_dropout_in_training_is_refused() -> None:
+    family = replace(family_named("gpt2"), config={"resid_pdrop": 0.2, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
+    model = make_model(family).train()
+    inputs = make_inputs(family, model)
+    torch.manual_seed(3)
+    expected = run(model, inputs)
+    call = compiled(model)
+    torch.manual_seed(3)
+    output, report = run_reported(call, inputs)
+    assert count(report) == 0
+    assert codes(report, "transformer.h.1") == codes(report, "transformer.h.2") == {"random"}
+    assert torch.equal(output, expected)
+    assert not torch.equal(run(model.eval(), inputs), expected)
+
+
+def test_training_without_dropout_is_fused() -> None:
+    family = replace(family_named("gpt2"), config={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
+    assert count(check(family, make_model(family).train())) == 3
+
+
+def test_hidden_states_that_are_returned_are_kept() -> None:
+    family = family_named("llama")
+    model = make_model(family)
+    inputs = make_inputs(family, model) | {"output_hidden_states": True}
+    with torch.no_grad():
+        expected = model(**inputs)
+        before = len(last_reports())
+        found = compiled(model)(**inputs)
+    reports = last_reports()[before:]
+    refused = {refusal.code.value for report in reports for refusal in report.refusals}
+    assert sum(map(count, reports)) == 0
+    assert "stream_read" in refused
+    assert torch.equal(found.logits, expected.logits)
+    for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(one, other)
