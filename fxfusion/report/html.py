@@ -142,9 +142,7 @@ def draw(graph: GraphReport, anchor: str = "g0") -> Picture:
         rows = [row for row, block in enumerate(blocks) if block.group == index]
         if rows:
             after.append(_fused_box(group, index, rows, widest, anchor))
-    return Picture(
-        before=tuple(before), after=tuple(sorted(after, key=lambda box: box.row)), rows=len(blocks)
-    )
+    return Picture(before=tuple(before), after=tuple(sorted(after, key=lambda box: box.row)), rows=len(blocks))
 
 
 def _box(block: Block, row: int, widest: int, reasons: dict[str, Refusal], anchor: str) -> Box:

@@ -63,7 +63,7 @@ class GroupSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphReport:
-    """One captured graph. `before` and `after` are graph modules (`after` is `before` where nothing fused)."""
+    """One captured graph. `before` and `after` are graph modules (the same where nothing fused)."""
 
     chains: tuple[ChainSummary, ...] = ()
     groups: tuple[GroupSummary, ...] = ()

@@ -32,9 +32,7 @@ def headline(report: FusionReport) -> str:
     """The result in one line."""
     counts = report.summary
     if not counts["groups"]:
-        return (
-            f"Nothing to fuse: {_count(counts['ffns'], 'FFN')} found, {counts['in_chains']} of them in chains"
-        )
+        return f"Nothing to fuse: {_count(counts['ffns'], 'FFN')} found, {counts['in_chains']} of them in chains"
     return (
         f"{counts['fused']} of {_count(counts['ffns'], 'FFN')} fused into {counts['groups']}; "
         f"residual blocks in a row: {counts['blocks_before']} -> {counts['blocks_after']}"
@@ -55,9 +53,7 @@ def chains(graph: GraphReport) -> str:
         for index, chain in enumerate(graph.chains)
     ]
     header = ("chain", "FFNs", "members", "total width", "leading", "ended by")
-    return _table(
-        "Chains (runs of FFNs with no mixer between them)", header, rows, (None, None, 30, None, None, 32)
-    )
+    return _table("Chains (runs of FFNs with no mixer between them)", header, rows, (None, None, 30, None, None, 32))
 
 
 def groups(graph: GraphReport) -> str:
@@ -113,9 +109,7 @@ def span(members: Sequence[MemberSummary]) -> str:
     return compact([member.name for member in members])
 
 
-def _table(
-    title: str, header: Sequence[str], rows: Sequence[Sequence[object]], widths: Sequence[int | None]
-) -> str:
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], widths: Sequence[int | None]) -> str:
     if not rows:
         return ""
     return f"{title}\n" + tabulate(rows, header, tablefmt=_STYLE, maxcolwidths=list(widths))
