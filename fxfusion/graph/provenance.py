@@ -8,13 +8,17 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 _ROOT = re.compile(r"^(?:L__self__+|L\['[^']*'\]|G\['[^']*'\]|self)(?:\.|$)")
+_CELL = re.compile(r"^.*__closure__\[\d+\]\.cell_contents(?:\.|$)")
 _INDEX = re.compile(r"\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def clean_path(raw: str) -> str:
-    """`L['self'].model._modules['layers']._modules['3']` -> `model.layers.3`."""
-    path = _ROOT.sub("", raw)
+    """`L['self'].model._modules['layers']._modules['3']` -> `model.layers.3`.
+
+    A model that a compiled function closes over is named as if it had been compiled itself.
+    """
+    path = _ROOT.sub("", _CELL.sub("", raw))
     path = _INDEX.sub(lambda found: "." + next(group for group in found.groups() if group is not None), path)
     return path.replace("._modules.", ".").replace("_modules.", "").strip(".")
 
