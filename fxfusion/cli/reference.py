@@ -41,7 +41,9 @@ def load(folder: Path) -> PreTrainedModel:
     """The model in float32 and eval mode on the CPU, without a key-value cache."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     model.config.use_cache = False
     return model.eval()

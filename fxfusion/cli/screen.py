@@ -22,10 +22,10 @@ class Screen:
     def step(self, number: int, title: str, text: str) -> None:
         """The heading of a step and what it is about."""
         self.console.print(f"\n[bold cyan]{number}. {title}[/]")
-        self.console.print(text, style="dim")
+        self.console.print(text, style="dim", markup=False, soft_wrap=True)
 
     def line(self, text: str, style: str = "") -> None:
-        self.console.print(text, style=style, markup=False)
+        self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def verdict(self, good: bool, text: str) -> None:
         """A green or red line."""

@@ -156,7 +156,7 @@ def measure_quality(subject: Subject, screen: Screen) -> None:
         "attention_removed": f"attention removed from {len(DROPPED)} layers",
         "fused_fold": f'  fused, each FFN with its own norm (norm="fold"): {len(GROUP)} in one',
         "fused_last": '  fused, all with the last norm (norm="last"): the same FFNs',
-        "fused_paper": '  fused by the paper\'s rule (policy="paper"): last norm, last FFN left out',
+        "fused_paper": '  fused by the paper\'s rule (policy="paper"): last norm, last FFN kept',
     }
     base = float(subject.quality["attention_removed"].loss)
     rows = [

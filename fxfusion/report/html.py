@@ -68,7 +68,7 @@ def render(report: FusionReport, title: str = "fxfusion report") -> str:
     graphs = [_graph(graph, index) for index, graph in enumerate(report.graphs)]
     return page.render(
         title=title,
-        headline=headline(report),
+        headline=headline(report).replace("->", "→"),
         tiles=_tiles(report),
         notes=report.notes,
         graphs=[graph for graph in graphs if graph["worth"]] or graphs[:1],

@@ -4,30 +4,60 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 
 from fxfusion.errors import Refusal
-from fxfusion.report.model import Block
 
 _NUMBERED = re.compile(r"^(.*?\.|)(\d+)((?:\.\D.*)?)$")
 _PATH = re.compile(r"\b(?:[A-Za-z_]\w*\.)+\d+(?:\.\w+)*")
 
 
 def compact(names: Sequence[str]) -> str:
-    """`model.layers.3-8.mlp, lm_head` for those names: runs of numbers are joined, the order is kept."""
-    parts = []
-    for key, same in groupby(names, key=_frame):
-        members = list(same)
-        if key is None:
-            parts += members
+    """`model.layers.3-8.mlp, lm_head` for those names: neighbours that differ in one number are joined."""
+    runs: list[_Run] = []
+    for name in names:
+        if not (runs and runs[-1].take(name)):
+            runs.append(_Run(name))
+    return ", ".join(str(run) for run in runs)
+
+
+class _Run:
+    """Names that differ in one number: `parts` of the first, `place` of the number, the numbers."""
+
+    def __init__(self, name: str) -> None:
+        self.parts = name.split(".")
+        self.place: int | None = None
+        self.numbers: list[int] = []
+
+    def take(self, name: str) -> bool:
+        """Join the name, if it differs in the same number only."""
+        parts = name.split(".")
+        if len(parts) != len(self.parts):
+            return False
+        differ = [place for place, (one, two) in enumerate(zip(self.parts, parts, strict=True)) if one != two]
+        if len(differ) != 1 or self.place not in (None, differ[0]):
+            return False
+        place = differ[0]
+        if not (self.parts[place].isdecimal() and parts[place].isdecimal()):
+            return False
+        self.numbers = [*(self.numbers or [int(self.parts[place])]), int(parts[place])]
+        self.place = place
+        return True
+
+    def __str__(self) -> str:
+        if self.place is None:
+            return ".".join(self.parts)
+        return ".".join([*self.parts[: self.place], _ranges(self.numbers), *self.parts[self.place + 1 :]])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-3,9` for 0 1 2 3 9."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
         else:
-            parts.append(f"{key[0]}{_runs([_number(name) for name in members])}{key[1]}")
-    return ", ".join(parts)
-
-
-def label(block: Block) -> str:
-    """What stands beside a box of the map: the end of the module path, from its last number on."""
-    return tail(block.name)
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def tail(name: str) -> str:
@@ -49,26 +79,3 @@ def alike(refusals: Iterable[Refusal]) -> Iterator[tuple[str, str, list[Refusal]
     for (code, sentence), same in ordered:
         messages = {refusal.message for refusal in same}
         yield code, messages.pop() if len(messages) == 1 else sentence.replace(" in ..", ""), same
-
-
-def _frame(name: str) -> tuple[str, str] | None:
-    """What stands around the last number of a path that has one."""
-    found = _NUMBERED.match(name)
-    return (found[1], found[3]) if found else None
-
-
-def _number(name: str) -> int:
-    found = _NUMBERED.match(name)
-    assert found is not None
-    return int(found[2])
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """`0-3,9` for 0 1 2 3 9."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -53,7 +53,7 @@ def chains(graph: GraphReport) -> str:
         for index, chain in enumerate(graph.chains)
     ]
     header = ("chain", "FFNs", "members", "total width", "leading", "ended by")
-    return _table("Chains (runs of FFNs with no mixer between them)", header, rows, (None, None, 30, None, None, 32))
+    return _table("Chains (runs of FFNs with no mixer between them)", header, rows, (None, None, 28, None, None, 26))
 
 
 def groups(graph: GraphReport) -> str:

@@ -1,0 +1,203 @@
+"""The HTML page: one file, everything in it, nothing from outside, nothing unescaped."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fxfusion.errors import Refusal, RefusalCode
+from fxfusion.report import Block, ChainSummary, FusionReport, GraphReport, GroupSummary, MemberSummary
+from fxfusion.report.html import draw, render
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+def member(layer: int, width: int = 64) -> MemberSummary:
+    return MemberSummary(
+        name=f"model.layers.{layer}.mlp", layer=f"model.layers.{layer}", hidden=16, width=width, source="m.py:7"
+    )
+
+
+def ffn(layer: int, group: int | None, width: int = 64) -> Block:
+    return Block(kind="ffn", name=f"model.layers.{layer}.mlp", width=width, group=group)
+
+
+def mixer(layer: int) -> Block:
+    return Block(kind="mixer", name=f"model.layers.{layer}", detail="attention_op")
+
+
+def graph_report(**changes: object) -> GraphReport:
+    """Mixer, three FFNs of which two are fused (widths 64 and 192), a refused block."""
+    group = GroupSummary(members=(member(1), member(2, 192)), norm="fold", width=256, packed_bytes=2**20)
+    refused = Block(kind="refused", name="model.layers.4", detail="router")
+    before = (mixer(0), ffn(0, None), ffn(1, 0), ffn(2, 0, 192), refused)
+    fused = Block(kind="fused", name="x", width=256, group=0, members=2)
+    fields: dict[str, object] = {
+        "chains": (
+            ChainSummary(members=(member(0), member(1), member(2, 192)), leading=True, ended_by="a tap follows"),
+        ),
+        "groups": (group,),
+        "refusals": (
+            Refusal(code=RefusalCode.ROUTER, message="top-k <routing>", layer="model.layers.4", source="moe.py:33"),
+            Refusal(code=RefusalCode.POLICY, message="kept by the policy", layer="model.layers.0.mlp", source="m.py:7"),
+        ),
+        "history": (
+            {
+                "pass": "concatenate",
+                "exact": True,
+                "changed": 1,
+                "nodes_before": 90,
+                "nodes_after": 70,
+                "seconds": 0.25,
+                "notes": ["one note"],
+            },
+        ),
+        "blocks_before": before,
+        "blocks_after": (mixer(0), ffn(0, None), fused, refused),
+        "nodes_before": 90,
+        "nodes_after": 70,
+    }
+    return GraphReport(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def page(graph: GraphReport, **report: object) -> str:
+    return render(FusionReport(graphs=(graph,), **report))  # type: ignore[arg-type]
+
+
+class Balance(HTMLParser):
+    """Notes tags that are not closed in order, ids, and links within the page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.wrong: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"] or ""] if "id" in found else []
+        self.links += [found["href"] or ""] if "href" in found else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def parsed(text: str) -> Balance:
+    balance = Balance()
+    balance.feed(text)
+    return balance
+
+
+def test_the_page_is_well_formed_and_its_links_lead_somewhere() -> None:
+    found = parsed(page(graph_report()))
+    assert not found.wrong and not found.open
+    assert len(found.ids) == len(set(found.ids))
+    assert found.links and {link.removeprefix("#") for link in found.links} <= set(found.ids)
+
+
+def test_an_unclosed_tag_is_found() -> None:
+    assert parsed("<div><p></div>").wrong
+
+
+def test_nothing_comes_from_outside() -> None:
+    text = page(graph_report())
+    assert not re.search(r"https?://|url\(|@import|<script|<link|<img|src=", text)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "2 of 3",
+        "5 → 4",
+        "90 → 70",
+        "1.0 MiB",
+        "model.layers.1-2.mlp",
+        "a tap follows",
+        "router",
+        "top-k &lt;routing&gt;",
+        "model.layers.4",
+        "moe.py:33",
+        "concatenate",
+        "250.0",
+        "one note",
+        "not checked numerically",
+        "prefers-color-scheme: dark",
+        'name="viewport"',
+    ],
+)
+def test_the_page_shows(shown: str) -> None:
+    assert shown in page(graph_report())
+
+
+def test_names_of_the_model_are_escaped() -> None:
+    hostile = "<b>bold</b>\"'onmouseover="
+    block = Block(kind="ffn", name=hostile, width=3)
+    refusal = Refusal(code=RefusalCode.ALONE, message=hostile, layer=hostile, source=hostile)
+    text = render(
+        FusionReport(
+            graphs=(graph_report(blocks_before=(block,), blocks_after=(block,), groups=(), refusals=(refusal,)),),
+            notes=(hostile,),
+        ),
+        title=hostile,
+    )
+    assert "<b>bold" not in text and "&lt;b&gt;bold" in text
+    assert "\"'onmouseover" not in text
+
+
+def test_a_fused_block_spans_its_members_and_is_as_wide_as_all_of_them() -> None:
+    picture = draw(graph_report())
+    assert picture.rows == 5 and [box.kind for box in picture.before] == ["mixer", "ffn", "ffn", "ffn", "refused"]
+    fused = next(box for box in picture.after if box.kind == "fused")
+    assert (fused.row, fused.rows, fused.percent) == (2, 2, 100.0)
+    assert [piece.share for piece in fused.slices] == [25.0, 75.0]
+    assert [box.percent for box in picture.before[1:4]] == [25.0, 25.0, 75.0]
+    assert [(box.row, box.kind) for box in picture.after] == [(0, "mixer"), (1, "ffn"), (2, "fused"), (4, "refused")]
+    assert fused.hue == picture.before[2].hue == picture.before[3].hue is not None
+    assert picture.before[1].hue is None
+
+
+def test_a_box_says_why_it_was_not_fused() -> None:
+    box = draw(graph_report()).before[1]
+    assert "policy" in box.title and "kept by the policy" in box.title and "m.py:7" in box.title
+    assert box.link == "#g0-refusals"
+
+
+@pytest.mark.parametrize(("passed", "mark"), [(True, "✓ 3.0e-07"), (False, "✗ 3.0e-07")])
+def test_proofs_are_shown_with_their_verdict(passed: bool, mark: str) -> None:
+    proof = {"group": 0, "dtype": "float32", "error": 3e-7, "limit": 1e-5, "passed": passed}
+    text = page(graph_report(verifications=(proof,)))
+    assert text.count(mark) == 2  # in the key figures and in the table
+    assert "not checked numerically" not in text
+
+
+def test_a_graph_with_nothing_in_it() -> None:
+    text = page(GraphReport(), notes=("graph breaks cut the model into 3 graphs",))
+    assert "Nothing to fuse" in text and "No residual block" in text and "cut the model into 3" in text
+    assert not parsed(text).wrong
+
+
+def test_several_graphs_have_their_own_anchors_and_empty_ones_are_counted() -> None:
+    text = render(FusionReport(graphs=(graph_report(), GraphReport(), graph_report())))
+    found = parsed(text)
+    assert len(found.ids) == len(set(found.ids)) and "g2-group0" in found.ids
+    assert "1 captured graph without residual blocks" in text
+
+
+def test_more_groups_than_colours_start_again() -> None:
+    groups = tuple(GroupSummary(members=(member(2 * i), member(2 * i + 1)), norm="fold", width=128) for i in range(9))
+    blocks = tuple(ffn(layer, layer // 2) for layer in range(18))
+    picture = draw(GraphReport(groups=groups, blocks_before=blocks))
+    assert [box.hue for box in picture.after] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
+
+
+def test_to_html_writes_the_page(tmp_path: Path) -> None:
+    path = FusionReport(graphs=(graph_report(),)).to_html(tmp_path / "r.html", title="my model")
+    text = path.read_text("utf-8")
+    assert path == tmp_path / "r.html" and text.startswith("<!DOCTYPE html>") and "<title>my model</title>" in text
