@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from fxfusion.errors import RefusalCode, Refused
@@ -81,6 +82,10 @@ class GroupChecker:
                 if value is None or value.numel() not in (1, member.width):
                     words = f"{member.middle_constants[index]} is not one number or one per intermediate channel"
                     return Refused(RefusalCode.NOT_POINTWISE, words)
+                if value.dim() == 0 and value.dtype != _dtype_of(member.down.input):
+                    # A vector of them would take part in type promotion, the number does not.
+                    words = f"{member.middle_constants[index]} is a {value.dtype} number in a middle of another dtype"
+                    return Refused(RefusalCode.DIFFERENT_DTYPE, words)
         return None
 
     def _shared_within(self, members: Sequence[FfnNode]) -> Refused | None:
@@ -106,3 +111,8 @@ class GroupChecker:
                     elif user not in self._inside:
                         return user.name
         return None
+
+
+def _dtype_of(node: fx.Node) -> torch.dtype | None:
+    example = ops.tensor_value(node)
+    return example.dtype if example is not None else None

@@ -58,9 +58,10 @@ class WeightPacker:
         return self._packed(self._cat(parts, 0))
 
     def middle_constant(self, index: int) -> fx.Node:
-        """A constant of the activation: itself where shared, else one value per wide channel."""
+        """A constant of the activation: itself where it is one shared number, else one value per wide channel."""
         nodes = [member.middle_constants[index] for member in self.group.members]
-        if all(node is nodes[0] for node in nodes):
+        example = ops.tensor_value(nodes[0])
+        if all(node is nodes[0] for node in nodes) and (example is None or example.numel() == 1):
             return nodes[0]
         parts = [self._vector(node, member.width) for node, member in zip(nodes, self.group.members, strict=True)]
         return self._packed(self._cat(parts, 0))

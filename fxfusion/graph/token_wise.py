@@ -24,6 +24,8 @@ _LAST_AXIS_NORMS = frozenset("native_layer_norm _fused_rms_norm rms_norm".split(
 _LAST_AXIS_REDUCTIONS = frozenset("_softmax _log_softmax softmax log_softmax".split())
 _CHANNEL_CUTS = frozenset("slice split split_with_sizes".split())
 _METADATA = frozenset(("prim::device", "prim::layout"))
+# Elementwise operations that ATen does not tag as pointwise. Not prelu: its weight lies along axis 1.
+_ELEMENTWISE = frozenset("masked_fill clamp hardswish log_sigmoid_forward".split())
 _CREATIONS = frozenset(
     "ones zeros full ones_like zeros_like full_like scalar_tensor empty_like new_ones new_zeros".split()
 )
@@ -35,14 +37,22 @@ def check_token_wise(nodes: Sequence[fx.Node], inputs: Mapping[fx.Node, bool], *
     `inputs` maps each value that the region reads to whether it is an activation (True) or a constant
     (False). With `pointwise_only`, each channel must be treated by itself too.
     """
-    with FakeTensorMode() as mode:
+    # Inference mode would hand over whole operations (layer_norm) instead of their parts.
+    with torch.inference_mode(False), FakeTensorMode() as mode:
         values: dict[fx.Node, Any] = {node: _fake_like(node, mode) for node in inputs}
         judge = _Judge(pointwise_only)
         judge.track(value for node, value in values.items() if inputs[node])
         for node in nodes:
             judge.node = node
-            with judge:
-                values[node] = _call(node, lambda found: values[found] if found in values else _hint(found))
+            try:
+                with judge:
+                    values[node] = _call(node, lambda found: values[found] if found in values else _hint(found))
+            except Refused:
+                raise
+            except Exception as error:
+                # A function that does not run on fake tensors cannot be judged.
+                message = f"{ops.op_name(node) or node} cannot be looked into: {type(error).__name__}"
+                raise Refused(RefusalCode.UNKNOWN_OP, message, node) from error
 
 
 def _fake_like(node: fx.Node, mode: Any) -> Any:
@@ -71,7 +81,8 @@ def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
     kwargs = fx.node.map_arg(node.kwargs, value_of)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
+    if not callable(node.target):
+        raise Refused(RefusalCode.UNKNOWN_OP, f"the module {node.target} could not be opened", node)
     return node.target(*args, **kwargs)
 
 
@@ -109,13 +120,15 @@ class _Judge(TorchDispatchMode):
         if func._schema.name in _METADATA:
             return True  # says where a tensor lives, not what it holds
         channels = self._activations[id(active[0])][1]
+        if self.pointwise_only and name.startswith("new_") and result.dim() > 0:
+            raise self._refuse(RefusalCode.NOT_POINTWISE, f"{name} makes a tensor of this member's own width")
         if name in _COPIES or name in _CREATIONS:
             return channels
         if name == "detach":
             raise self._refuse(RefusalCode.MODE_CHANGE, "detach stops the gradient")
         if name in _RESHAPES:
             return self._reshape(name, active[0], result, channels)
-        if torch.Tag.pointwise in func.tags or name in ("masked_fill", "clamp"):
+        if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:
             return self._pointwise(name, args, kwargs, active)
         if self.pointwise_only:
             raise self._refuse(
