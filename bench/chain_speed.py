@@ -123,7 +123,10 @@ def main() -> None:
     summary = summarise(cells)
     print(tabulate(summary.items()))
     if not arguments.quick:
-        print("recorded:", record("chain_speed", {"summary": summary, "cells": cells}, predictions={"all": PREDICTION}).name)
+        print(
+            "recorded:",
+            record("chain_speed", {"summary": summary, "cells": cells}, predictions={"all": PREDICTION}).name,
+        )
 
 
 if __name__ == "__main__":

@@ -138,7 +138,12 @@ def main() -> None:
         "growth": growth(),
         "call": call_overhead(),
     }
-    rows = [(name, key, value) for name, found in results.items() for key, value in found.items() if key != "samples_seconds"]
+    rows = [
+        (name, key, value)
+        for name, found in results.items()
+        for key, value in found.items()
+        if key != "samples_seconds"
+    ]
     print(tabulate(rows))
     print("recorded:", record("pass_time", results).name)
 
