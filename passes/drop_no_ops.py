@@ -43,6 +43,7 @@ class DropNoOps(Pass):
             same = _returned_input(node, facts)
             if same is not None:
                 node.replace_all_uses_with(same)
+                graph.erase_node(node)  # by hand: a dropout marked `inplace` would count as a write
                 changed += 1
         return PassResult(changed)
 
@@ -54,14 +55,17 @@ def _returned_input(node: fx.Node, facts: GraphFacts) -> fx.Node | None:
         return None
     source = node.all_input_nodes[0]
     if name in _CASTS:
-        return source if not _copies(node) and _same_kind(node, source) and _same_shape(node, source) else None
+        if not (_same_kind(node, source) and _same_shape(node, source)) or _asks_for_layout(node):
+            return None
+        return source if not (_copies(node) and _is_told_apart(node, source, facts)) else None
     if name in ops.DROPOUT_OPS:
         probability, training = ops.dropout_arguments(node)
         return source if training is False or probability == 0 else None
     if name in ("alias", "lift_fresh", "Identity"):
         return source
     if name == "contiguous":
-        return source if _is_contiguous(source) and _same_shape(node, source) else None
+        plain = _is_contiguous(source) and _same_shape(node, source) and not _asks_for_layout(node)
+        return source if plain else None
     if name in _VIEWS:
         return _cancelled_view(source, node, facts)
     return None
@@ -73,14 +77,26 @@ def _cancelled_view(source: fx.Node, node: fx.Node, facts: GraphFacts) -> fx.Nod
     while True:
         if _same_shape(start, node) and _same_kind(start, node):
             # A reshape may copy; handing back the original would then create an alias.
-            return start if facts.alias_root(start) not in facts.written else None
+            return start if _is_contiguous(start) or not _is_told_apart(node, start, facts) else None
         if ops.op_name(start) not in _VIEWS or not start.all_input_nodes:
             return None
         start = start.all_input_nodes[0]
 
 
 def _copies(node: fx.Node) -> bool:
-    return bool(node.kwargs.get("copy")) or node.kwargs.get("memory_format") not in (None, torch.preserve_format)
+    """Whether a cast makes a new tensor even where the dtype stays."""
+    by_position = any(value is True for value in node.args[1:])
+    return by_position or bool(node.kwargs.get("copy")) or ops.schema_name(node) == "_to_copy"
+
+
+def _is_told_apart(node: fx.Node, source: fx.Node, facts: GraphFacts) -> bool:
+    """Whether it shows that two values share memory: one is written, or the caller gets the second."""
+    return facts.alias_root(source) in facts.written or facts.escapes(node)
+
+
+def _asks_for_layout(node: fx.Node) -> bool:
+    formats = [value for value in (*node.args[1:], *node.kwargs.values()) if isinstance(value, torch.memory_format)]
+    return any(value is not torch.preserve_format for value in formats)
 
 
 def _same_kind(one: fx.Node, other: fx.Node) -> bool:

@@ -15,6 +15,7 @@ Source: issue 2; no capture folds these.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import fx
@@ -44,12 +45,20 @@ class DropZeroBranches(Pass):
             if kept is None or not _interchangeable(node, kept):
                 continue
             in_place = ops.writes_in_place(node) and ops.written_argument(node) is kept
-            if not in_place and {facts.alias_root(kept), facts.alias_root(node)} & facts.written:
+            if not in_place and _would_share_memory(node, kept, facts):
                 continue
             node.replace_all_uses_with(kept)
             graph.erase_node(node)
             changed += 1
         return PassResult(changed)
+
+
+def _would_share_memory(node: fx.Node, kept: fx.Node, facts: GraphFacts) -> bool:
+    """Whether the sum must stay a tensor of its own: it is written, or the caller would see an alias."""
+    root = facts.alias_root(kept)
+    if {root, facts.alias_root(node)} & facts.written:
+        return True
+    return facts.escapes(node) and (root.op in ("placeholder", "get_attr") or facts.escapes(root))
 
 
 def _zero_values(graph: fx.Graph, facts: GraphFacts) -> set[fx.Node]:
@@ -63,11 +72,10 @@ def _zero_values(graph: fx.Graph, facts: GraphFacts) -> set[fx.Node]:
 
     for node in graph.nodes:
         name = ops.op_name(node)
-        if not name or ops.writes_in_place(node) or facts.alias_root(node) in facts.written:
+        if ops.tensor_value(node) is None or ops.writes_in_place(node) or facts.alias_root(node) in facts.written:
             continue
-        made_zero = name in _ZERO_MAKERS or (
-            name in ("full", "full_like", "new_full") and is_zero(ops.argument(node, 1, "fill_value"))
-        )
+        fill = ops.argument(node, 2 if name == "new_full" else 1, "fill_value")
+        made_zero = name in _ZERO_MAKERS or (name in ("full", "full_like", "new_full") and is_zero(fill))
         if made_zero or (name in _ZERO_KEEPERS and node.all_input_nodes and is_zero(ops.argument(node, 0, "input"))):
             zero.add(node)
         elif name in ("mul", "add", "sub") and len(node.args) == 2:
@@ -102,4 +110,5 @@ def _interchangeable(node: fx.Node, kept: fx.Node) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """A finite number: zero times infinity is no zero."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from fxfusion.graph import ops
@@ -32,7 +33,7 @@ class FunctionaliseAdds(Pass):
             if ops.op_name(node) != "add" or not ops.writes_in_place(node) or len(node.args) != 2:
                 continue
             written = ops.written_argument(node)
-            if written is None or node.kwargs or not _is_private(written) or not _same_look(node, written):
+            if written is None or node.kwargs or not _is_private(written) or not _keeps_look(written, node.args[1]):
                 continue
             added = GraphEditor(node, self.name, ()).call(operator.add, *node.args)
             node.replace_all_uses_with(added)
@@ -52,8 +53,10 @@ def _is_private(node: fx.Node) -> bool:
     return False
 
 
-def _same_look(node: fx.Node, written: fx.Node) -> bool:
-    before, after = ops.tensor_value(node), ops.tensor_value(written)
-    if before is None or after is None:
+def _keeps_look(written: fx.Node, added: object) -> bool:
+    """Whether a sum of its own would have the dtype and shape of the tensor written (writing never promotes)."""
+    before = ops.tensor_value(written)
+    other = ops.tensor_value(added) if isinstance(added, fx.Node) else added
+    if before is None or not isinstance(other, (torch.Tensor, int, float)):
         return False
-    return before.dtype == after.dtype and [str(s) for s in before.shape] == [str(s) for s in after.shape]
+    return torch.result_type(before, other) == before.dtype

@@ -5,8 +5,9 @@ Before:
 After:
     g = 1.0 + w2.float();  y1 = x + F1(x);  n2 = y1 * g
 
-Exact: the moved nodes are pure and read no activation, and weights that the graph itself writes do
-not count as constant. After it, a member's constants are in reach wherever the fused FFN is built.
+Exact: the moved nodes are pure and read no activation, weights that the graph itself writes do not
+count as constant, and none passes a switch of autocast or grad mode. After it, a member's constants
+are in reach wherever the fused FFN is built.
 Source: issue 2.
 """
 
@@ -16,6 +17,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.pass_base import Pass, PassResult
 
@@ -30,10 +32,16 @@ class HoistConstants(Pass):
 
     def run(self, graph: fx.Graph) -> PassResult:
         facts = GraphFacts(graph, (node for node in graph.nodes if node.name in self.weights))
-        first = next((node for node in graph.nodes if node.op != "placeholder" and node not in facts.constants), None)
-        if first is None:
-            return PassResult(0)
-        late = [node for node in facts.constants if node.op != "placeholder" and facts.order[node] > facts.order[first]]
-        for node in sorted(late, key=facts.order.__getitem__):
-            first.prepend(node)
+        late: list[fx.Node] = []
+        first: dict[int, fx.Node] = {}
+        for node in graph.nodes:
+            if node.op in ("placeholder", "output") or ops.is_mode_switch(node):
+                continue
+            mode = facts.mode[node]
+            if node not in facts.constants:
+                first.setdefault(mode, node)
+            elif mode in first:
+                late.append(node)
+        for node in late:
+            first[facts.mode[node]].prepend(node)
         return PassResult(len(late))

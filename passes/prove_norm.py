@@ -118,7 +118,7 @@ def _with_rank(value: torch.Tensor, rank: int) -> torch.Tensor:
 def _random_like(node: fx.Node, generator: torch.Generator) -> Any:
     if ops.tensor_value(node) is None:
         return _plain_value(node)
-    shape = [size for size in _example(node).shape if isinstance(size, int)]
+    shape = [size_hint(size) for size in _example(node).shape]
     return torch.randn(shape, generator=generator, dtype=torch.float64) + 2.0
 
 

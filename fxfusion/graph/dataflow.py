@@ -51,7 +51,7 @@ class GraphFacts:
             else:
                 sources = node.all_input_nodes
                 known = bool(sources) and all(source in constant for source in sources) and ops.is_pure(node)
-            if known:
+            if known and self.alias_root(node) not in self.written:
                 constant.add(node)
         return constant
 
@@ -79,6 +79,18 @@ class GraphFacts:
             written = ops.written_argument(node) if ops.writes_in_place(node) else None
             node = written or node.all_input_nodes[0]
         return node
+
+    def escapes(self, node: fx.Node) -> bool:
+        """Whether the caller of the graph gets the value, or something that may share its memory."""
+        pending, seen = [node], {node}
+        while pending:
+            for user in pending.pop().users:
+                if user.op == "output":
+                    return True
+                if user not in seen and (ops.op_name(user) in ops.ALIASING_OPS or ops.writes_in_place(user)):
+                    seen.add(user)
+                    pending.append(user)
+        return False
 
     def slice_between(self, start: fx.Node, stop: fx.Node) -> Slice:
         """Everything `start` needs that was computed after `stop`."""

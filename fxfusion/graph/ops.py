@@ -28,6 +28,16 @@ _IN_PLACE_OPERATORS = {
     getattr(operator, name): name[1:]
     for name in ("iadd", "isub", "imul", "itruediv", "ipow", "imatmul", "ifloordiv", "iand", "ior", "ixor")
 }
+_IN_PLACE_METHODS = {"setitem": "setitem"} | {
+    function.__name__: _OPERATOR_NAMES.get(name, name) for function, name in _IN_PLACE_OPERATORS.items()
+}
+_INPLACE_POSITION = (
+    dict.fromkeys("relu relu6 selu silu mish hardswish hardsigmoid".split(), 1)
+    | dict.fromkeys("elu celu leaky_relu".split(), 2)
+    | dict.fromkeys("hardtanh threshold".split(), 3)
+    | dict.fromkeys("dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d".split(), 3)
+    | {"rrelu": 4}
+)
 _SAME_OP = {
     "subtract": "sub",
     "multiply": "mul",
@@ -57,13 +67,22 @@ ALIASING_OPS = frozenset(
     "view reshape view_as reshape_as flatten unflatten transpose permute t mT T H swapaxes getitem select slice "
     "narrow chunk split split_with_sizes tensor_split unbind squeeze unsqueeze expand expand_as contiguous to "
     "type_as float double half bfloat16 alias detach dropout ravel diagonal as_strided movedim real "
-    "numpy_T lift_fresh Identity".split()
+    "numpy_T lift_fresh Identity getattr positive conj resolve_conj resolve_neg adjoint imag view_as_real "
+    "view_as_complex moveaxis broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d hsplit vsplit dsplit "
+    "unsafe_chunk unsafe_split sum_to_size unfold einsum cpu cuda bool int long short alpha_dropout "
+    "feature_dropout feature_alpha_dropout dropout1d dropout2d dropout3d".split()
 )
+"""Operations whose result may share memory with their first tensor."""
 
 
 def op_name(node: fx.Node) -> str:
     """The bare name of the operation: `add`, `linear`, `silu`; empty for nodes that call nothing."""
     return _bare_name(node.op, node.target)[0]
+
+
+def schema_name(node: fx.Node) -> str:
+    """The name that ATen gives an operation, such as `_to_copy`; empty for other spellings."""
+    return node.target._schema.name.split("::")[-1] if isinstance(node.target, OpOverload) else ""
 
 
 def writes_in_place(node: fx.Node) -> bool:
@@ -72,6 +91,8 @@ def writes_in_place(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, OpOverload):
         return node.target._schema.is_mutable
+    if op_name(node) in DROPOUT_OPS and dropout_arguments(node)[1] is False:
+        return False
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
         return True
     return _bare_name(node.op, node.target)[1] or _positional_inplace(node)
@@ -191,6 +212,8 @@ def _bare_name(op: str, target: Any) -> tuple[str, bool]:
     in_place = name.endswith("_") and not name.endswith("__") and name not in _OPERATOR_NAMES
     if name.startswith("__") and name.endswith("__"):
         name = name.strip("_")
+        if name in _IN_PLACE_METHODS:
+            return _IN_PLACE_METHODS[name], True
     elif in_place:
         name = name[:-1]
     name = _OPERATOR_NAMES.get(name, name)
@@ -199,7 +222,7 @@ def _bare_name(op: str, target: Any) -> tuple[str, bool]:
 
 def _positional_inplace(node: fx.Node) -> bool:
     """`F.dropout(x, p, training, True)` and `F.relu(x, True)` pass `inplace` by position."""
-    position = {"dropout": 3, "relu": 1, "silu": 1, "hardtanh": 3, "elu": 2, "leaky_relu": 2}.get(op_name(node))
+    position = _INPLACE_POSITION.get(op_name(node))
     return position is not None and len(node.args) > position and node.args[position] is True
 
 
