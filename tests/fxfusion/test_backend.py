@@ -1,0 +1,313 @@
+"""The torch.compile backend: what reaches the compiler, gradients, refusals, fall back, strictness."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomllib
+import torch
+from torch import Tensor, nn
+
+import fxfusion
+from fxfusion import FusionPlan, RefusalCode, ffn_fusion, last_reports
+from fxfusion.errors import MissingWeightsError, NotFusedError, OptionError
+from fxfusion.graph import ops
+from fxfusion.packing import live_packs
+from tests.helpers import Plain, Stack, assert_exact, error_of, parallel_form, refusal_with, stack, tokens
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+    gc.collect()
+
+
+def compiled(model: Callable[..., Any], compiler: str = "eager", **options: Any) -> Callable[..., Any]:
+    return torch.compile(model, backend=ffn_fusion, options={"compiler": compiler, **options})
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_gradients(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    got = gradients(model, run(x).square().sum())
+    wanted = gradients(model, parallel_form(model, x).square().sum())
+    for name, gradient in wanted.items():
+        assert got[name] is not None, f"{name} got no gradient"
+        assert_exact(got[name], gradient, torch.float64, gradient=True)
+
+
+# --- what is compiled ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("norm", ["fold", "last"])
+def test_fused_forward_and_gradients(compiler: str, norm: Any) -> None:
+    model, x = stack(Plain, nn.LayerNorm, widths=(12, 20, 4)), tokens().requires_grad_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = compiled(model, compiler, policy={"norm": norm}, strict=True)
+    assert_exact(run(x), parallel_form(model, x, norm=norm), torch.float64)
+    if norm == "fold":
+        assert_gradients(model, run, x)
+    got, wanted = run(x).sum(), parallel_form(model, x, norm=norm).sum()
+    assert_exact(torch.autograd.grad(got, x)[0], torch.autograd.grad(wanted, x)[0], torch.float64, gradient=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_training_steps_and_accumulation() -> None:
+    model, twin, x = stack(Plain, nn.LayerNorm), stack(Plain, nn.LayerNorm), tokens()
+    run = compiled(model, "aot_eager", strict=True)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+    for _ in range(3):
+        for part in (x, x * 0.5):  # two micro-batches: gradients add up
+            run(part).square().mean().backward()
+            parallel_form(twin, part).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert error_of(one, other) < 1e-8
+    assert_exact(run(x), parallel_form(model, x), torch.float64)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_write_between_forward_and_backward_raises_as_in_eager(compiler: str) -> None:
+    model, x = stack(), tokens()
+    for run in (model, compiled(model, compiler, strict=True)):
+        loss = run(x).sum()
+        with torch.no_grad():
+            model.layers[1].ffn.down.weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_second_derivatives_raise_and_are_never_wrong() -> None:
+    model, x = stack(), tokens().requires_grad_()
+    first = torch.autograd.grad(compiled(model)(x).square().sum(), model.layers[0].ffn.gate.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first[0].sum().backward()
+
+
+def test_no_concatenation_of_weights_in_the_compiled_graph() -> None:
+    model, x = stack(), tokens()
+    run = compiled(model, strict=True)
+    run(x)
+    after = last_reports()[-1].after
+    assert after is not None
+    names = [ops.op_name(node) for node in after.graph.nodes]
+    assert "cat" not in names and names.count("linear") == 3
+    assert [n.name for n in after.graph.nodes if n.op == "placeholder"][-3:] == [
+        "packed_0_0",
+        "packed_0_1",
+        "packed_0_2",
+    ]
+
+
+def test_regional_compile_of_parts_of_a_model() -> None:
+    parts, x = [stack(seed=1), stack(seed=2)], tokens()
+    runs = [compiled(part, strict=True) for part in parts]
+    for _ in range(2):
+        wanted = parallel_form(parts[1], parallel_form(parts[0], x))
+        assert_exact(runs[1](runs[0](x)), wanted, torch.float64)
+    assert live_packs() == 2
+
+
+def test_nothing_to_fuse_is_bit_equal_and_untouched() -> None:
+    model, x = stack(count=1), tokens()
+    plain = torch.compile(model, backend="aot_eager")(x)
+    torch._dynamo.reset()
+    assert torch.equal(compiled(model, "aot_eager", strict=True)(x), plain)
+    refusal_with(last_reports()[-1].refusals, RefusalCode.STREAM_READ)
+    assert last_reports()[-1].after is last_reports()[-1].before
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+
+class Odd(Tensor):
+    """A trivial tensor subclass."""
+
+
+def test_tensor_subclass_weights_are_refused() -> None:
+    model, x = stack(), tokens()
+    weight = model.layers[1].ffn.down.weight
+    model.layers[1].ffn.down.weight = nn.Parameter(weight.detach().as_subclass(Odd))
+    result = compiled(model, strict=True)(x)
+    assert torch.equal(result.as_subclass(Tensor), model(x).as_subclass(Tensor))
+    report = last_reports()[-1]
+    assert not report.groups
+    refusal_with(report.refusals, RefusalCode.TENSOR_SUBCLASS, "Odd")
+
+
+class Loop(nn.Module):
+    """Blocks in a given order, some more than once."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        super().__init__()
+        self.inner, self.order = stack(), tuple(order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = self.inner.layers[index](x)
+        return x
+
+
+def test_weights_used_twice_never_meet_in_one_group() -> None:
+    model, x = Loop((0, 1, 0, 2)), tokens()
+    result = compiled(model, strict=True)(x)
+    assert [len(group.members) for group in last_reports()[-1].groups] == [2, 2]
+    wanted = x
+    for pair in ((0, 1), (0, 2)):  # each group has its own packed copy
+        wanted = wanted + sum(model.inner.layers[i](wanted) - wanted for i in pair)
+    assert_exact(result, wanted, torch.float64)
+
+
+def test_one_weight_in_two_neighbours_is_refused() -> None:
+    model, x = Loop((0, 0)), tokens()
+    assert torch.equal(compiled(model, strict=True)(x), model(x))
+    refusal_with(last_reports()[-1].refusals, RefusalCode.SHARED_WEIGHT)
+
+
+def test_dropout_in_training_mode_is_refused() -> None:
+    class Dropped(Plain):
+        def forward(self, n: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(n), 0.5, self.training)
+
+    model, x = stack(Dropped).train(), tokens()
+    torch.manual_seed(0)
+    wanted = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(compiled(model)(x), wanted)
+    refusal_with(last_reports()[-1].refusals, RefusalCode.RANDOM)
+    model.eval()
+    assert_exact(compiled(model, strict=True)(x), parallel_form(model, x), torch.float64)
+
+
+class Tapped(Stack):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        seen = [x]
+        for layer in self.layers:
+            seen.append(layer(seen[-1]))
+        return tuple(seen)
+
+
+def test_hidden_states_as_outputs_are_refused() -> None:
+    model, x = Tapped(stack().layers), tokens()
+    wanted, got = model(x), compiled(model)(x)
+    assert all(torch.equal(one, other) for one, other in zip(wanted, got, strict=True))
+    refusal_with(last_reports()[-1].refusals, RefusalCode.STREAM_READ)
+
+
+def test_activation_checkpointing_is_refused() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = stack(), tokens()
+
+    def forward(x: Tensor) -> Tensor:
+        for layer in model.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    result = compiled(forward, "aot_eager")(x)
+    assert_exact(result, model(x), torch.float64)
+    refusal_with(last_reports()[-1].refusals, RefusalCode.HIGHER_ORDER)
+
+
+def test_weights_baked_into_the_graph_are_not_packed() -> None:
+    """With `prepare_freezing` Dynamo hands over weights as constants; packed they would go stale."""
+    model, x = stack(), tokens()
+    with torch._dynamo.config.patch(prepare_freezing=True), torch.no_grad():
+        assert torch.equal(compiled(model)(x), model(x))
+        torch._dynamo.reset()
+        with pytest.raises(NotFusedError, match="baked into the graph"):
+            compiled(model, strict=True)(x)
+
+
+# --- fall back and strict -----------------------------------------------------------------------------
+
+STEPS = [
+    "fxfusion.backend.capture_dynamo",
+    "fxfusion.pipeline.normalising_passes",
+    "fxfusion.pipeline.match_residual",
+    "fxfusion.pipeline.find_chains",
+    "fxfusion.pipeline.plan_by_policy",
+    "fxfusion.passes.parallelise.Parallelise.run",
+    "fxfusion.passes.concatenate.Concatenate.run",
+    "fxfusion.passes.lift_weights.LiftWeights.run",
+    "fxfusion.packing.PackedWeights.__init__",
+    "fxfusion.backend.as_backend_fake",
+]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_failing_step_falls_back_with_one_warning(
+    step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory for this")
+
+    monkeypatch.setattr(step, fail)
+    model, x = stack(), tokens()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with caplog.at_level(logging.WARNING, "fxfusion"):
+        assert torch.equal(compiled(model)(x), model(x))
+    warnings = [record.getMessage() for record in caplog.records if record.name == "fxfusion"]
+    assert len(warnings) == 1 and "no memory for this" in warnings[0] and "unfused" in warnings[0]
+    assert "no memory for this" in last_reports()[-1].notes[0]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no memory for this"):
+        compiled(model, strict=True)(x)
+
+
+def test_a_plan_that_does_not_fit_warns_or_raises(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = stack(), tokens()
+    plan = FusionPlan(groups=[[7, 8]])
+    assert torch.equal(compiled(model, plan=plan)(x), model(x))
+    assert "1 planned groups were not fused" in caplog.text
+    torch._dynamo.reset()
+    with pytest.raises(NotFusedError, match="does not fit"):
+        compiled(model, plan=plan, strict=True)(x)
+    torch._dynamo.reset()
+    run = compiled(model, plan={"groups": [[1, 2]]}, strict=True)
+    assert_exact(run(x), parallel_form(model, x, [[1, 2]]), torch.float64)
+
+
+def test_running_without_weights_says_so() -> None:
+    model = stack().to("meta")
+    with pytest.raises(MissingWeightsError, match="meta device"):
+        compiled(model)(tokens().to("meta"))
+
+
+def test_bad_options_reach_the_user_as_they_are() -> None:
+    with pytest.raises(OptionError, match="unknown option 'polcy'") as caught:
+        compiled(stack(), polcy="paper")(tokens())
+    assert type(caught.value).__name__ == "OptionError"
+
+
+# --- entry point --------------------------------------------------------------------------------------
+
+
+def test_entry_point_is_the_undecorated_function() -> None:
+    """A decorated function would be registered twice (torch raises "duplicate name")."""
+    from torch._dynamo.backends.registry import _BACKENDS, list_backends
+
+    group = "torch_dynamo_backends"
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    listed = project["project"]["entry-points"][group]
+    assert list(listed) == ["ffn_fusion"]
+    assert EntryPoint("ffn_fusion", listed["ffn_fusion"], group).load() is fxfusion.ffn_fusion
+    list_backends(exclude_tags=())
+    entry = _BACKENDS.get("ffn_fusion")  # None where fxfusion is installed nowhere: its path is what counts
+    assert entry is None or isinstance(entry, EntryPoint) or entry is fxfusion.ffn_fusion
