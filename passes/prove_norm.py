@@ -76,11 +76,12 @@ def _holds(ffn: FfnNode, roles: tuple[Role, ...]) -> bool:
 
 
 def _is_affine_after(ffn: FfnNode, constants: Sequence[fx.Node]) -> bool:
-    """Whether only sums, products, casts and views touch what the constants have entered."""
+    """Whether only sums, products, casts, views and divisions of it touch what the constants have entered."""
     entered = set(constants)
     for node in ffn.prologue:
         if entered & set(node.all_input_nodes):
-            if ops.op_name(node) not in _AFFINE:
+            divided = ops.op_name(node) == "div" and ops.argument(node, 1, "other") not in entered
+            if ops.op_name(node) not in _AFFINE and not divided:
                 return False
             entered.add(node)
     return True
