@@ -26,6 +26,7 @@ app = typer.Typer(
     help="FFN Fusion (arXiv 2503.18908) for PyTorch models.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: loading rich would double the time that --help takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

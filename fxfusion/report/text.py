@@ -53,7 +53,7 @@ def chains(graph: GraphReport) -> str:
         for index, chain in enumerate(graph.chains)
     ]
     header = ("chain", "FFNs", "members", "total width", "leading", "ended by")
-    return _table("Chains (runs of FFNs with no mixer between them)", header, rows, (None, None, 28, None, None, 26))
+    return _table("Chains (runs of FFNs with no mixer between them)", header, rows, (None, None, 26, None, None, 28))
 
 
 def groups(graph: GraphReport) -> str:
@@ -112,7 +112,7 @@ def span(members: Sequence[MemberSummary]) -> str:
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]], widths: Sequence[int | None]) -> str:
     if not rows:
         return ""
-    return f"{title}\n" + tabulate(rows, header, tablefmt=_STYLE, maxcolwidths=list(widths))
+    return f"{title}\n" + tabulate(rows, header, tablefmt=_STYLE, maxcolwidths=list(widths), floatfmt=".1f")
 
 
 def _sources(same: Sequence[Refusal]) -> str:

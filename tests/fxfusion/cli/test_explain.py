@@ -1,0 +1,193 @@
+"""`fxfusion explain`: exit codes, output, and a quick start."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxfusion import cli
+from fxfusion.cli.explain import read_groups, read_policy
+from fxfusion.errors import OptionError
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+LAYERS = ["full_attention", "mlp", "mlp", "full_attention", "mlp", "mlp", "mlp"]
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose layers are attention or FFN alone: chains 1-2 and 4-6, without any surgery."""
+    fields = {"model_type": "nemotron_h", "layers_block_type": LAYERS, "num_hidden_layers": 7, "head_dim": 16}
+    return written(tmp_path_factory.mktemp("hybrid"), fields)
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with attention in both of its layers."""
+    return written(tmp_path_factory.mktemp("ordinary"), {"model_type": "llama", "num_hidden_layers": 2})
+
+
+def written(folder: Path, fields: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps({**TINY, **fields}))
+    return folder
+
+
+class Ran:
+    """The command in this process: exit code and what it printed."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fxfusion", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        self.code = stopped.value.code or 0
+        self.out, self.err = capfd.readouterr()
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda *args: Ran(capfd, monkeypatch, *args)
+
+
+def groups_of(ran: Ran) -> list[list[str]]:
+    found = json.loads(ran.out)["graphs"][0]["groups"]
+    return [[member["layer"].rpartition(".")[2] for member in group["members"]] for group in found]
+
+
+def test_what_would_be_fused_is_printed(run: Any, hybrid: Path, tmp_path: Path) -> None:
+    ran = run("explain", hybrid, "--html", tmp_path / "r.html")
+    assert ran.code == 0
+    assert ran.out.startswith("5 of 5 FFNs fused into 2")
+    assert "model.layers.4-6" in ran.out and f"written: {tmp_path / 'r.html'}" in ran.out
+    assert hybrid.name in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_nothing_to_fuse_is_exit_code_3_with_reasons(run: Any, ordinary: Path) -> None:
+    ran = run("explain", ordinary)
+    assert ran.code == 3
+    assert ran.out.startswith("Nothing to fuse: 2 FFNs found") and "alone" in ran.out
+
+
+def test_json_is_the_report_and_nothing_else(run: Any, hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXFUSION_DEBUG", "2")  # prints lines, which must not get in between
+    ran = run("explain", hybrid, "--json", "--seq", 4, "--batch", 2)
+    assert ran.code == 0 and "fxfusion: " in ran.err
+    assert set(json.loads(ran.out)) == {"summary", "graphs", "notes"}
+    assert groups_of(ran) == [["1", "2"], ["4", "5", "6"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        (["--policy", "paper"], [["4", "5"]]),
+        (["--policy", '{"max_members": 2}'], [["1", "2"], ["4", "5"]]),
+        (["--plan-group", "1-2", "--plan-group", "5,6"], [["1", "2"], ["5", "6"]]),
+        (["--plan-group", "4-5"], [["4", "5"]]),
+    ],
+)
+def test_policies_and_plans_choose(run: Any, hybrid: Path, options: list[str], groups: list[list[str]]) -> None:
+    ran = run("explain", hybrid, "--json", *options)
+    assert ran.code == 0 and groups_of(ran) == groups
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--policy", "biggest"], "biggest"),
+        (["--policy", '{"keep_last": '], "--policy"),
+        (["--policy", '{"keep_lost": 1}'], "keep_lost"),
+        (["--plan-group", "4-x"], "4-x"),
+        (["--plan-group", "6-4"], "backwards"),
+        (["--plan-group", "4"], "at least two"),
+        (["--plan-group", "4-5", "--plan-group", "5-6"], "5"),
+        (["--plan-group", "4-5", "--policy", "paper"], "--plan-group"),
+        (["--seq", "0"], "--seq"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_a_wrong_option_is_exit_code_2_and_named(run: Any, hybrid: Path, args: list[str], named: str) -> None:
+    ran = run("explain", hybrid, *args)
+    assert ran.code == 2 and named in ran.err and ran.out == ""
+    assert "Traceback" not in ran.err
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (None, "no such folder"),
+        ("", "no config.json"),
+        ("{not json", "config.json"),
+        ('{"model_type": "no_such_family"}', "no_such_family"),
+        ('{"model_type": "vit"}', "pixel_values"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_exit_code_1_in_one_line(
+    run: Any, tmp_path: Path, config: str | None, named: str
+) -> None:
+    folder = tmp_path / "model"
+    if config is not None:
+        folder.mkdir()
+    if config:
+        (folder / "config.json").write_text(config)
+    ran = run("explain", folder)
+    assert ran.code == 1 and named in ran.err and ran.out == ""
+    assert ran.err.strip().startswith("fxfusion: error: ") and len(ran.err.strip().splitlines()) == 1
+
+
+def test_the_traceback_is_shown_on_request(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXFUSION_DEBUG", "1")
+    ran = run("explain", tmp_path)
+    assert ran.code == 1 and "Traceback" in ran.err and ran.err.strip().splitlines()[-1].startswith("fxfusion: error")
+
+
+def test_read_groups() -> None:
+    assert read_groups(["4-6", "8,10-11"]) == [[4, 5, 6], [8, 10, 11]]
+    with pytest.raises(OptionError, match="'1--2'"):
+        read_groups(["1--2"])
+
+
+def test_read_policy() -> None:
+    assert read_policy(None) is None
+    assert read_policy("paper") == "paper"
+    assert read_policy(' {"keep_last": 1}') == {"keep_last": 1}
+
+
+def processor_seconds(statement: str) -> float:
+    """User and system time of a fresh interpreter: unlike wall time, it does not depend on what else runs."""
+    code = f"import resource, subprocess, sys\nsubprocess.run({[sys.executable, '-c', statement]!r}, check=True, stdout=subprocess.DEVNULL)\n"
+    code += "used = resource.getrusage(resource.RUSAGE_CHILDREN)\nprint(used.ru_utime + used.ru_stime)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+HELP = "import sys; sys.argv = ['fxfusion', {args}]\nfrom fxfusion.cli import main\nmain()"
+
+
+@pytest.mark.parametrize("args", ["'--help'", "'explain', '--help'", "'demo', '--help'"])
+def test_help_is_quick(args: str) -> None:
+    best = min(processor_seconds(HELP.format(args=args)) for _ in range(3))
+    assert best < 0.5
+
+
+def test_a_slow_start_would_be_seen() -> None:
+    started = time.perf_counter()
+    assert processor_seconds("import torch") > 0.5, f"torch loads in {time.perf_counter() - started:.2f} s"
+
+
+@pytest.mark.parametrize("module", ["fxfusion.cli", "fxfusion.cli.explain", "fxfusion.cli.demo"])
+def test_the_command_line_does_not_load_torch(module: str) -> None:
+    heavy = ("torch", "transformers", "networkx", "jinja2", "tabulate")
+    code = f"import sys, {module}\nprint([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
