@@ -29,6 +29,7 @@ neither model nor tokenizer saw them.
 
 Trained by `python -m bench.reference.train`: {steps:,} steps of 8 x 256 tokens in {minutes:.0f} minutes
 (Muon and AdamW, peak learning rate {learning_rate:g}, cosine after {warmup} warm-up steps, {precision}).
+{schedule}
 `training_log.jsonl` has the losses on the way.
 
 Held-out perplexity of these weights: **{perplexity:.2f}**, 95 % interval {low:.2f} to {high:.2f}
@@ -81,6 +82,7 @@ def _readme(state: dict[str, Any], parameters: int, quality: Quality) -> str:
         warmup=recipe["warmup"],
         precision="bfloat16 autocast" if recipe["autocast"] else "float32",
         minutes=state["seconds"] / 60,
+        schedule=_schedule(state["schedules"]),
         perplexity=quality.perplexity,
         low=quality.perplexity.low,
         high=quality.perplexity.high,
@@ -89,3 +91,12 @@ def _readme(state: dict[str, Any], parameters: int, quality: Quality) -> str:
         blocks=BLOCKS,
         block=BLOCK,
     )
+
+
+def _schedule(schedules: list[list[int]]) -> str:
+    """The commands that repeat the run; more than one where the number of steps was changed on the way."""
+    commands = [
+        f"`--steps {steps} --stop-after {following}`"
+        for (_, steps), (following, _) in zip(schedules, schedules[1:], strict=False)
+    ]
+    return "Options to repeat it: " + ", then ".join([*commands, f"`--steps {schedules[-1][1]}`"]) + "."

@@ -1,8 +1,8 @@
 """Muon: momentum SGD with orthogonal updates, for the weight matrices of the hidden layers.
 
-At 2,048 tokens a step the reference model learns as much as by AdamW in about 1.7 times fewer steps, each of
-which takes about 1.35 times as long. `torch.optim.Muon` does the same one matrix at a time and in bfloat16,
-which processors without bfloat16 units only emulate.
+Why not AdamW alone: in one run of each on the reference model (2,048 tokens a step; peak rates 3e-3 and 2e-3,
+neither tuned) 200 steps of Muon reached the held-out loss of 400 steps of AdamW, 4.58 to 4.57, at about 1.35 times
+the time a step. `torch.optim.Muon` goes one matrix at a time and in bfloat16, which some processors only emulate.
 
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the scale of the update is that of
 arXiv 2502.16982, so that learning rates and weight decays of AdamW fit.
@@ -34,9 +34,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class Muon(Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay. All parameters must be matrices."""
 
-    def __init__(
-        self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

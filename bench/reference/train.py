@@ -35,7 +35,7 @@ HELD_OUT_BLOCKS = 32  # for the loss logged while training; the export measures 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the trained weights; a checkpoint made by another recipe is refused."""
+    """What decides the trained weights. A checkpoint of another recipe is refused, unless only `steps` differs."""
 
     steps: int = 1300
     learning_rate: float = 3e-3
@@ -74,6 +74,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, corpus: Corpus, work: Path, device: str, compiled: bool) -> None:
         self.recipe, self.work, self.device = recipe, work, torch.device(device)
         self.step, self.seconds = 0, 0.0
+        self.schedules = [[0, recipe.steps]]  # from which step on, length of the schedule
         model: nn.Module = build_model(recipe.seed)
         self.model = model.to(self.device)
         self.optimizers = build_optimizers(self.model, recipe)
@@ -119,6 +120,7 @@ class Trainer:
             "recipe": asdict(self.recipe),
             "step": self.step,
             "seconds": self.seconds,
+            "schedules": self.schedules,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -127,17 +129,22 @@ class Trainer:
         partial.replace(self.work / "checkpoint.pt")
 
     def resume(self) -> None:
-        """Load the newest checkpoint, if there is one. ValueError when another recipe made it."""
+        """Load the newest checkpoint, if there is one; from there on, the schedule is that of this recipe.
+
+        ValueError when a recipe made it that differs in more than its number of steps.
+        """
         file = self.work / "checkpoint.pt"
         if not file.exists():
             return
         state = torch.load(file, map_location=self.device, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
+        if state["recipe"] | {"steps": self.recipe.steps} != asdict(self.recipe):
             raise ValueError(f"{file} is of another recipe ({state['recipe']}): delete it or use --work")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.schedules = state["step"], state["seconds"], state["schedules"]
+        if self.schedules[-1][1] != self.recipe.steps:
+            self.schedules.append([self.step, self.recipe.steps])
 
 
 class Log:
@@ -196,7 +203,7 @@ def train(trainer: Trainer, stop_after: int, log_every: int, evaluate_every: int
 
 
 def bfloat16_is_fast(device: str) -> bool:
-    """Whether the processor multiplies bfloat16 itself: emulated, a step takes over ten times as long."""
+    """Whether the processor multiplies bfloat16 itself: emulated, a step took 2.7 times as long as in float32."""
     if torch.device(device).type != "cpu":
         return True
     capabilities = torch.cpu.get_capabilities()

@@ -74,9 +74,7 @@ class Quality:
         }
 
 
-def evaluate(
-    model: nn.Module | Callable[..., Any], batches: Iterable[Batch], progress: bool = False
-) -> Quality:
+def evaluate(model: nn.Module | Callable[..., Any], batches: Iterable[Batch], progress: bool = False) -> Quality:
     """Measure the next-token loss of a causal language model.
 
     Args:
@@ -112,16 +110,12 @@ def evaluate(
     if number < 0:
         raise ValueError("batches is empty: nothing to evaluate (a generator can be used up only once)")
     if broken:
-        message = (
-            f"the loss is not finite in {len(broken)} of {number + 1} batches, first in batch {broken[0]}"
-        )
+        message = f"the loss is not finite in {len(broken)} of {number + 1} batches, first in batch {broken[0]}"
         warnings.warn(message, stacklevel=2)
     return _summarise(torch.cat(sums), torch.cat(counts))
 
 
-def _batch_loss(
-    model: nn.Module | Callable[..., Any], inputs: dict[str, Any], number: int
-) -> tuple[Tensor, Tensor]:
+def _batch_loss(model: nn.Module | Callable[..., Any], inputs: dict[str, Any], number: int) -> tuple[Tensor, Tensor]:
     """Summed loss (float64) and number of the tokens that count, each `[batch]`."""
     labels, inputs = _targets(inputs, number)
     targets, rows = labels[:, 1:], labels.shape[0]
