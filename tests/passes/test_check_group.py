@@ -1,0 +1,155 @@
+"""check_group: which FFNs of one chain may become one, and the code of each refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxfusion.errors import RefusalCode
+from tests.helpers import (
+    Block,
+    Gated,
+    Plain,
+    Rms,
+    Stack,
+    assert_exact,
+    fuse,
+    parallel_form,
+    randomise,
+    refusal_with,
+    stack,
+    tokens,
+)
+
+
+def pair(*blocks: nn.Module) -> Stack:
+    model = Stack(blocks)
+    randomise(model)
+    return model
+
+
+def refused(model: nn.Module, code: RefusalCode, fragment: str = "", **options: object) -> None:
+    """No group at all, with this reason, and the very result of the model."""
+    x = tokens()
+    fused, report = fuse(model, x, **options)
+    assert not report.groups
+    refusal_with(report.refusals, code, fragment)
+    assert torch.equal(fused(x), model(x))
+
+
+def test_other_activation_functions_do_not_mix() -> None:
+    refused(pair(Block(Rms(8), Gated()), Block(Rms(8), Gated(act=F.gelu))), RefusalCode.DIFFERENT_OPS, "silu")
+
+
+def test_other_kinds_of_ffn_do_not_mix() -> None:
+    refused(pair(Block(Rms(8), Gated(act=F.gelu)), Block(Rms(8), Plain())), RefusalCode.DIFFERENT_OPS)
+
+
+def test_other_eps_does_not_mix() -> None:
+    refused(pair(Block(Rms(8), Gated()), Block(Rms(8, eps=1e-5), Gated())), RefusalCode.DIFFERENT_LITERAL)
+
+
+def test_other_norms_do_not_mix() -> None:
+    refused(pair(Block(Rms(8), Gated()), Block(nn.LayerNorm(8), Gated())), RefusalCode.DIFFERENT_OPS)
+
+
+class Rounded(Gated):
+    """Computes its middle in float32."""
+
+    def forward(self, n: Tensor) -> Tensor:
+        return self.down((F.silu(self.gate(n).float()) * self.up(n).float()).double())
+
+
+def test_other_dtypes_inside_do_not_mix() -> None:
+    model = pair(Block(Rms(8), Gated()), Block(Rms(8), Rounded()))
+    x = tokens()
+    fused, report = fuse(model, x)
+    assert not report.groups and torch.equal(fused(x), model(x))
+    codes = {refusal.code for refusal in report.refusals}
+    assert codes & {RefusalCode.DIFFERENT_DTYPE, RefusalCode.DIFFERENT_OPS}
+
+
+class GainInside(nn.Module):
+    """A norm whose constant is no gain: it acts before the statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.weight
+        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_constant_that_is_no_gain_is_unproved() -> None:
+    model = pair(*(Block(GainInside(), Gated()) for _ in range(2)))
+    refused(model, RefusalCode.NORM_UNPROVED, "not proved")
+
+
+def test_norm_last_needs_no_proof() -> None:
+    model, x = pair(*(Block(GainInside(), Gated()) for _ in range(2))), tokens()
+    fused, report = fuse(model, x, policy={"norm": "last"})
+    assert len(report.groups) == 1
+    assert_exact(fused(x), parallel_form(model, x, norm="last"), torch.float64)
+
+
+def test_a_shared_norm_is_kept_as_it_is() -> None:
+    norm, x = GainInside(), tokens()
+    model = pair(*(Block(norm, Gated()) for _ in range(2)))
+    fused, report = fuse(model, x)
+    assert len(report.groups) == 1
+    assert_exact(fused(x), parallel_form(model, x), torch.float64)
+
+
+def test_one_weight_in_two_members() -> None:
+    ffn = Gated()
+    refused(pair(Block(Rms(8), ffn), Block(Rms(8), ffn)), RefusalCode.SHARED_WEIGHT, "use one weight")
+
+
+class ReadsWeight(Stack):
+    """Somebody outside the FFNs reads a weight, through a view."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tied = self.layers[1].ffn.down.weight.t()
+        return F.linear(super().forward(x), tied)
+
+
+def test_a_weight_that_the_head_shares() -> None:
+    model, x = ReadsWeight(stack(count=3).layers), tokens()
+    fused, report = fuse(model, x)
+    refusal_with(report.refusals, RefusalCode.SHARED_WEIGHT, "outside the FFNs")
+    assert not report.groups and torch.equal(fused(x), model(x))
+
+
+class Scaled(Plain):
+    """A per-channel constant inside the middle."""
+
+    def __init__(self, shape: Sequence[int], hidden: int = 8, width: int = 12) -> None:
+        super().__init__(hidden, width)
+        self.scale = nn.Parameter(torch.ones(*shape))
+
+    def forward(self, n: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(n)) * self.scale)
+
+
+@pytest.mark.parametrize("shape", [(12,), (1,), (1, 12), (1, 1, 12)])
+def test_constants_per_intermediate_channel_are_concatenated(shape: tuple[int, ...]) -> None:
+    model, x = pair(*(Block(Rms(8), Scaled(shape)) for _ in range(2))), tokens()
+    fused, report = fuse(model, x)
+    assert len(report.groups) == 1
+    assert_exact(fused(x), parallel_form(model, x), torch.float64)
+
+
+def test_a_misfit_in_the_middle_leaves_the_groups_on_both_sides() -> None:
+    blocks = [Block(Rms(8), Gated(act=F.gelu if index == 2 else F.silu)) for index in range(5)]
+    model, x = pair(*blocks), tokens()
+    fused, report = fuse(model, x)
+    assert [len(group.members) for group in report.groups] == [2, 2]
+    assert_exact(fused(x), parallel_form(model, x, [[0, 1], [3, 4]]), torch.float64)
