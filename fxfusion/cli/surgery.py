@@ -91,4 +91,5 @@ def one_weight_changed(model: nn.Module, layer: int) -> Iterator[None]:
 
 def relative_error(one: Tensor, other: Tensor) -> float:
     """Largest difference, as a part of the largest value."""
-    return float((one.double() - other.double()).abs().max() / one.double().abs().max())
+    first, second = one.detach().double(), other.detach().double()
+    return float((first - second).abs().max() / first.abs().max())

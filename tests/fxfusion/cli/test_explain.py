@@ -165,8 +165,11 @@ def test_read_policy() -> None:
 
 def processor_seconds(statement: str) -> float:
     """User and system time of a fresh interpreter: unlike wall time, it does not depend on what else runs."""
-    code = f"import resource, subprocess, sys\nsubprocess.run({[sys.executable, '-c', statement]!r}, check=True, stdout=subprocess.DEVNULL)\n"
-    code += "used = resource.getrusage(resource.RUSAGE_CHILDREN)\nprint(used.ru_utime + used.ru_stime)"
+    command = [sys.executable, "-c", statement]
+    code = (
+        f"import resource, subprocess\nsubprocess.run({command!r}, check=True, stdout=subprocess.DEVNULL)\n"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN)\nprint(used.ru_utime + used.ru_stime)"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     return float(done.stdout)
 

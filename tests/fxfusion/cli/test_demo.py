@@ -1,0 +1,191 @@
+"""`fxfusion demo` on a small random model with the eager compiler, and the demo's own tools."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fxfusion import cli
+from fxfusion.cli import reference, surgery, timing
+from fxfusion.errors import FxFusionError
+
+VOCABULARY = 64
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of ten layers whose FFNs are strong enough to matter, and held-out token ids."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=10,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name else 0.3 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    ids = torch.randint(0, VOCABULARY, (8, 1024)).to(torch.uint16)
+    save_file({"input_ids": ids}, folder / reference.HELD_OUT_FILE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
+    """Exit code, standard output and page of one run with --json."""
+    html = tmp_path_factory.mktemp("out") / "demo.html"
+    args = ["fxfusion", "demo", "--json", "--model", model_folder, "--html", html]
+    args += ["--compiler", "eager", "--sequences", 8, "--rounds", 5]
+    patch, lines = pytest.MonkeyPatch(), []
+    patch.setattr(sys, "argv", list(map(str, args)))
+    patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    finally:
+        patch.undo()
+    return stopped.value.code or 0, "\n".join(lines), html
+
+
+def test_the_whole_demo_runs_and_prints_one_json_document(ran: tuple[int, str, Path]) -> None:
+    code, out, html = ran
+    result = json.loads(out)
+    assert code == 0
+    assert set(result) == {"model", "quality", "dropped_attention", "exactness", "speed", "html", "report", "seconds"}
+    assert result["html"] == str(html) and "layers.4-8.mlp" in html.read_text("utf-8")
+
+
+def test_it_proves_and_shows_that_the_proof_can_fail(ran: tuple[int, str, Path]) -> None:
+    found = json.loads(ran[1])["exactness"]
+    assert found["passed"] and len(found["groups"]) == 1 and found["groups"][0]["passed"]
+    assert 0 < found["logits"] <= found["limit"] < found["logits_with_a_changed_weight"]
+    assert found["logits_with_the_weight_restored"] == found["logits"]
+
+
+def test_it_measures_quality_of_different_models(ran: tuple[int, str, Path]) -> None:
+    quality = json.loads(ran[1])["quality"]
+    assert list(quality) == ["intact", "attention_removed", "fused_fold", "fused_last", "fused_paper"]
+    assert len({found["loss"]["value"] for found in quality.values()}) == 5
+    assert {found["tokens"] for found in quality.values()} == {8 * 255}
+
+
+def test_it_measures_speed_with_a_control(ran: tuple[int, str, Path]) -> None:
+    speed = json.loads(ran[1])["speed"]
+    assert [found["tokens"] for found in speed.values()] == [128, 1]
+    for found in speed.values():
+        for key in ("fused", "control"):
+            assert 0 < found[key]["low"] <= found[key]["value"] <= found[key]["high"]
+
+
+def test_the_steps_are_told_in_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from fxfusion.cli.screen import Screen
+
+    screen = Screen()
+    screen.step(1, "A title [not markup]"[:7], "options={'plan': [4]}")
+    screen.verdict(False, "x")
+    with screen.busy("working"):
+        screen.table(("", "ms"), [("fused", 1.5)])
+    out = capsys.readouterr().out
+    assert "1. A title" in out and "options={'plan': [4]}" in out and "FAIL  x" in out
+    assert "(working ...)" in out and "fused" in out and "\x1b" not in out
+
+
+# --- tools --------------------------------------------------------------------------------------------
+
+
+def test_no_reference_model_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FxFusionError, match=r"--model .*no config\.json"):
+        reference.find_folder(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(FxFusionError, match=r"no model\.safetensors"):
+        reference.find_folder(tmp_path)
+    monkeypatch.setattr(reference, "_IN_THE_CLONE", Path("nowhere"))
+    with pytest.raises(FxFusionError, match="run this from a clone"):
+        reference.find_folder(None)
+
+
+def test_the_held_out_rows_are_those_that_were_asked_for(model_folder: Path) -> None:
+    batches = reference.held_out(model_folder, sequences=20, length=256, batch=8)
+    assert [tuple(batch.shape) for batch in batches] == [(8, 256)] * 2
+    assert len({tuple(row.tolist()) for batch in batches for row in batch}) == 16
+    with pytest.raises(FxFusionError, match="fewer than 64"):
+        reference.held_out(model_folder, sequences=64, length=256, batch=64)
+
+
+@pytest.mark.parametrize("norm", ["fold", "last"])
+def test_the_parallel_form_is_what_the_paper_says(model_folder: Path, norm: str) -> None:
+    """Against the equation, written out over the layers."""
+    model = surgery.without_attention(reference.load(model_folder).double(), (4, 5, 6))
+    layers, x = surgery.layers_of(model), torch.randn(2, 3, 32, dtype=torch.float64)
+    gains = [layers[6 if norm == "last" else i].post_attention_layernorm for i in (4, 5, 6)]
+    expected = x + sum(layers[i].mlp(gain(x)) for i, gain in zip((4, 5, 6), gains, strict=True))
+    sequential, actual = x, x
+    parallel = surgery.layers_of(surgery.parallel_form(model, [(4, 5, 6)], norm))
+    for i in (4, 5, 6):
+        sequential, actual = through(layers[i], sequential), through(parallel[i], actual)
+    assert surgery.relative_error(expected, actual) < 1e-12
+    assert surgery.relative_error(expected, sequential) > 1e-2
+
+
+def through(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    output = layer(x, position_embeddings=None)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def test_a_changed_weight_is_restored_even_after_an_error(model_folder: Path) -> None:
+    model = reference.load(model_folder)
+    weight = model.get_parameter("model.layers.4.mlp.down_proj.weight")
+    before = weight.detach().clone()
+    with pytest.raises(ZeroDivisionError), surgery.one_weight_changed(model, 4):
+        assert int((weight != before).sum()) == 1
+        raise ZeroDivisionError
+    assert torch.equal(weight, before)
+
+
+def test_ratio_finds_a_known_speed_up_and_none_between_equals() -> None:
+    draw = random.Random(1)
+
+    def noisy(seconds: float) -> list[float]:
+        return [seconds * math.exp(draw.gauss(0, 0.05)) for _ in range(60)]
+
+    base = noisy(1.0)
+    faster, control = timing.ratio(base, noisy(0.8)), timing.ratio(base, noisy(1.0))
+    assert faster.low < 1.25 < faster.high and faster.low > 1.1
+    assert control.low < 1.0 < control.high
+    assert str(timing.Ratio(1.254, 1.2, 1.3)) == "1.25x [1.20, 1.30]"
+    with pytest.raises(ValueError, match="no samples"):
+        timing.ratio([], [])
+
+
+def test_samples_are_taken_in_random_order_and_per_call() -> None:
+    order: list[str] = []
+
+    def call(name: str, seconds: float) -> Any:
+        return lambda: (order.append(name), time.sleep(seconds))
+
+    samples = timing.sample({"a": call("a", 0.03), "b": call("b", 0.015)}, rounds=8)
+    assert [len(found) for found in samples.values()] == [8, 8]
+    assert 1.2 < timing.median(samples["a"]) / timing.median(samples["b"]) < 3.0
+    runs = "".join(order)
+    assert "abb" in runs and "bba" in runs and runs != "ab" * (len(runs) // 2)
+
+
+def test_median() -> None:
+    assert timing.median([3.0, 1.0, 2.0]) == 2.0 and timing.median([4.0, 1.0, 2.0, 3.0]) == 2.5
