@@ -9,6 +9,8 @@ Source: issue 2; arXiv 2503.18908, section 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import networkx as nx
 from torch import fx
 
@@ -93,8 +95,26 @@ def _is_leading(first: FfnNode, matches: Matches) -> bool:
         if mixer.add is source:
             if not first.layer and not mixer.layer:
                 return True
-            return first.layer == mixer.layer
+            block = _block_of(first.layer, [ffn.layer for ffn in matches.ffns])
+            return bool(block) and f"{mixer.layer}.".startswith(f"{block}.")
     return False
+
+
+def _block_of(layer: str, others: Sequence[str]) -> str:
+    """The layer path, cut after the last number in which it differs from its siblings.
+
+    `block.0.layer.2` beside `block.1.layer.2` is `block.0`: the 2 counts sub-layers of one block.
+    """
+    steps = layer.split(".")
+    siblings = [other.split(".") for other in others if _words(other) == _words(layer)]
+    for end in range(len(steps), 0, -1):
+        if steps[end - 1].isdigit() and len({path[end - 1] for path in siblings}) > 1:
+            return ".".join(steps[:end])
+    return layer
+
+
+def _words(path: str) -> tuple[str, ...]:
+    return tuple("" if step.isdigit() else step for step in path.split("."))
 
 
 def _behind_views(node: fx.Node) -> fx.Node:
