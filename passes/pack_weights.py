@@ -165,7 +165,9 @@ class WeightPacker:
         return self.editor.call(torch.cat, list(parts), dim)
 
     def _packed(self, node: fx.Node) -> fx.Node:
-        node.meta[PACK_TAG] = self.index
+        """Tag a value that was computed; the one bias of a group is read where it is."""
+        if node.op not in ("placeholder", "get_attr"):
+            node.meta[PACK_TAG] = self.index
         return node
 
 

@@ -1,0 +1,55 @@
+"""FusionPolicy: presets, fields, errors that name the field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fxfusion import FusionPolicy
+from fxfusion.errors import OptionError
+from fxfusion.policy import PRESETS
+
+
+def test_presets() -> None:
+    assert FusionPolicy.resolve(None) == FusionPolicy.resolve("maximal") == FusionPolicy()
+    assert FusionPolicy.resolve("paper") == FusionPolicy(include_leading=False, keep_last=1, norm="last")
+    assert set(PRESETS) == {"maximal", "paper"}
+
+
+def test_defaults_are_those_that_the_guide_states() -> None:
+    found = FusionPolicy().model_dump()
+    assert {key: found[key] for key in ("include_leading", "keep_last", "min_members", "norm")} == {
+        "include_leading": True,
+        "keep_last": 0,
+        "min_members": 2,
+        "norm": "fold",
+    }
+    assert found["max_members"] is None and found["max_width"] is None
+
+
+def test_dicts_and_policies_are_taken_as_they_are() -> None:
+    policy = FusionPolicy(keep_last=2)
+    assert FusionPolicy.resolve(policy) is policy
+    assert FusionPolicy.resolve({"keep_last": 2}) == policy
+    with pytest.raises(Exception, match="frozen"):
+        policy.keep_last = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep_last": -1}, "keep_last"),
+        ({"min_members": 1}, "min_members"),
+        ({"max_members": 1}, "max_members"),
+        ({"max_width": 0}, "max_width"),
+        ({"norm": "first"}, "norm"),
+        ({"keep_last": "many"}, "keep_last"),
+        ({"include_leading": []}, "include_leading"),
+        ({"windws": ()}, "unknown field 'windws'"),
+        ({"keep_last": -1, "norm": "first"}, "keep_last.*norm"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=f"policy: .*{message}"):
+        FusionPolicy.resolve(fields)
