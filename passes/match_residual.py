@@ -99,6 +99,7 @@ def _check_branch(
     """Everything that can be refused without knowing what the branch computes."""
     for node in sorted(found.nodes, key=lambda node: "attention" not in ops.op_name(node)):
         _check_node(node, facts)
+    _check_weights(found, facts)
     if found.leaks:
         names = ", ".join(str(node) for node in found.leaks[:3])
         raise Refused(RefusalCode.OTHER_ACTIVATION, f"the branch also reads {names}", found.leaks[0])
@@ -167,6 +168,13 @@ def _check_readers(add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFact
             raise Refused(
                 RefusalCode.INNER_VALUE_READ, f"{node} is also read by {outsiders[0]}, outside the branch", node
             )
+
+
+def _check_weights(found: Slice, facts: GraphFacts) -> None:
+    """A weight that the graph itself writes is no constant."""
+    for node in (*found.nodes, *found.leaks):
+        if (node.op == "get_attr" or node in facts.weights) and facts.alias_root(node) in facts.written:
+            raise Refused(RefusalCode.MUTATION, f"the weight {node} is written in place by the graph", node)
 
 
 def _check_writes(add: fx.Node, found: Slice, facts: GraphFacts) -> None:

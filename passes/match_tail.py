@@ -50,7 +50,7 @@ def _step_back(node: fx.Node, facts: GraphFacts) -> tuple[fx.Node, TailStep | No
     """The value that a tail node shows, scales or shifts, with what it does to it."""
     name = ops.op_name(node)
     first = ops.argument(node, 0, "input")
-    if isinstance(first, fx.Node) and (name in _CASTS or (name in VIEWS and keeps_channels(node, first))):
+    if isinstance(first, fx.Node) and (_only_rounds(node, name) or (name in VIEWS and keeps_channels(node, first))):
         return first, None
     if name not in ("mul", "add", "div") or len(node.args) != 2 or node.kwargs or ops.writes_in_place(node):
         return None
@@ -67,6 +67,12 @@ def _step_back(node: fx.Node, facts: GraphFacts) -> tuple[fx.Node, TailStep | No
         return None
     assert isinstance(constant, (int, float))
     return value, ("mul", float(constant) if name == "mul" else 1.0 / constant)
+
+
+def _only_rounds(node: fx.Node, name: str) -> bool:
+    """Whether the node is a cast to a float of 16 bits or more."""
+    value = ops.tensor_value(node)
+    return name in _CASTS and value is not None and value.dtype.is_floating_point and value.dtype.itemsize > 1
 
 
 def _is_constant(value: Any, facts: GraphFacts) -> bool:

@@ -6,6 +6,7 @@ so it is no copy of what it judges.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -429,20 +430,16 @@ def assert_not_fused(
     captured = capture(model, *inputs, how=how)
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        expected = captured.copy().module(*(_fresh(value) for value in inputs_of(captured)))
+        expected = copy.deepcopy(captured.module)(*(_fresh(value) for value in captured.inputs))
     with torch.random.fork_rng():
         torch.manual_seed(1)
         fused, report = fuse_graph(captured.module, captured.inputs)
-        result = fused(*(_fresh(value) for value in inputs_of(captured)))
+        result = fused(*(_fresh(value) for value in captured.inputs))
     assert not report.groups, f"fused {[member.name for member in report.groups[0].members]}"
     for one, other in zip(_flat_tensors(result), _flat_tensors(expected), strict=True):
         assert torch.equal(one, other)
     refusal_with(report.refusals, code, fragment)
     return report
-
-
-def inputs_of(captured: CapturedGraph) -> tuple[Any, ...]:
-    return captured.inputs
 
 
 def _fresh(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Open the modules that a graph calls, so that every operation on a weight is a node.
+"""Open the modules that a graph calls, so that every operation on a weight is a node, one per tensor.
 
 Before:  h = fc1(x)                                 call_module
 After:   w = fc1.weight; b = fc1.bias; h = linear(x, w, b)
@@ -41,9 +41,25 @@ def inline_modules(gm: fx.GraphModule) -> int:
                 # Not traceable (data-dependent control flow): it stays whole, and refusals name it.
                 continue
             opened += _splice(gm, node, module, inner)
-    if opened:
+    if opened + _merge_attributes(gm):
         gm.recompile()
     return opened
+
+
+def _merge_attributes(gm: fx.GraphModule) -> int:
+    """Let one node stand for each tensor, whatever paths lead to it; returns how many nodes went.
+
+    Otherwise a tied weight would look like two weights, and a write to the one would not show on the other.
+    """
+    first: dict[int, fx.Node] = {}
+    merged = 0
+    for node in list(gm.graph.nodes):
+        value = attribute(gm, str(node.target)) if node.op == "get_attr" else None
+        if isinstance(value, torch.Tensor) and first.setdefault(id(value), node) is not node:
+            node.replace_all_uses_with(first[id(value)])
+            gm.graph.erase_node(node)
+            merged += 1
+    return merged
 
 
 def _splice(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module, inner: fx.Graph) -> int:

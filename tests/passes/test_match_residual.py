@@ -1,0 +1,499 @@
+"""Walking the stream: what is a residual branch, who else reads or writes, and what must be left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxfusion.errors import RefusalCode
+from tests.helpers import (
+    Attention,
+    Custom,
+    Float32Rms,
+    Stack,
+    assert_fuses,
+    assert_not_fused,
+    capture,
+    customs,
+    fuse_captured_graph,
+    match,
+    randomise,
+    refusal_with,
+    stack,
+    tokens,
+)
+
+Run = Callable[[Any, Tensor], Any]
+
+
+def ffn(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x * m.g, m.w1)), m.w2)
+
+
+class Wired(nn.Module):
+    """Two hand-written blocks `a` and `b`, wired by a function of the module and the input."""
+
+    def __init__(self, run: Run, **sizes: int) -> None:
+        super().__init__()
+        self.a, self.b = Custom(ffn, seed=1, **sizes), Custom(ffn, seed=2, **sizes)
+        self.run = run
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def f1(m: Any, x: Tensor) -> Tensor:
+    return ffn(m.a, x)
+
+
+def f2(m: Any, x: Tensor) -> Tensor:
+    return ffn(m.b, x)
+
+
+# --- spellings of the same sum ------------------------------------------------------------------------
+
+
+def in_place_on_branches(m: Any, x: Tensor) -> Tensor:
+    y = f1(m, x).add_(x)
+    return f2(m, y).add_(y)
+
+
+def two_dimensional(m: Any, x: Tensor) -> Tensor:
+    y = x + f1(m, x.view(-1, 8)).view(2, 5, 8)
+    return y + f2(m, y.view(-1, 8)).view(2, 5, 8)
+
+
+def flat_stream(m: Any, x: Tensor) -> Tensor:
+    flat = x.view(-1, 8)
+    y = (flat + f1(m, flat)).view(2, 5, 8)
+    again = y.view(-1, 8)
+    return (again + f2(m, again)).view(2, 5, 8)
+
+
+def with_casts(m: Any, x: Tensor) -> Tensor:
+    y = x.to(torch.float64) + f1(m, x.to(torch.float64)).type_as(x)
+    return y.to(torch.float64) + f2(m, y)
+
+
+def dropout_in_eval(m: Any, x: Tensor) -> Tensor:
+    y = F.dropout(x + F.dropout(f1(m, x), 0.1, training=False), 0.1, training=False)
+    return y + F.dropout(f2(m, y), 0.1, training=False)
+
+
+SAME_SUM: dict[str, Run] = {
+    "stream first": lambda m, x: (y := x + f1(m, x)) + f2(m, y),
+    "branch first": lambda m, x: f2(m, y := f1(m, x) + x) + y,
+    "torch.add": lambda m, x: torch.add(y := torch.add(x, f1(m, x)), f2(m, y)),
+    "method": lambda m, x: (y := x.add(f1(m, x))).add(f2(m, y)),
+    "in place on the branches": in_place_on_branches,
+    "two-dimensional branches": two_dimensional,
+    "two-dimensional stream": flat_stream,
+    "casts that do nothing": with_casts,
+    "dropout in eval mode": dropout_in_eval,
+    "a module that returns its input's alias": lambda m, x: (y := (x + f1(m, x)).view(2, 5, 8)) + f2(m, y),
+}
+
+
+@pytest.mark.parametrize("run", SAME_SUM.values(), ids=SAME_SUM)
+def test_every_spelling_of_the_residual_sum_fuses(run: Run) -> None:
+    model, x = Wired(run), tokens()
+    with torch.no_grad():
+        fused, report = fuse_captured_graph(capture(model, x, how="symbolic"))
+        assert [len(group.members) for group in report.groups] == [2]
+        parallel = x + f1(model, x) + f2(model, x)
+        assert torch.allclose(fused, parallel, rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(model(x), parallel, rtol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["dynamo", "export"])
+def test_in_place_operators_of_other_captures(how: Any) -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = f1(m, x)
+        y += x
+        z = f2(m, y)
+        z += y
+        return z
+
+    model, x = Wired(run), tokens()
+    fused, report = fuse_captured_graph(capture(model, x, how=how))
+    assert [len(group.members) for group in report.groups] == [2]
+    fused = fused[0] if isinstance(fused, (tuple, list)) else fused
+    assert torch.allclose(fused, x + f1(model, x) + f2(model, x), rtol=1e-10, atol=1e-12)
+
+
+# --- what must stay -----------------------------------------------------------------------------------
+
+
+def written_stream(m: Any, x: Tensor) -> Tensor:
+    y = x + f1(m, x)
+    branch = f2(m, y)
+    y.add_(branch)
+    return y * 2
+
+
+def written_input_at_the_end(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x + f1(m, x)
+    y = y + f2(m, y)
+    return y, x.mul_(2)
+
+
+def written_alias_of_the_stream(m: Any, x: Tensor) -> Tensor:
+    y = x + f1(m, x)
+    alias = y.view(-1, 8)
+    alias.mul_(2)
+    return y + f2(m, y)
+
+
+def written_alias_behind_an_attribute(m: Any, x: Tensor) -> Tensor:
+    y = x + f1(m, x)
+    y.mT.mul_(2)
+    return y + f2(m, y)
+
+
+def written_weight(m: Any, x: Tensor) -> Tensor:
+    y = x + f1(m, x)
+    m.b.w1.mul_(2)
+    return y + f2(m, y)
+
+
+def copied_into_a_weight(m: Any, x: Tensor) -> Tensor:
+    y = x + f1(m, x)
+    m.a.w2.copy_(m.b.w2)
+    return y + f2(m, y)
+
+
+def written_view_of_a_weight(m: Any, x: Tensor) -> Tensor:
+    m.b.w1.view(-1).mul_(2)
+    y = x + f1(m, x)
+    return y + f2(m, y)
+
+
+def written_copy_of_a_weight(m: Any, x: Tensor) -> Tensor:
+    weight = m.b.w1 * 1.0
+    weight.mul_(2)
+    y = x + f1(m, x)
+    return y + F.linear(F.silu(F.linear(y, weight)), m.b.w2)
+
+
+def written_inner_view(m: Any, x: Tensor) -> Tensor:
+    h = F.linear(x, m.a.w1)
+    h.view(-1, 12).mul_(2)
+    y = x + F.linear(F.silu(h), m.a.w2)
+    return y + f2(m, y)
+
+
+def inner_value_read(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    h = F.silu(F.linear(x, m.a.w1))
+    y = x + F.linear(h, m.a.w2)
+    return y + f2(m, y), h.sum()
+
+
+def branch_read(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    branch = f1(m, x)
+    y = x + branch
+    return y + f2(m, y), branch
+
+
+def norm_read(m: Any, x: Tensor) -> Tensor:
+    n = F.rms_norm(x, (8,))
+    y = x + f1(m, n)
+    return y + f2(m, y) + n.sum()
+
+
+STAYS: dict[str, tuple[Run, RefusalCode, str]] = {
+    "a stream written in place": (written_stream, RefusalCode.MUTATION, "in place"),
+    "an input written at the end": (written_input_at_the_end, RefusalCode.MUTATION, "in place"),
+    "an alias of the stream written": (written_alias_of_the_stream, RefusalCode.MUTATION, "in place"),
+    "an alias through an attribute": (written_alias_behind_an_attribute, RefusalCode.MUTATION, "in place"),
+    "a weight written": (written_weight, RefusalCode.MUTATION, "in place"),
+    "a weight copied into": (copied_into_a_weight, RefusalCode.MUTATION, "in place"),
+    "a view of a weight written": (written_view_of_a_weight, RefusalCode.MUTATION, "in place"),
+    "a copy of a weight written": (written_copy_of_a_weight, RefusalCode.OTHER_ACTIVATION, "also reads mul"),
+    "a view of an inner value written": (written_inner_view, RefusalCode.INNER_VALUE_READ, "outside the branch"),
+    "an inner value read": (inner_value_read, RefusalCode.INNER_VALUE_READ, "outside the branch"),
+    "a branch's result read": (branch_read, RefusalCode.INNER_VALUE_READ, "outside the branch"),
+    "a normalised input read": (norm_read, RefusalCode.INNER_VALUE_READ, "outside the branch"),
+    "the stream between them read": (
+        lambda m, x: ((y := x + f1(m, x)) + f2(m, y), y),
+        RefusalCode.STREAM_READ,
+        "also reads the stream",
+    ),
+    "the stream between them detached": (
+        lambda m, x: (y := (x + f1(m, x)).detach()) + f2(m, y),
+        RefusalCode.POST_NORM,
+        "detach",
+    ),
+    "a norm on the stream": (
+        lambda m, x: (y := F.rms_norm(x + f1(m, x), (8,))) + f2(m, y),
+        RefusalCode.POST_NORM,
+        "rms_norm",
+    ),
+    "a scaled stream": (
+        lambda m, x: (y := 0.5 * x + f1(m, x)) * 0.5 + f2(m, y),
+        RefusalCode.SCALED_STREAM,
+        "not passed on as it is",
+    ),
+    "a stream scaled by a parameter": (
+        lambda m, x: (y := m.a.one * x + f1(m, x)) * m.b.one + f2(m, y),
+        RefusalCode.SCALED_STREAM,
+        "not passed on as it is",
+    ),
+    "a norm on the branch": (
+        lambda m, x: (y := x + F.rms_norm(f1(m, x), (8,))) + F.rms_norm(f2(m, y), (8,)),
+        RefusalCode.OUTPUT_NORM,
+        "a norm stands between",
+    ),
+    "another formula before the first linear layer": (
+        lambda m, x: (y := x + f1(m, x * 2 + 1)) + f2(m, y),
+        RefusalCode.DIFFERENT_LITERAL,
+        "differs from",
+    ),
+    "a scaled sum": (
+        lambda m, x: torch.add(y := torch.add(x, f1(m, x), alpha=2), f2(m, y), alpha=2),
+        RefusalCode.STRUCTURE,
+        "alpha=2",
+    ),
+    "a broadcasting sum": (
+        lambda m, x: (y := x[:, :1] + f1(m, x)) + f2(m, y),
+        RefusalCode.SCALED_STREAM,
+        "getitem",
+    ),
+    "a stream repeated by the sum": (
+        lambda m, x: (z := x.sum(1, keepdim=True)) + ffn(m.a, z).expand(2, 5, 8),
+        RefusalCode.BROADCAST,
+        "broadcasts",
+    ),
+    "dropout in training": (
+        lambda m, x: (y := x + F.dropout(f1(m, x), 0.1, training=True)) + F.dropout(f2(m, y), 0.1, training=True),
+        RefusalCode.RANDOM,
+        "random",
+    ),
+    "dropout in training on the stream": (
+        lambda m, x: (y := F.dropout(x + f1(m, x), 0.1, training=True)) + f2(m, y),
+        RefusalCode.POST_NORM,
+        "dropout",
+    ),
+    "a weight on the left": (
+        lambda m, x: x + m.a.square[: x.shape[1], : x.shape[1]] @ F.silu(m.b.w1[:, : x.shape[1]] @ x)[:, : x.shape[1]],
+        RefusalCode.TOKEN_MIXING,
+        "matmul",
+    ),
+    "a convolution": (
+        lambda m, x: x + F.conv1d(F.linear(x, m.a.w1).mT, m.b.w2[..., None]).mT,
+        RefusalCode.TOKEN_MIXING,
+        "conv",
+    ),
+    "one weight twice in one feed-forward": (
+        lambda m, x: (y := x + F.linear(F.silu(F.linear(x, m.a.square)), m.a.square)) + f2(m, y),
+        RefusalCode.SHARED_WEIGHT,
+        "use one weight",
+    ),
+    "one weight in two members": (
+        lambda m, x: (y := x + f1(m, x)) + f1(m, y),
+        RefusalCode.SHARED_WEIGHT,
+        "use one weight",
+    ),
+    "a weight read outside": (
+        lambda m, x: ((y := x + f1(m, x)) + f2(m, y)) @ m.a.w1.t(),
+        RefusalCode.SHARED_WEIGHT,
+        "outside the FFNs",
+    ),
+    "a gain made from the tokens": (
+        lambda m, x: (y := x + f1(m, x * x.mean(1, keepdim=True))) + f2(m, y * y.mean(1, keepdim=True)),
+        RefusalCode.TOKEN_MIXING,
+        "mean",
+    ),
+    "experts chosen by topk": (
+        lambda m, x: x + f1(m, x) * F.linear(x, m.a.square).topk(2)[0].sum(-1, keepdim=True),
+        RefusalCode.ROUTER,
+        "topk",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STAYS.values(), ids=STAYS)
+def test_what_must_stay_stays_with_a_reason(case: tuple[Run, RefusalCode, str]) -> None:
+    run, code, words = case
+    model = Wired(run).requires_grad_(False)
+    assert_not_fused(model, [tokens()], code, words)
+
+
+@pytest.mark.parametrize("name", [name for name in STAYS if name not in ("a convolution", "a broadcasting sum")])
+def test_what_must_stay_stays_where_all_sizes_coincide(name: str) -> None:
+    """Batch = sequence = hidden = width: no shape can tell the axes apart."""
+    if "repeated" in name or "inner value written" in name or "read outside" in name:
+        return  # these speak of sizes themselves
+    run, code, words = STAYS[name]
+    assert_not_fused(Wired(run, width=8).requires_grad_(False), [tokens(8, 8)], code, words)
+
+
+@pytest.mark.parametrize(
+    ("run", "extra"),
+    [
+        (lambda m, x, c: (y := x + f1(m, x + c)) + f2(m, y + c), (tokens(),)),
+        (lambda m, x, c: (y := x + f1(m, x) * c) + f2(m, y) * c, (tokens(),)),
+        (lambda m, x, c: (y := x + f1(m, x * (1 + c))) + f2(m, y * (1 + c)), (tokens()[:, :1],)),
+    ],
+    ids=["added before", "gate after", "gain of the norm"],
+)
+def test_a_second_activation_in_the_branch_is_refused(run: Any, extra: Sequence[Tensor]) -> None:
+    class Conditioned(Wired):
+        def forward(self, x: Tensor, c: Tensor) -> Any:
+            return run(self, x, c)
+
+    assert_not_fused(Conditioned(run), [tokens(), *extra], RefusalCode.OTHER_ACTIVATION, "also reads c")
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (2, 1, 1), (2, 5, 8), (1, 5, 1)])
+def test_a_gain_that_differs_by_token_is_refused(shape: tuple[int, ...]) -> None:
+    class ByToken(Wired):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: (y := x + f1(m, x * m.gain)) + f2(m, y * m.gain))
+            self.gain = nn.Parameter(torch.rand(shape, dtype=torch.float64))
+
+    assert_not_fused(ByToken(), [tokens()], RefusalCode.OTHER_ACTIVATION, "differs by token")
+
+
+def test_a_parallel_block_with_attention_is_refused_and_named() -> None:
+    attention = randomise(Attention())
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = x + (m.attention(x) - x) + f1(m, x)
+        return x + (m.attention(x) - x) + f2(m, x)
+
+    model = Wired(run)
+    model.attention = attention
+    found = match(model, tokens(), how="symbolic")
+    assert not found.ffns and found.mixers
+    refusal_with(found.refusals, RefusalCode.OTHER_ACTIVATION, "parallel block with a mixer")
+
+
+def test_attention_between_feed_forwards_is_a_mixer_and_ends_the_chain() -> None:
+    blocks = list(stack(count=3).layers)
+    model = Stack([blocks[0], randomise(Attention()), blocks[1], blocks[2]])
+    found = match(model, tokens())
+    assert len(found.ffns) == 3
+    assert [mixer.op for mixer in found.mixers] == ["scaled_dot_product_attention"]
+    refusal_with(found.refusals, RefusalCode.TOKEN_MIXING, "scaled_dot_product_attention")
+
+
+def test_grad_mode_that_changes_inside_a_branch_is_refused() -> None:
+    class Frozen(Wired):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                h = F.linear(x, self.a.w1)
+            y = x + F.linear(F.silu(h), self.a.w2)
+            return y + f2(self, y)
+
+    assert_not_fused(Frozen(lambda m, x: x), [tokens()], RefusalCode.MODE_CHANGE, "changes inside", how="dynamo")
+
+
+def test_activation_checkpointing_is_refused_and_named() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = x + checkpoint(lambda v: f1(m, v), x, use_reentrant=False)
+        return y + checkpoint(lambda v: f2(m, v), y, use_reentrant=False)
+
+    found = match(Wired(run), tokens().requires_grad_())
+    assert not found.ffns
+    refusal_with(found.refusals, RefusalCode.HIGHER_ORDER, "sub-graph")
+
+
+def test_a_weight_of_a_tensor_subclass_is_refused() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = Wired(SAME_SUM["stream first"])
+    model.b.w1 = nn.Parameter(TwoTensor(model.b.w1.data, model.b.w1.data))
+    found = match(model, tokens(), how="dynamo")
+    assert len(found.ffns) == 1
+    refusal_with(found.refusals, RefusalCode.TENSOR_SUBCLASS, "TwoTensor")
+
+
+def test_a_stream_that_changes_its_dtype_is_refused() -> None:
+    model = Wired(lambda m, x: x.float() + f1(m, x)).requires_grad_(False)
+    captured = capture(model, tokens(), how="symbolic")
+    _, report = fuse_captured_graph(captured)
+    assert not report.groups and report.refusals
+
+
+def test_a_hand_written_gelu_is_no_residual_node() -> None:
+    """`h + 0.0447 * h**3` inside the activation is a sum of a value and a branch that reads it."""
+
+    def gelu(m: Any, x: Tensor) -> Tensor:
+        h = F.linear(x * m.g, m.w1)
+        return F.linear(0.5 * h * (1 + torch.tanh(0.79788456 * (h + 0.044715 * h**3))), m.w2)
+
+    model = customs(gelu)
+    found = match(model, tokens(), how="symbolic")
+    assert len(found.ffns) == 2 and not found.refusals
+    assert_fuses(model, tokens())
+
+
+def test_every_refusal_names_its_layer_and_source_line() -> None:
+    blocks = list(stack(norm=Float32Rms, count=1).layers)
+    model = Stack([*blocks, randomise(Attention())])
+    refusal = refusal_with(match(model, tokens()).refusals, RefusalCode.TOKEN_MIXING)
+    assert refusal.layer.startswith("layers.1")
+    assert refusal.source.startswith("helpers.py:")
+
+
+def test_a_module_that_cannot_be_opened_is_refused_with_its_name() -> None:
+    class Opaque(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if x.sum() > 0 else x  # data-dependent: symbolic_trace cannot open it
+
+    class Leaf(Custom):
+        def __init__(self) -> None:
+            super().__init__(ffn)
+            self.odd = Opaque()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + ffn(self, self.odd(x))
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, Opaque)
+
+    from fxfusion.capture import CapturedGraph
+    from fxfusion.graph.dataflow import GraphFacts
+    from fxfusion.passes.match_residual import match_residual
+
+    model = Stack([Leaf(), Leaf()])
+    graph = Tracer().trace(model)
+    for node in graph.nodes:  # no capture can fill these in: shapes by hand
+        if node.op in ("placeholder", "call_module", "call_function"):
+            width = 12 if "linear" in node.name and node.args[1].name.endswith("w1") or "silu" in node.name else 8
+            node.meta["example_value"] = torch.empty(2, 5, width, dtype=torch.float64, device="meta")
+        elif node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            node.meta["example_value"] = getattr(model.get_submodule(owner), name).to("meta")
+    captured = CapturedGraph(module=torch.fx.GraphModule(model, graph), inputs=(tokens(),))
+    found = match_residual(GraphFacts(captured.module.graph, ()), {})
+    assert not found.ffns
+    refusal_with(found.refusals, RefusalCode.UNKNOWN_OP, "could not be opened")
+
+
+def test_tied_weights_of_a_traced_model_are_one_weight() -> None:
+    """Traced modules reach a tied weight by two paths."""
+    model = stack(count=2)
+    model.layers[1].ffn.gate.weight = model.layers[0].ffn.gate.weight
+    for how in ("symbolic", "export", "dynamo"):
+        assert_not_fused(model, [tokens()], RefusalCode.SHARED_WEIGHT, "use one weight", how=how)
+
+
+def test_a_tied_weight_written_by_its_other_name_is_seen() -> None:
+    model = Wired(lambda m, x: _written_then_read(m, x)).requires_grad_(False)
+    model.b.w1 = model.a.w3
+    assert_not_fused(model, [tokens()], RefusalCode.MUTATION, "written in place")
+
+
+def _written_then_read(m: Any, x: Tensor) -> Tensor:
+    m.a.w3.mul_(2)
+    return (y := x + f1(m, x)) + f2(m, y)
