@@ -154,9 +154,9 @@ def measure_quality(subject: Subject, screen: Screen) -> None:
     names = {
         "intact": "intact model",
         "attention_removed": f"attention removed from {len(DROPPED)} layers",
-        "fused_fold": f'  fused, each FFN with its own norm (norm="fold"): {len(GROUP)} in one',
-        "fused_last": '  fused, all with the last norm (norm="last"): the same FFNs',
-        "fused_paper": '  fused by the paper\'s rule (policy="paper"): last norm, last FFN kept',
+        "fused_fold": f'  fused, {len(GROUP)} FFNs in one, own norms (norm="fold")',
+        "fused_last": '  fused, the same FFNs, one norm (norm="last")',
+        "fused_paper": '  fused by the rule of the paper (policy="paper")',
     }
     base = float(subject.quality["attention_removed"].loss)
     rows = [

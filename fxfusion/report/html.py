@@ -17,6 +17,8 @@ from fxfusion.report.names import alike, compact, tail
 from fxfusion.report.text import headline, span
 
 _HUES = 8  # colours of groups in the style sheet; more groups start again
+INSIDE = 70.0  # percent of the column from which on a label stands in its box
+_READABLE = 5.0  # percent of the column below which a slice is too narrow for its label
 _MIXER_PERCENT = 12.0  # a mixer has no intermediate width, so its box has a fixed one
 
 
@@ -64,6 +66,7 @@ def render(report: FusionReport, title: str = "fxfusion report") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["inside"] = INSIDE
     page = environment.get_template("page.html.j2")
     graphs = [_graph(graph, index) for index, graph in enumerate(report.graphs)]
     return page.render(
@@ -134,7 +137,7 @@ def _graph(graph: GraphReport, index: int) -> dict[str, Any]:
 def draw(graph: GraphReport, anchor: str = "g0") -> Picture:
     """Boxes of both columns, in proportion: the widest FFN of either column fills its column."""
     blocks = graph.blocks_before
-    widest = max([block.width for block in (*blocks, *graph.blocks_after)], default=0) or 1
+    widest = max([block.width for block in blocks] + [group.width for group in graph.groups], default=0) or 1
     reasons = {refusal.layer or refusal.node: refusal for refusal in graph.refusals}
     before = [_box(block, row, widest, reasons, anchor) for row, block in enumerate(blocks)]
     after = [box for box, block in zip(before, blocks, strict=True) if block.group is None]
@@ -180,10 +183,11 @@ def _label(block: Block) -> str:
 
 def _fused_box(group: GroupSummary, index: int, rows: Sequence[int], widest: int, anchor: str) -> Box:
     total = sum(member.width for member in group.members) or 1
+    readable = _READABLE / 100 * widest
     slices = tuple(
         Slice(
             share=100.0 * member.width / total,
-            label=tail(member.name).split(".")[0],
+            label=tail(member.name).split(".")[0] if member.width >= readable else "",
             title=f"{member.name}\nwidth {member.width} of {group.width}, group {index}",
         )
         for member in group.members
