@@ -354,7 +354,7 @@ def addition_in_place(m: Weights, x: Tensor) -> Tensor:
     return x
 
 
-@refused(RefusalCode.OTHER_ACTIVATION)
+@refused(RefusalCode.MUTATION)
 def weight_written(m: Weights, x: Tensor) -> Tensor:
     with torch.no_grad():
         m.state.mul_(0.9)
