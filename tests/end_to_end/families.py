@@ -41,8 +41,9 @@ class Family:
     in the layer. `stub`: what takes its place: `"zero"` (the number 0), `"zeros"` (a tensor) or `"same"`
     (its own input, for blocks that add the residual themselves); `arity`: how many values it returns,
     0 for a bare one. `norms`: norms that feed or follow nothing but attention. `ffn_norm`: the FFN's own
-    norm. `limit`: allowed relative error, 1e-6 where the model applies its norms in float32.
-    `fused`: how many FFNs fuse under `include_leading=False`; `refused`: codes expected if not all do.
+    norm. `limit`: allowed relative error, 1e-6 where the model applies its norms in float32. `fused`: how
+    many FFNs fuse under `include_leading=False`. `passes`: how often the layers run, each time as a chain
+    of its own. `refused`: the code expected where nothing fuses.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Family:
     dtype: torch.dtype = torch.float64
     config: Mapping[str, Any] = field(default_factory=dict)
     fused: int = 3
+    passes: int = 1
     refused: str = ""
     variant: str = ""
 
@@ -112,7 +114,8 @@ def randomise(model: nn.Module, seed: int) -> None:
         for name, value in [*model.named_parameters(), *_float_buffers(model)]:
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
             if value.dim() >= 2:
-                value.copy_(noise if "embed" in name else noise * 1.3 / math.sqrt(value.shape[-1]))
+                is_table = "embed" in name and value.dim() == 2
+                value.copy_(noise if is_table else noise * 1.3 / math.sqrt(value[0].numel()))
             elif name.endswith("bias"):
                 value.copy_(0.3 * noise)
             else:
@@ -188,7 +191,7 @@ def parallel_form(
         if last_norm:
             stack.enter_context(_shared_norm(layers[0 if leading else 1 :], family.ffn_norm))
         result = run(model, inputs)
-    assert sum_of.count == len(layers) - 1, "a layer did not run exactly once"
+    assert (sum_of.passes, sum_of.count) == (family.passes, 0), "a layer did not run exactly once a pass"
     return result
 
 
@@ -196,7 +199,7 @@ class _Sum:
     """Feeds x to every layer and hands x plus the sum of all branches to what follows the last."""
 
     def __init__(self, members: int) -> None:
-        self.members, self.count = members, 0
+        self.members, self.count, self.passes = members, 0, 0
         self.x: torch.Tensor
         self.total: torch.Tensor
 
@@ -222,7 +225,9 @@ class _Sum:
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         self.total = self.total + first_tensor(output) - self.x
         self.count += 1
-        value = self.total if self.count == self.members else self.x
+        value = self.x
+        if self.count == self.members:
+            value, self.count, self.passes = self.total, 0, self.passes + 1
         if isinstance(output, torch.Tensor):
             return value
         return type(output)((value, *output[1:]))

@@ -37,14 +37,6 @@ FAST = (
         stub="zeros",
     ),
     Family(
-        name="gpt_neox",
-        variant="sequential",
-        layers="gpt_neox.layers",
-        mixers=("attention",),
-        stub="zeros",
-        config={"use_parallel_residual": False},
-    ),
-    Family(
         name="opt",
         layers="model.decoder.layers",
         stub="zeros",
@@ -62,6 +54,18 @@ FAST = (
         ffn_norm="input_layernorm",
         config={"ffn_hidden_size": 48, "bias": True},
     ),
+    Family(name="stablelm"),
+)
+
+VARIANTS = (
+    Family(
+        name="gpt_neox",
+        variant="sequential",
+        layers="gpt_neox.layers",
+        mixers=("attention",),
+        stub="zeros",
+        config={"use_parallel_residual": False},
+    ),
     Family(
         name="falcon",
         variant="two-norms",
@@ -71,7 +75,6 @@ FAST = (
         ffn_norm="ln_mlp",
         config={"ffn_hidden_size": 48, "new_decoder_architecture": True},
     ),
-    Family(name="stablelm"),
     Family(
         name="stablelm",
         variant="parallel",
@@ -81,8 +84,10 @@ FAST = (
     ),
 )
 
-LEADING = tuple(family for family in FAST if family.id in {"llama", "gpt2", "opt", "phi3", "gpt_neox-sequential"})
-LAST_NORM = tuple(family for family in FAST if family.id in {"gemma", "starcoder2", "cohere"})
+LEADING = ("llama", "opt")
+LEADING_SLOW = ("gpt2", "phi3", "gemma", "gpt_neox-sequential")
+LAST_NORM = ("gemma",)
+LAST_NORM_SLOW = ("starcoder2", "cohere", "falcon-two-norms")
 
 REFUSED = (
     Family(
@@ -118,3 +123,7 @@ REFUSED = (
         refused="output_norm",
     ),
 )
+
+
+def family_named(id_: str) -> Family:
+    return next(family for family in (*FAST, *VARIANTS, *REFUSED) if family.id == id_)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from tests.end_to_end.families import Family
 from tests.end_to_end.family_table import FLOAT32
 
@@ -42,7 +44,7 @@ def seq2seq(name: str, **changes: Any) -> Family:
     )
 
 
-def nested(name: str, **config: Any) -> Family:
+def nested(name: str, arity: int = 3, variant: str = "", **config: Any) -> Family:
     """Decoders whose block is a list of sub-layers, each with its norm and residual addition."""
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 4, "num_heads": 4}
     return Family(
@@ -51,6 +53,8 @@ def nested(name: str, **config: Any) -> Family:
         layers="decoder.block",
         mixers=("layer.0.SelfAttention", "layer.1.EncDecAttention"),
         stub="zeros",
+        arity=arity,
+        variant=variant,
         norms=("layer.0.layer_norm", "layer.1.layer_norm"),
         ffn_norm="layer.2.layer_norm",
         config=sizes | {"decoder_start_token_id": 2} | config,
@@ -121,13 +125,21 @@ SLOW = (
         ffn_norm="ln_2",
         config={"n_inner": 48},
     ),
-    Family(name="gpt_neox_japanese", layers="gpt_neox_japanese.layers", mixers=("attention",), stub="zeros"),
+    Family(name="gpt_neox_japanese", layers="gpt_neox_japanese.layers", mixers=("attention",), stub="zeros", arity=3),
     Family(name="granite_swa", config={"residual_multiplier": 0.22}),
     Family(
         name="granitemoehybrid",
-        mixers=("mamba", "self_attn"),
-        config={"mamba_n_heads": 8, "mamba_d_head": 8, "num_local_experts": 0, "shared_intermediate_size": 48},
+        mixers=("mamba",),
+        arity=0,
+        config={
+            "layer_types": ["attention"] + ["mamba"] * 3,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 8,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+        },
     ),
+    Family(name="hrm_text", layers="model.L_module.layers", fused=18, passes=6),
     Family(name="hunyuan_v1_dense", config={"head_dim": 8}),
     vision("ijepa", "layers", "layernorm_before", "layernorm_after", stub="zeros"),
     Family(name="internlm3"),
@@ -156,7 +168,7 @@ SLOW = (
     seq2seq("m2m_100"),
     seq2seq("mbart"),
     encoder("megatron-bert"),
-    Family(name="ministral"),
+    Family(name="ministral", config={"head_dim": 8}),
     Family(name="ministral3"),
     Family(
         name="mpt",
@@ -199,11 +211,11 @@ SLOW = (
     Family(name="seed_oss", config={"head_dim": 8}),
     vision("siglip_vision_model", "encoder.layers", "layer_norm1", "layer_norm2", ("self_attn",)),
     nested("t5"),
-    nested("t5", feed_forward_proj="gated-gelu"),
-    nested("umt5"),
+    nested("t5", variant="gated", feed_forward_proj="gated-gelu"),
+    nested("umt5", arity=2),
     Family(name="vaultgemma", ffn_norm="pre_feedforward_layernorm", limit=FLOAT32, config={"head_dim": 8}),
     vision("vit", "layers", "layernorm_before", "layernorm_after", stub="zeros"),
-    sublayers("xglm", "model.layers", config={"ffn_dim": 48, "attention_heads": 4}),
+    sublayers("xglm", "model.layers", dtype=torch.float32, limit=1e-5, config={"ffn_dim": 48, "attention_heads": 4}),
     encoder("xlm-roberta-xl", ffn_norm="LayerNorm"),
     Family(
         name="youtu",
@@ -218,7 +230,22 @@ SLOW = (
     ),
 )
 
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+
 DENSE_LAYERS_OF_MOE = (
+    Family(name="axk1", config=LATENT | DENSE | {"first_k_dense_replace": 4}),
+    Family(name="kimi_linear", config=LATENT | DENSE | {"layer_types": ["full_attention"] * 4}),
+    Family(
+        name="mimo_v2_flash",
+        config=DENSE | {"layer_types": ["full_attention"] * 4, "head_dim": 8, "v_head_dim": 8},
+    ),
     Family(
         name="exaone_moe",
         config=DENSE | {"first_k_dense_replace": 4, "head_dim": 8, "is_moe_layer": [False] * 4},

@@ -6,7 +6,7 @@ by its dataflow. Tables and expectations are in `family_table.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,17 @@ from tests.end_to_end.families import (
     relative,
     run,
 )
-from tests.end_to_end.family_table import FAST, LAST_NORM, LEADING, REFUSED
+from tests.end_to_end.family_table import (
+    FAST,
+    LAST_NORM,
+    LAST_NORM_SLOW,
+    LEADING,
+    LEADING_SLOW,
+    REFUSED,
+    VARIANTS,
+    family_named,
+)
+from tests.end_to_end.slow_families import DENSE_LAYERS_OF_MOE, SCALED, SLOW
 
 OWN_LAYERS = {"include_leading": False}
 RED = 1e-4
@@ -81,19 +91,31 @@ def check(family: Family, model: nn.Module, *, leading: bool = False, last_norm:
     return report
 
 
-@pytest.mark.parametrize("family", FAST, ids=lambda family: family.id)
+def each(fast: Sequence[Family], slow: Sequence[Family] = ()) -> Any:
+    """One test for each family; `slow` ones only in `make test-slow`."""
+    cases = [pytest.param(family, id=family.id) for family in fast]
+    cases += [pytest.param(family, id=family.id, marks=pytest.mark.slow) for family in slow]
+    return pytest.mark.parametrize("family", cases)
+
+
+def named(ids: Sequence[str]) -> list[Family]:
+    return [family_named(id_) for id_ in ids]
+
+
+@each(FAST, (*VARIANTS, *SLOW, *DENSE_LAYERS_OF_MOE, *SCALED))
 def test_family_is_fused_exactly(family: Family) -> None:
     report = check(family, make_model(family))
     assert count(report) == family.fused
-    assert len(report.groups) == 1
+    assert len(report.groups) == family.passes
+    assert not codes(report, f"{family.layers}.2"), "a member was refused too"
 
 
-@pytest.mark.parametrize("family", LEADING, ids=lambda family: family.id)
+@each(named(LEADING), named(LEADING_SLOW))
 def test_the_leading_ffn_joins(family: Family) -> None:
     assert count(check(family, make_model(family), leading=True)) == family.fused + 1
 
 
-@pytest.mark.parametrize("family", LAST_NORM, ids=lambda family: family.id)
+@each(named(LAST_NORM), named(LAST_NORM_SLOW))
 def test_the_last_norm_serves_all(family: Family) -> None:
     model = make_model(family)
     inputs = make_inputs(family, model)
@@ -105,7 +127,7 @@ def test_the_last_norm_serves_all(family: Family) -> None:
 # --- refused, and then bit-equal to the model as it was given ------------------------------------------
 
 
-@pytest.mark.parametrize("family", REFUSED, ids=lambda family: family.id)
+@each(REFUSED)
 def test_family_is_refused_and_left_alone(family: Family) -> None:
     model = make_model(family)
     inputs = make_inputs(family, model)
@@ -115,10 +137,6 @@ def test_family_is_refused_and_left_alone(family: Family) -> None:
     for layer in range(1, 3):
         assert codes(report, f"{family.layers}.{layer}") == {family.refused}
     assert torch.equal(output, expected)
-
-
-def family_named(name: str) -> Family:
-    return next(family for family in FAST if family.id == name)
 
 
 def test_dropout_in_training_is_refused() -> None:

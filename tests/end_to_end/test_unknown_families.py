@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fxfusion import ffn_fusion
 from fxfusion.backend import last_reports
-from tests.end_to_end.families import Family, hide_names, make_inputs, make_model, parallel_form, relative, run
-from tests.end_to_end.family_table import FAST
+from tests.end_to_end.families import hide_names, make_inputs, make_model, parallel_form, relative, run
+from tests.end_to_end.family_table import family_named
 
 HIDDEN = 16
 WIDTHS = (24, 40, 24, 8)
@@ -162,8 +162,9 @@ def test_an_unseen_spelling_is_fused_exactly(kind: Callable[[int, bool], Block])
     assert [len(group.members) for group in last_reports()[-1].groups] == [3]
 
 
-@pytest.mark.parametrize("family", [f for f in FAST if f.id in {"llama", "cohere"}], ids=lambda f: f.id)
-def test_class_names_do_not_matter(family: Family) -> None:
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cohere", "opt"))])
+def test_class_names_do_not_matter(name: str) -> None:
+    family = family_named(name)
     model = hide_names(make_model(family))
     assert {type(m).__name__[0] for m in model.modules() if type(m).__module__ == "nowhere"} == {"C"}
     inputs = make_inputs(family, model)
