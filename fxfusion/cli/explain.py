@@ -134,11 +134,12 @@ def build_without_weights(folder: Path) -> PreTrainedModel:
         raise FxFusionError(f"{folder}/config.json cannot be used: {reason}") from error
     config.use_cache = False
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    builder = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    builder: Any = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     with torch.device("meta"):
         model: PreTrainedModel = builder.from_config(config, trust_remote_code=False)
     if model.main_input_name != "input_ids":
         raise FxFusionError(
             f"{folder}: the model's input is {model.main_input_name}, not token ids; use fxfusion.explain from Python"
         )
-    return model.eval()
+    model.eval()
+    return model

@@ -46,7 +46,8 @@ def load(folder: Path) -> PreTrainedModel:
     disable_progress_bar()
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     model.config.use_cache = False
-    return model.eval()
+    model.eval()
+    return model
 
 
 def held_out(folder: Path, sequences: int, length: int, batch: int) -> list[Tensor]:

@@ -105,7 +105,7 @@ def compile_and_prove(subject: Subject, settings: Settings, screen: Screen) -> N
         subject.fused = compiled(subject.dropped, options)
         ours = subject.fused(ids)
         subject.report = last_reports()[-1]
-        witness = surgery.parallel_form(subject.dropped, PLAN.groups, PLAN.norm)
+        witness = surgery.parallel_form(subject.dropped, [GROUP], PLAN.norm)
         error = surgery.relative_error(call_of(witness)(ids), ours)
         changed_error, restored_error = _perturb(subject, witness, ids)
     proofs = subject.report.verifications
@@ -143,7 +143,7 @@ def _perturb(subject: Subject, witness: nn.Module, ids: Tensor) -> tuple[float, 
 def measure_quality(subject: Subject, screen: Screen) -> None:
     text = "Fusing is exact up to the parallel form; reading one input instead of a chain is an approximation."
     screen.step(5, "What it costs in quality", text)
-    variants = {
+    variants: dict[str, dict[str, Any]] = {
         "fused_fold": {"plan": PLAN},
         "fused_last": {"plan": PLAN_LAST},
         "fused_paper": {"policy": "paper"},
