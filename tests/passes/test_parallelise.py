@@ -35,7 +35,8 @@ from tests.helpers import (
 
 def planned(model: Stack, **policy: Any) -> tuple[CapturedGraph, tuple[Group, ...]]:
     """A normalised graph of the model, and the policy's groups in it."""
-    work = normalise(capture(model, tokens(), how="symbolic"))
+    x = tokens(dtype=next(model.parameters()).dtype)
+    work = normalise(capture(model, x, how="symbolic"))
     facts = facts_of(work)
     matches = match_residual(facts, {})
     chains, _ = find_chains(matches, facts)
