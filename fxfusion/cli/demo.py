@@ -37,7 +37,7 @@ def command(
     html: Html = Path("fxfusion_report.html"),
     as_json: AsJson = False,
     compiler: Compiler = "inductor",
-    sequences: Sequences = 64,
+    sequences: Sequences = 48,
     rounds: Rounds = 40,
 ) -> None:
     """Take a trained model through the whole of fxfusion: find, fuse, prove, measure (under 3 minutes)."""

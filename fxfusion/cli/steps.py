@@ -21,8 +21,8 @@ from fxfusion.plan import FusionPlan
 from fxfusion.report import FusionReport
 from fxfusion.report.text import chains, groups, refusals
 
-DROPPED = (4, 5, 6, 7, 8)
-GROUP = (4, 5, 6, 7, 8)
+DROPPED = (5, 6, 7, 8, 9)
+GROUP = (5, 6, 7, 8, 9)
 PLAN = FusionPlan(dropped_attention=DROPPED, groups=(GROUP,))
 PLAN_LAST = FusionPlan(dropped_attention=DROPPED, groups=(GROUP,), norm="last")
 
