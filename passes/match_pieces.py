@@ -63,7 +63,7 @@ def match_pieces(projections: Sequence[Linear], middle: Iterable[fx.Node]) -> Cu
             start, stop, step = ranges[node.args[1]]
             cuts.pieces[node] = Piece(node=node, projection=projection, start=start, stop=stop, step=step)
         elif source in cuts.pieces:
-            _cut(node, name, cuts.pieces[source], cuts)
+            _cut(node, sources[0], cuts.pieces[source], cuts)
     return cuts
 
 
@@ -75,8 +75,10 @@ def keeps_channels(node: fx.Node, source: fx.Node) -> bool:
     return str(before.shape[-1]) == str(after.shape[-1])
 
 
-def _cut(node: fx.Node, name: str, source: Piece, cuts: Cuts) -> None:
-    dim_count = getattr(ops.tensor_value(source.node), "ndim", 0)
+def _cut(node: fx.Node, shown: fx.Node, source: Piece, cuts: Cuts) -> None:
+    """Note what a node cuts out of a piece, which it reads as `shown` (a view of it has its own axes)."""
+    name = ops.op_name(node)
+    dim_count = getattr(ops.tensor_value(shown), "ndim", 0)
     if name == "getitem":
         index = _last_axis_slice(node.args[1], dim_count)
         if index is not None:

@@ -41,7 +41,7 @@ def describe_region(nodes: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> S
     entries = []
     for index, node in enumerate(nodes):
         literals, wiring = _arguments(node, places)
-        entries.append(Entry(ops.op_name(node), literals, _dtype(node), wiring))
+        entries.append(Entry(ops.op_identity(node), literals, _dtype(node), wiring))
         places[node] = f"%{index}"
     return tuple(entries)
 

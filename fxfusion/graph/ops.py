@@ -45,6 +45,7 @@ _SAME_OP = {
     "true_divide": "div",
     "negative": "neg",
     "type": "to",
+    "_threshold": "threshold",
     "_to_copy": "to",
     "_unsafe_view": "view",
     "_reshape_alias": "reshape",
@@ -83,6 +84,14 @@ def op_name(node: fx.Node) -> str:
 def schema_name(node: fx.Node) -> str:
     """The name that ATen gives an operation, such as `_to_copy`; empty for other spellings."""
     return node.target._schema.name.split("::")[-1] if isinstance(node.target, OpOverload) else ""
+
+
+def op_identity(node: fx.Node) -> str:
+    """`op_name`, but different for two functions of the user's own that share a name."""
+    name = op_name(node)
+    if node.op == "call_function" and not isinstance(node.target, OpOverload) and not _is_torch_function(node.target):
+        return f"{name}@{id(node.target)}"
+    return name
 
 
 def writes_in_place(node: fx.Node) -> bool:

@@ -110,6 +110,12 @@ class _Judge(TorchDispatchMode):
             self.track(_tensors(result), channels)
         return result
 
+    def _detaches_on_its_own(self) -> bool:
+        """Whether `detach` is how torch computes the node (zeros_like, view(dtype)), not what the model wrote."""
+        assert self.node is not None
+        name = ops.op_identity(self.node)
+        return name not in ("detach", "getattr") and "@" not in name
+
     def _refuse(self, code: RefusalCode, message: str) -> Refused:
         assert self.node is not None
         return Refused(code, message, self.node)
@@ -122,10 +128,10 @@ class _Judge(TorchDispatchMode):
         channels = self._activations[id(active[0])][1]
         if self.pointwise_only and name.startswith("new_") and result.dim() > 0:
             raise self._refuse(RefusalCode.NOT_POINTWISE, f"{name} makes a tensor of this member's own width")
-        if name in _COPIES or name in _CREATIONS:
-            return channels
-        if name == "detach":
+        if name == "detach" and not self._detaches_on_its_own():
             raise self._refuse(RefusalCode.MODE_CHANGE, "detach stops the gradient")
+        if name in _COPIES or name in _CREATIONS or name == "detach":
+            return channels
         if name in _RESHAPES:
             return self._reshape(name, active[0], result, channels)
         if torch.Tag.pointwise in func.tags or name in _ELEMENTWISE:

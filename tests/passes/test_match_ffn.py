@@ -157,6 +157,8 @@ ACTIVATIONS: dict[str, Branch] = {
     "snake": lambda m, h: h + torch.sin(m.a * h).pow(2) / m.a,
     "none": lambda m, h: h,
     "views": lambda m, h: F.silu(h.reshape(-1, 12)).view(2, 5, 12),
+    "bits read as integers": lambda m, h: (F.silu(h).view(torch.int64) ^ 1).view(torch.float64),
+    "zeros of its own": lambda m, h: torch.maximum(h, torch.zeros_like(h)),
     "log sigmoid": lambda m, h: F.logsigmoid(h) * h,
     "in float32 and back": lambda m, h: F.silu(h.to(torch.float32).to(torch.float64)),
 }
@@ -260,11 +262,6 @@ NOT_A_FEED_FORWARD: dict[str, tuple[Branch, RefusalCode, str]] = {
         lambda m, x: _plain(m, x, lambda m, h: F.prelu(h, m.one.reshape(1))),
         RefusalCode.NOT_POINTWISE,
         "prelu",
-    ),
-    "bits read as integers": (
-        lambda m, x: _plain(m, x, lambda m, h: (F.silu(h).view(torch.int64) ^ 1).view(torch.float64)),
-        RefusalCode.MODE_CHANGE,
-        "detach",
     ),
     "half of the activation": (
         lambda m, x: F.linear(F.silu(F.linear(x, m.wide))[..., :12], m.w2),
