@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fxfusion import FusionPlan, RefusalCode, ffn_fusion, last_reports
 from fxfusion.errors import MissingWeightsError, NotFusedError, OptionError
 from fxfusion.graph import ops
 from fxfusion.packing import live_packs
-from tests.helpers import Plain, Stack, assert_exact, error_of, parallel_form, refusal_with, stack, tokens
+from tests.helpers import Plain, assert_exact, error_of, parallel_form, refusal_with, stack, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -130,108 +130,6 @@ def test_nothing_to_fuse_is_bit_equal_and_untouched() -> None:
     assert torch.equal(compiled(model, "aot_eager", strict=True)(x), plain)
     refusal_with(last_reports()[-1].refusals, RefusalCode.STREAM_READ)
     assert last_reports()[-1].after is last_reports()[-1].before
-
-
-# --- refusals -----------------------------------------------------------------------------------------
-
-
-class Odd(Tensor):
-    """A trivial tensor subclass."""
-
-
-def test_tensor_subclass_weights_are_refused() -> None:
-    model, x = stack(), tokens()
-    weight = model.layers[1].ffn.down.weight
-    model.layers[1].ffn.down.weight = nn.Parameter(weight.detach().as_subclass(Odd))
-    result = compiled(model, strict=True)(x)
-    assert torch.equal(result.as_subclass(Tensor), model(x).as_subclass(Tensor))
-    report = last_reports()[-1]
-    assert not report.groups
-    refusal_with(report.refusals, RefusalCode.TENSOR_SUBCLASS, "Odd")
-
-
-class Loop(nn.Module):
-    """Blocks in a given order, some more than once."""
-
-    def __init__(self, order: Sequence[int]) -> None:
-        super().__init__()
-        self.inner, self.order = stack(), tuple(order)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for index in self.order:
-            x = self.inner.layers[index](x)
-        return x
-
-
-def test_weights_used_twice_never_meet_in_one_group() -> None:
-    model, x = Loop((0, 1, 0, 2)), tokens()
-    result = compiled(model, strict=True)(x)
-    assert [len(group.members) for group in last_reports()[-1].groups] == [2, 2]
-    wanted = x
-    for pair in ((0, 1), (0, 2)):  # each group has its own packed copy
-        wanted = wanted + sum(model.inner.layers[i](wanted) - wanted for i in pair)
-    assert_exact(result, wanted, torch.float64)
-
-
-def test_one_weight_in_two_neighbours_is_refused() -> None:
-    model, x = Loop((0, 0)), tokens()
-    assert torch.equal(compiled(model, strict=True)(x), model(x))
-    refusal_with(last_reports()[-1].refusals, RefusalCode.SHARED_WEIGHT)
-
-
-def test_dropout_in_training_mode_is_refused() -> None:
-    class Dropped(Plain):
-        def forward(self, n: Tensor) -> Tensor:
-            return nn.functional.dropout(super().forward(n), 0.5, self.training)
-
-    model, x = stack(Dropped).train(), tokens()
-    torch.manual_seed(0)
-    wanted = model(x)
-    torch.manual_seed(0)
-    assert torch.equal(compiled(model)(x), wanted)
-    refusal_with(last_reports()[-1].refusals, RefusalCode.RANDOM)
-    model.eval()
-    assert_exact(compiled(model, strict=True)(x), parallel_form(model, x), torch.float64)
-
-
-class Tapped(Stack):
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        seen = [x]
-        for layer in self.layers:
-            seen.append(layer(seen[-1]))
-        return tuple(seen)
-
-
-def test_hidden_states_as_outputs_are_refused() -> None:
-    model, x = Tapped(stack().layers), tokens()
-    wanted, got = model(x), compiled(model)(x)
-    assert all(torch.equal(one, other) for one, other in zip(wanted, got, strict=True))
-    refusal_with(last_reports()[-1].refusals, RefusalCode.STREAM_READ)
-
-
-def test_activation_checkpointing_is_refused() -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    model, x = stack(), tokens()
-
-    def forward(x: Tensor) -> Tensor:
-        for layer in model.layers:
-            x = checkpoint(layer, x, use_reentrant=False)
-        return x
-
-    result = compiled(forward, "aot_eager")(x)
-    assert_exact(result, model(x), torch.float64)
-    refusal_with(last_reports()[-1].refusals, RefusalCode.HIGHER_ORDER)
-
-
-def test_weights_baked_into_the_graph_are_not_packed() -> None:
-    """With `prepare_freezing` Dynamo hands over weights as constants; packed they would go stale."""
-    model, x = stack(), tokens()
-    with torch._dynamo.config.patch(prepare_freezing=True), torch.no_grad():
-        assert torch.equal(compiled(model)(x), model(x))
-        torch._dynamo.reset()
-        with pytest.raises(NotFusedError, match="baked into the graph"):
-            compiled(model, strict=True)(x)
 
 
 # --- fall back and strict -----------------------------------------------------------------------------
