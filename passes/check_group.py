@@ -53,7 +53,9 @@ class GroupChecker:
 
     def _roles(self, members: Sequence[FfnNode], norm: NormMode) -> tuple[Role, ...]:
         """What happens to each constant of the prologue: kept as it is where the members share it."""
-        proved = self.prover.roles(members[0]) if norm == "fold" else ("fixed",) * len(members[0].prologue_constants)
+        if norm == "last":
+            return tuple("fixed" for _ in members[0].prologue_constants)
+        proved = self.prover.roles(members[0])
         shared = [
             all(member.prologue_constants[index] is constant for member in members)
             for index, constant in enumerate(members[0].prologue_constants)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +93,9 @@ class Ffn(nn.Module):
         act, width, layout = ACTIVATIONS[self.given.activation], self.given.width, self.given.layout
         h = self.up(n)
         if layout in ("plain", "conv1d"):
-            return act(h)
+            return cast(Tensor, act(h))
         if self.gate is not None and layout == "separate":
-            return act(self.gate(n)) * h
+            return cast(Tensor, act(self.gate(n)) * h)
         if layout == "chunk":
             gate, up = h.chunk(2, dim=-1)
         elif layout == "split":
@@ -103,7 +104,7 @@ class Ffn(nn.Module):
             gate, up = h[..., :width], h[..., width:]
         else:
             gate, up = h[..., ::2], h[..., 1::2]
-        return act(gate) * up
+        return cast(Tensor, act(gate) * up)
 
 
 class Mixer(nn.Module):
