@@ -24,7 +24,7 @@ VOCABULARY = 64
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of eleven layers whose FFNs are strong enough to matter, and held-out token ids."""
+    """A random model of ten layers whose FFNs are strong enough to matter, and held-out token ids."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("model")
@@ -32,7 +32,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=40,
-        num_hidden_layers=11,
+        num_hidden_layers=10,
         num_attention_heads=2,
         num_key_value_heads=1,
     )
@@ -69,7 +69,7 @@ def test_the_whole_demo_runs_and_prints_one_json_document(ran: tuple[int, str, P
     result = json.loads(out)
     assert code == 0
     assert set(result) == {"model", "quality", "dropped_attention", "exactness", "speed", "html", "report", "seconds"}
-    assert result["html"] == str(html) and "layers.5-9.mlp" in html.read_text("utf-8")
+    assert result["html"] == str(html) and "layers.4-8.mlp" in html.read_text("utf-8")
 
 
 def test_it_proves_and_shows_that_the_proof_can_fail(ran: tuple[int, str, Path]) -> None:
