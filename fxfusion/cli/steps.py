@@ -78,7 +78,7 @@ def load(settings: Settings, screen: Screen) -> Subject:
 
 
 def drop_attention(subject: Subject, screen: Screen) -> None:
-    text = "Where attention is gone, FFNs follow one another: a chain. (Real models choose and retrain; this one does not.)"
+    text = "Where attention is gone, FFNs follow one another: a chain. Nothing is retrained here."
     screen.step(2, f"Remove the attention of layers {DROPPED[0]} to {DROPPED[-1]}", text)
     with screen.busy("measuring"):
         quality = subject.measure("attention_removed", subject.dropped)
