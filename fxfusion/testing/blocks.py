@@ -82,7 +82,7 @@ class Ffn(nn.Module):
         shape = x.shape
         if self.given.flat:
             x = x.reshape(-1, self.hidden)
-        b = self.down(self._middle(norm(x)))
+        b: Tensor = self.down(self._middle(norm(x)))
         if self.given.scale == "literal":
             b = b * 0.5
         elif self.scale is not None:
@@ -93,7 +93,7 @@ class Ffn(nn.Module):
         act, width, layout = ACTIVATIONS[self.given.activation], self.given.width, self.given.layout
         h = self.up(n)
         if layout in ("plain", "conv1d"):
-            return cast(Tensor, act(h))
+            return act(h)
         if self.gate is not None and layout == "separate":
             return cast(Tensor, act(self.gate(n)) * h)
         if layout == "chunk":
