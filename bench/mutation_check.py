@@ -49,12 +49,19 @@ REFUSALS = ("Refused", "_refuse", "_refusal")
 
 @dataclass(frozen=True)
 class Guard:
-    """One guard: where it stands, the line, and what becomes of it."""
+    """One guard: where it stands, the line, what becomes of it, and its refusal code where it names one."""
 
     file: str
     line: int
     text: str
     becomes: str
+    code: str = ""
+
+    @property
+    def likely(self) -> str:
+        """The tests that should notice, as an expression for `pytest -k`."""
+        own = f"test_{Path(self.file).stem}"
+        return f"{own} or {self.code.lower()}" if self.code else own
 
 
 def guards() -> Iterator[Guard]:
@@ -66,7 +73,7 @@ def guards() -> Iterator[Guard]:
             becomes = _mutation(node, file)
             if becomes is not None:
                 assert isinstance(node, ast.stmt)
-                yield Guard(file, node.lineno, lines[node.lineno - 1].strip(), becomes)
+                yield Guard(file, node.lineno, lines[node.lineno - 1].strip(), becomes, _code(node))
 
 
 def _mutation(node: ast.AST, file: str) -> str | None:
@@ -83,6 +90,13 @@ def _mutation(node: ast.AST, file: str) -> str | None:
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant) and node.value.value is False:
             return "return True"
     return None
+
+
+def _code(node: ast.AST) -> str:
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name) and inner.value.id == "RefusalCode":
+            return inner.attr
+    return ""
 
 
 def _called(call: ast.Call) -> str:
@@ -116,47 +130,47 @@ def copy_tree(into: Path) -> Path:
     return into
 
 
-class _FirstFailure:
-    """A pytest plugin that remembers which test failed first."""
+class _Failures:
+    """A pytest plugin that remembers which tests failed."""
 
     def __init__(self) -> None:
-        self.name = ""
+        self.names: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and not self.name:
-            self.name = report.nodeid
+        if report.failed:
+            self.names.append(report.nodeid)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed and not self.name:
-            self.name = f"{report.nodeid} (not importable)"
+        if report.failed:
+            self.names.append(report.nodeid)
 
 
-def run_tests(tree: Path) -> tuple[bool, str]:
-    """(whether the tests passed, the first failure). In a forked process: torch is imported once for all."""
+def run_tests(tree: Path, *flags: str) -> list[str]:
+    """The tests that failed. In a forked process: torch is imported once for all."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(tree, sender))
+    process = multiprocessing.get_context("fork").Process(target=_run_in_child, args=(tree, flags, sender))
     process.start()
     sender.close()
     try:
-        answer: tuple[bool, str] = receiver.recv()
+        failed: list[str] = receiver.recv()
     except EOFError:
-        answer = False, "the process died"
+        failed = ["the process died"]
     process.join()
-    return answer
+    return failed
 
 
-def _run_in_child(tree: Path, sender: Connection) -> None:
+def _run_in_child(tree: Path, flags: tuple[str, ...], sender: Connection) -> None:
     os.chdir(tree)
     sys.path[:] = [str(tree), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
     for name in [name for name in sys.modules if name.split(".")[0] in ("fxfusion", "tests", "bench")]:
         del sys.modules[name]
     sys.dont_write_bytecode = True
-    first = _FirstFailure()
-    flags = ["-x", "-q", "-p", "no:cacheprovider", "--tb=no", "--no-header", "--no-summary", "--show-capture=no"]
+    failures = _Failures()
+    quiet = ["-q", "-p", "no:cacheprovider", "--tb=no", "--no-header", "--no-summary", "--show-capture=no"]
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         tests = [test for test in TESTS if (tree / test).exists()]
-        code = pytest.main([*flags, "-m", "not slow and not compile", *tests], plugins=[first])
-    sender.send((code == 0, first.name))
+        pytest.main([*quiet, "-m", "not slow and not compile", *flags, *tests], plugins=[failures])
+    sender.send(failures.names)
 
 
 def main() -> int:
@@ -169,14 +183,13 @@ def main() -> int:
     known = _known(options.out)
     with tempfile.TemporaryDirectory() as scratch:
         clean = copy_tree(Path(scratch))
-        passed, failure = run_tests(clean)
-        if not passed:
-            print(f"the tests fail without any mutation: {failure}", file=sys.stderr)
-            return 2
+        broken = run_tests(clean)
+        if broken:
+            print(f"left out, since they fail without any mutation: {broken}", file=sys.stderr)
         for number, guard in enumerate(found):
             key = f"{guard.file}:{guard.line}: {guard.text}"
             if key not in known or options.only or not known[key]["killed"]:
-                known[key] = _check(clean, guard)
+                known[key] = _check(clean, guard, broken)
                 _save(options.out, known)
             word = "killed  " if known[key]["killed"] else "SURVIVED"
             print(f"{number + 1}/{len(found)} {word} {key}", flush=True)
@@ -185,15 +198,16 @@ def main() -> int:
     return 1 if survivors else 0
 
 
-def _check(clean: Path, guard: Guard) -> dict[str, object]:
+def _check(clean: Path, guard: Guard, broken: list[str]) -> dict[str, object]:
     original = (clean / guard.file).read_text(encoding="utf-8")
     start = time.perf_counter()
     try:
         mutate(clean, guard)
-        passed, failure = run_tests(clean)
+        skipped = [f"--deselect={name}" for name in broken]
+        failed = run_tests(clean, "-x", "-k", guard.likely, *skipped) or run_tests(clean, "-x", *skipped)
     finally:
         (clean / guard.file).write_text(original, encoding="utf-8")
-    return {**asdict(guard), "killed": not passed, "by": failure, "seconds": round(time.perf_counter() - start, 1)}
+    return {**asdict(guard), "killed": bool(failed), "by": failed[:1], "seconds": round(time.perf_counter() - start, 1)}
 
 
 def _known(path: Path) -> dict[str, dict[str, object]]:

@@ -46,7 +46,7 @@ def _tuple(value: object) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("name", LOOK_ALIKES)
+@pytest.mark.parametrize("name", LOOK_ALIKES, ids=[f"{name}-{code.value}" for name, (_, code) in LOOK_ALIKES.items()])
 def test_a_look_alike_is_refused(name: str) -> None:
     block, code = LOOK_ALIKES[name]
     report = compiled_equals_eager(Twice(block))
@@ -227,7 +227,7 @@ PAIRS: dict[str, tuple[Callable[[], nn.Module], RefusalCode]] = {
 }
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", PAIRS, ids=[f"{name}-{code.value}" for name, (_, code) in PAIRS.items()])
 def test_two_ffns_that_must_stay_apart(name: str) -> None:
     make, code = PAIRS[name]
     report = compiled_equals_eager(make())
