@@ -19,11 +19,12 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._inductor import list_mode_options as _list_mode_options
 from torch._logging import trace_structured
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["FakeTensor", "FakeTensorMode", "TorchDispatchMode"]
+__all__ = ["FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDispatchMode"]
 
 FUNCTIONAL_NN = "torch._C._nn"
 """Module of `linear`, `gelu` and other functions that Dynamo puts into graphs."""

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import HigherOrderOperator, OpOverload
+
+from fxfusion.torch_private import HigherOrderOperator, OpOverload
 
 _OPERATOR_NAMES = {
     "truediv": "div",

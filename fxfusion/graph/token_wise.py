@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph import ops
-from fxfusion.torch_private import FakeTensorMode, TorchDispatchMode, size_hint
+from fxfusion.torch_private import FakeTensorMode, OpOverload, TorchDispatchMode, size_hint
 
 _COPIES = frozenset("_to_copy clone alias contiguous lift_fresh".split())
 _RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias expand unsqueeze squeeze".split())

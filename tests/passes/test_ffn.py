@@ -26,7 +26,7 @@ def test_a_gated_feed_forward_is_recorded_whole() -> None:
     assert len(set(ffn.weights)) == 3
     assert set(ffn.prologue) | set(ffn.middle) <= set(ffn.nodes)
     assert (ffn.name, ffn.layer) == ("layers.0.ffn", "layers.0")
-    assert ffn.source.startswith("helpers.py:")
+    assert ffn.source.startswith("blocks.py:")
 
 
 def test_biases_and_absent_biases() -> None:

@@ -441,7 +441,7 @@ def test_every_refusal_names_its_layer_and_source_line() -> None:
     model = Stack([*blocks, randomise(Attention())])
     refusal = refusal_with(match(model, tokens()).refusals, RefusalCode.TOKEN_MIXING)
     assert refusal.layer.startswith("layers.1")
-    assert refusal.source.startswith("helpers.py:")
+    assert refusal.source.startswith("blocks.py:")
 
 
 def test_a_module_that_cannot_be_opened_is_refused_with_its_name() -> None:
