@@ -128,8 +128,8 @@ def test_wrapper_subclasses_are_refused() -> None:
     """As quantisation libraries build them: a subclass that holds other tensors."""
     two = pytest.importorskip("torch.testing._internal.two_tensor")
     model, x = stack(), tokens()
-    weight = model.layers[0].ffn.up.weight.detach()
-    model.layers[0].ffn.up.weight = nn.Parameter(two.TwoTensor(weight, weight.clone()), requires_grad=False)
+    weight = model.layers[1].ffn.up.weight.detach()
+    model.layers[1].ffn.up.weight = nn.Parameter(two.TwoTensor(weight, weight.clone()), requires_grad=False)
     with torch.no_grad():
         wanted = model(x)
         got = compiled(model, "aot_eager", strict=True)(x)
