@@ -158,6 +158,35 @@ def learned_positions(m: Weights, x: Tensor) -> Tensor:
     return x + m.ffn(x + m.by_token)
 
 
+@refused(RefusalCode.TOKEN_MIXING)
+def mean_on_the_wrong_axis(m: Weights, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, HIDDEN)  # as many tokens as channels: the means are broadcast over the channels
+    return x + m.ffn(flat - flat.mean(-1)).view_as(x)
+
+
+@refused(RefusalCode.TOKEN_MIXING)
+def tokens_of_another_shape(m: Weights, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, HIDDEN)
+    return x + m.ffn(flat * flat.unsqueeze(0)).view_as(x)
+
+
+@refused(RefusalCode.TOKEN_MIXING)
+def means_of_other_tokens(m: Weights, x: Tensor) -> Tensor:
+    moved = x.mean(-1).reshape(BATCH * SEQ, 1).relu().reshape(BATCH, SEQ)
+    return x + m.ffn(x - moved.unsqueeze(-1))
+
+
+@refused(RefusalCode.BROADCAST)
+def repeated_tokens(m: Weights, x: Tensor) -> Tensor:
+    n = x.unsqueeze(1).expand(BATCH, 3, SEQ, HIDDEN)
+    return x + F.linear(F.silu(F.linear(n, m.up)).mean(1), m.down)
+
+
+@refused(RefusalCode.OTHER_ACTIVATION)
+def reads_nothing(m: Weights, x: Tensor) -> Tensor:
+    return x + m.ffn(torch.ones(BATCH, SEQ, HIDDEN))
+
+
 @refused(RefusalCode.ROUTER)
 def mixture_of_experts(m: Weights, x: Tensor) -> Tensor:
     weight, chosen = torch.topk(torch.softmax(F.linear(x, m.other)[..., :2], -1), 1)
@@ -197,6 +226,11 @@ def channel_gate(m: Weights, x: Tensor) -> Tensor:
 @refused(RefusalCode.LINEAR_COUNT)
 def one_linear(m: Weights, x: Tensor) -> Tensor:
     return x + F.linear(F.silu(m.norm(x)), m.down)
+
+
+@refused(RefusalCode.LINEAR_COUNT)
+def einsum_only(m: Weights, x: Tensor) -> Tensor:
+    return x + torch.einsum("bsh,oh->bso", m.norm(x), m.up)
 
 
 @refused(RefusalCode.LINEAR_COUNT)

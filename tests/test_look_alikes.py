@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from fxfusion import ffn_fusion
@@ -254,3 +255,16 @@ def _layer_normed(first: Weights, second: Weights, x: Tensor) -> Tensor:
     ffn = _plain(F.silu, _shifted)
     y = x + ffn(first, x)
     return y + ffn(second, y)
+
+
+def test_a_sub_graph_inside_a_branch_is_named() -> None:
+    """The activation alone is checkpointed: the linear layers are in sight, what is between them is not."""
+
+    def block(m: Weights, x: Tensor) -> Tensor:
+        h = F.linear(m.norm(x), m.up)
+        return x + F.linear(torch.utils.checkpoint.checkpoint(F.silu, h, use_reentrant=False), m.down)
+
+    report = compiled_equals_eager(Twice(block))
+    assert report.groups == ()
+    messages = [refusal.message for refusal in report.refusals if refusal.code is RefusalCode.HIGHER_ORDER]
+    assert sum("hides part of the branch" in message for message in messages) == 2
