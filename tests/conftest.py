@@ -11,9 +11,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--update-golden", action="store_true", help="write tests/golden/ instead of comparing with it"
-    )
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/ instead of comparing with it")
 
 
 @pytest.fixture
@@ -28,8 +26,6 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             file.write_text(text, encoding="utf-8")
             return
         assert file.exists(), f"no {file.name}; run pytest with --update-golden and read what it writes"
-        assert text == file.read_text(encoding="utf-8"), (
-            f"{file.name} differs; if that is right, --update-golden"
-        )
+        assert text == file.read_text(encoding="utf-8"), f"{file.name} differs; if that is right, --update-golden"
 
     return check
