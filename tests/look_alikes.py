@@ -383,6 +383,12 @@ def stream_written_later(m: Weights, x: Tensor) -> Tensor:
 
 
 @refused(RefusalCode.MUTATION)
+def inner_value_written_and_read(m: Weights, x: Tensor) -> Tensor:
+    h = F.linear(m.norm(x), m.up)
+    return x + F.linear(h.sigmoid_() * h, m.down)
+
+
+@refused(RefusalCode.MUTATION)
 def addition_in_place(m: Weights, x: Tensor) -> Tensor:
     x += m.ffn(x)
     return x
