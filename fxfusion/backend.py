@@ -79,6 +79,11 @@ def last_reports() -> tuple[FusionReport, ...]:
     return tuple(_reports)
 
 
+def forget_reports() -> None:
+    """Start the list of `last_reports` anew (they hold graphs)."""
+    _reports.clear()
+
+
 def seconds_inside() -> float:
     """Wall time [s] spent inside fxfusion's own steps of the backend, compilers excluded, in this process."""
     return _seconds_inside

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from fxfusion.backend import forget_reports
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/ instead of comparing with it")
+
+
+@pytest.fixture(autouse=True)
+def own_reports() -> None:
+    """Each test sees only the reports of its own compiles (the backend keeps the last 64)."""
+    forget_reports()
 
 
 @pytest.fixture
