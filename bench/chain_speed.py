@@ -49,9 +49,7 @@ class Ffn(nn.Module):
 
 def compiled(module: nn.Module, backend: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """A compiled copy, so that no two candidates share memory or compiled code."""
-    own = copy.deepcopy(module)
-    own.compile(backend=backend, dynamic=False)
-    return own
+    return torch.compile(copy.deepcopy(module), backend=backend, dynamic=False, fullgraph=True)
 
 
 def cell(hidden: int, width: int, dtype: torch.dtype, tokens: int, rounds: int, threads: int) -> dict[str, Any]:
