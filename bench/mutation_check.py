@@ -44,6 +44,12 @@ MATCHERS = (
 )
 NORMALISERS = ("passes/drop_no_ops.py", "passes/drop_zero_branches.py", "passes/functionalise_adds.py")
 TESTS = ("tests/test_look_alikes.py", "tests/passes")
+# Guards that no test can kill, because an earlier one refuses every such branch. They stay: each states
+# what the code after it relies on.
+REDUNDANT = {
+    "a projection's output is also normalised input": "a linear layer behind another was refused with linear_count",
+    "wide, the stream is not": "sum, branch and stream have one shape, and the tail keeps the channel axis",
+}
 REFUSALS = ("Refused", "_refuse", "_refusal")
 
 
@@ -193,8 +199,8 @@ def main() -> int:
                 _save(options.out, known)
             word = "killed  " if known[key]["killed"] else "SURVIVED"
             print(f"{number + 1}/{len(found)} {word} {key}", flush=True)
-    survivors = [key for key, result in known.items() if not result["killed"]]
-    print(f"{len(known) - len(survivors)} killed, {len(survivors)} survived")
+    survivors = [key for key, result in known.items() if not (result["killed"] or _why_redundant(key))]
+    print(f"{sum(bool(result['killed']) for result in known.values())} killed, {len(survivors)} survived")
     return 1 if survivors else 0
 
 
@@ -219,14 +225,22 @@ def _known(path: Path) -> dict[str, dict[str, object]]:
     return {key: value for key, value in earlier.items() if key in present}
 
 
+def _why_redundant(key: str) -> str:
+    return next((reason for text, reason in REDUNDANT.items() if text in key), "")
+
+
 def _save(path: Path, known: dict[str, dict[str, object]]) -> None:
     killed = sum(bool(result["killed"]) for result in known.values())
+    redundant = {key: _why_redundant(key) for key in known if not known[key]["killed"] and _why_redundant(key)}
     result = {
         "command": "python -m bench.mutation_check",
         "tests": list(TESTS),
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
+        "guards_in_the_tree": sum(1 for _ in guards()),
+        "guards_checked": len(known),
         "killed": killed,
-        "survived": len(known) - killed,
+        "redundant": redundant,
+        "survived": len(known) - killed - len(redundant),
         "guards": known,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
