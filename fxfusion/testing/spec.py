@@ -42,9 +42,12 @@ class Ffn:
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """What two blocks must have in common to be fused. Widths, biases and scales may differ."""
+        """What two blocks must have in common to be fused. Widths, biases and scales may differ.
+
+        Without a norm nothing but linear layers sees the flat form, so flat and not flat fit each other.
+        """
         layout = "packed" if self.layout in PACKED else "plain" if self.layout == "conv1d" else self.layout
-        return layout, self.norm, self.activation, str(self.flat)
+        return layout, self.norm, self.activation, str(self.flat and self.norm != "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
