@@ -31,12 +31,14 @@ from fxfusion.options import BackendOptions
 from fxfusion.packing import FusedCallable, PackBinding, forget_stamps
 from fxfusion.passes.lift_weights import Pack
 from fxfusion.pipeline import Fused, fuse_captured
+from fxfusion.plan import FusionPlan, Member
 from fxfusion.report import FusionReport, GraphReport
 from fxfusion.torch_private import (
     as_backend_fake,
     as_user_error,
     backend_named,
     compile_with_inductor,
+    ends_at_graph_break,
     mark_static_weight,
 )
 
@@ -45,6 +47,7 @@ log = logging.getLogger("fxfusion")
 _KEPT_REPORTS = 64
 _reports: list[FusionReport] = []
 _seconds_inside = 0.0
+_plans_in_parts: set[tuple[tuple[Member, ...], ...]] = set()
 
 
 def ffn_fusion(
@@ -112,7 +115,7 @@ def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: Back
         captured = capture_dynamo(gm, inputs)
         fused = fuse_captured(captured, settings.choice, verify=settings.verify)
         _report(fused.report)
-        _report_unmatched(fused, settings)
+        _report_unmatched(fused, settings, ends_at_graph_break(gm))
         return _make_ready(fused, captured) if fused.packs else None
     except (OptionError, PlanError, MissingWeightsError):
         raise
@@ -130,9 +133,20 @@ def _report(report: GraphReport) -> None:
     del _reports[:-_KEPT_REPORTS]
 
 
-def _report_unmatched(fused: Fused, settings: BackendOptions) -> None:
-    """A planned group that was not fused is a warning, and an error when strict."""
-    unmatched = [refusal for refusal in fused.report.refusals if refusal.code is RefusalCode.PLAN_UNMATCHED]
+def _report_unmatched(fused: Fused, settings: BackendOptions, more_follows: bool) -> None:
+    """A planned group that was not fused is a warning, and an error when strict.
+
+    Where graph breaks cut a model into several graphs, a group that is wholly absent from one of them
+    may be in another, so only a group that is there in part is at fault.
+    """
+    if not isinstance(settings.choice, FusionPlan):
+        return
+    if more_follows:
+        _plans_in_parts.add(settings.choice.groups)
+    codes = {RefusalCode.PLAN_UNMATCHED}
+    if settings.choice.groups not in _plans_in_parts:
+        codes.add(RefusalCode.PLAN_ABSENT)
+    unmatched = [refusal for refusal in fused.report.refusals if refusal.code in codes]
     if not unmatched:
         return
     words = "; ".join(refusal.message for refusal in unmatched)

@@ -42,10 +42,6 @@ class MissingWeightsError(FxFusionError, RuntimeError):
     """A fused model was run while its weights are still on the meta device."""
 
 
-class StaleWeightsError(FxFusionError, RuntimeError):
-    """A weight changed in a way that a compiled graph with frozen weights cannot follow."""
-
-
 class RefusalCode(str, Enum):
     """Why a candidate was not matched or not fused. The value is what reports and tests show."""
 
@@ -82,8 +78,7 @@ class RefusalCode(str, Enum):
     POLICY = "policy"
     NOT_IN_PLAN = "not_in_plan"
     PLAN_UNMATCHED = "plan_unmatched"
-    # Chosen, but the rewrite did not pass its checks.
-    VERIFY_FAILED = "verify_failed"
+    PLAN_ABSENT = "plan_absent"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

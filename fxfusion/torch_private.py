@@ -79,6 +79,11 @@ def is_fsdp_managed(node: fx.Node) -> bool:
     return source is not None and "FSDP" in source.guard_source.name
 
 
+def ends_at_graph_break(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo stopped this graph at a graph break, so that more graphs of the model follow."""
+    return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+
+
 def copy_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
     """Carry over what Dynamo, AOTAutograd and torch.export keep beside a graph and its placeholders.
 

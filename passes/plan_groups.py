@@ -103,6 +103,9 @@ def plan_by_plan(
     groups: list[Group] = []
     refusals: list[Refusal] = []
     for number, names in enumerate(plan.groups):
+        if not any(name in index.by_name for name in names):
+            refusals.append(Refusal(code=RefusalCode.PLAN_ABSENT, message=index.absent(number, names)))
+            continue
         try:
             members = index.neighbours(names)
             for end, ffn in enumerate(members):
@@ -154,9 +157,17 @@ class _Index:
         if found:
             paths = ", ".join(ffn.name for ffn in found)
             raise Refused(RefusalCode.PLAN_UNMATCHED, f"{name!r} means several FFNs ({paths}); name one by its path")
+        message = f"{name!r} holds no FFN of this graph{self._known()}{self._why(name)}"
+        raise Refused(RefusalCode.PLAN_UNMATCHED, message)
+
+    def absent(self, number: int, names: Sequence[Member]) -> str:
+        """Why none of a group's members is here: refused, in another graph, or not in the model at all."""
+        why = next((why for name in names if (why := self._why(name))), "")
+        return f"group {number} {list(names)}: none of them holds an FFN of this graph{self._known()}{why}"
+
+    def _known(self) -> str:
         known = sorted(key for key in self.by_name if isinstance(key, int))
-        layers = f"; FFNs were found in layers {known}" if known else ""
-        raise Refused(RefusalCode.PLAN_UNMATCHED, f"{name!r} holds no FFN of this graph{layers}{self._why(name)}")
+        return f"; FFNs were found in layers {known}" if known else ""
 
     def _why(self, name: Member) -> str:
         for refusal in self.refused:

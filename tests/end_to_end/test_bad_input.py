@@ -117,9 +117,9 @@ def test_a_plan_for_another_model(group: list[Any], caplog: pytest.LogCaptureFix
     model, x = stack(), tokens()
     before, plan = state(model), FusionPlan(groups=[group])
     assert torch.equal(compiled(model, plan=plan)(x), model(x)) and "were not fused" in caplog.text
-    refusal_with(explain(model, x, plan=plan).refusals, RefusalCode.PLAN_UNMATCHED, "holds no FFN")
+    refusal_with(explain(model, x, plan=plan).refusals, RefusalCode.PLAN_ABSENT, "none of them holds an FFN")
     torch._dynamo.reset()
-    with pytest.raises(NotFusedError, match="holds no FFN"):
+    with pytest.raises(NotFusedError, match="none of them holds an FFN"):
         compiled(model, plan=plan, strict=True)(x)
     assert same_bits(model, before)
 

@@ -182,6 +182,31 @@ def test_a_plan_that_does_not_fit_warns_or_raises(caplog: pytest.LogCaptureFixtu
     assert_exact(run(x), parallel_form(model, x, [[1, 2]]), torch.float64)
 
 
+def test_a_plan_reaches_over_a_graph_break(caplog: pytest.LogCaptureFixture) -> None:
+    """Each part fuses its own groups; only a group that is there in part is at fault."""
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = stack(count=5).layers
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers[:3]:
+                x = layer(x)
+            torch._dynamo.graph_break()
+            for layer in self.layers[3:]:
+                x = layer(x)
+            return x
+
+    model, x = Broken(), tokens()
+    run = compiled(model, plan={"groups": [[1, 2], [3, 4]]}, strict=True)
+    assert_exact(run(x), parallel_form(model, x, [[1, 2], [3, 4]]), torch.float64)
+    assert "not fused" not in caplog.text
+    torch._dynamo.reset()
+    with pytest.raises(NotFusedError, match="group 0"):
+        compiled(model, plan={"groups": [[2, 3]]}, strict=True)(x)
+
+
 def test_running_without_weights_says_so() -> None:
     model = stack().to("meta")
     with pytest.raises(MissingWeightsError, match="meta device"):

@@ -21,6 +21,7 @@ TESTED = {
     "compile_with_inductor",
     "copy_dynamo_facts",
     "emit_artifact",
+    "ends_at_graph_break",
     "fake_mode_of",
     "inductor_modes",
     "inductor_option_names",
@@ -118,6 +119,24 @@ def test_facts_are_carried_to_a_copy(captured: tuple[fx.GraphModule, list[Any]])
     assert copy._param_name_to_source is gm._param_name_to_source
     for one, other in zip(placeholders(gm), placeholders(copy), strict=True):
         assert private.placeholder_source(one) is private.placeholder_source(other)
+
+
+def test_graph_breaks_are_told_from_the_end_of_a_model() -> None:
+    seen: list[bool] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        seen.append(private.ends_at_graph_break(gm))
+        return gm.forward
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    private.reset_dynamo()
+    torch.compile(broken, backend=backend)(torch.ones(2))
+    assert seen == [True, False]
+    assert not private.ends_at_graph_break(fx.symbolic_trace(nn.Linear(2, 2)))
 
 
 def test_static_weights_are_marked_as_dynamo_marks_parameters(captured: tuple[fx.GraphModule, list[Any]]) -> None:

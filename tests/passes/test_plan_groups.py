@@ -85,10 +85,10 @@ def test_neighbouring_groups_of_one_chain() -> None:
     [
         ([0, 2], "not neighbours"),
         ([1, 4], "4 is in no chain"),
-        ([2, 3], "holds no FFN of this graph"),
-        ([5, 6], "holds no FFN"),
-        (["model.layers.0.mlp", "model.layers.1.mlp"], "holds no FFN"),
-        ([2, 99], "holds no FFN"),
+        ([2, 3], "3 holds no FFN of this graph; FFNs were found in layers [0, 1, 2, 4] (token_mixing"),
+        ([2, 99], "99 holds no FFN"),
+        ([5, 6], "none of them holds an FFN"),
+        (["model.layers.0.mlp", "model.layers.1.mlp"], "none of them holds an FFN"),
     ],
 )
 def test_plans_that_do_not_fit(group: list[Any], fragment: str) -> None:
@@ -97,7 +97,8 @@ def test_plans_that_do_not_fit(group: list[Any], fragment: str) -> None:
     randomise(model)
     fused, report = fuse(model, x, plan=FusionPlan(groups=[group]))
     assert not report.groups and torch.equal(fused(x), model(x))
-    refusal_with(report.refusals, RefusalCode.PLAN_UNMATCHED, fragment)
+    code = RefusalCode.PLAN_ABSENT if fragment.startswith("none") else RefusalCode.PLAN_UNMATCHED
+    refusal_with(report.refusals, code, fragment)
 
 
 def test_a_plan_across_a_mixer_says_so() -> None:
