@@ -125,11 +125,12 @@ def _check_node(node: fx.Node, facts: GraphFacts) -> None:
         raise Refused(RefusalCode.HIGHER_ORDER, f"{node.target} hides part of the branch in a sub-graph", node)
     if name in ROUTERS:
         raise Refused(RefusalCode.ROUTER, f"{name} routes tokens to experts", node)
-    if _mixes_tokens(node, facts):
+    if mixes_tokens(node, facts):
         raise Refused(RefusalCode.TOKEN_MIXING, f"{name} lets one token see another", node)
 
 
-def _mixes_tokens(node: fx.Node, facts: GraphFacts) -> bool:
+def mixes_tokens(node: fx.Node, facts: GraphFacts) -> bool:
+    """Whether the operation lets one token see another."""
     name = ops.op_name(node)
     if name in MIXERS or "attention" in name or "conv" in name:
         return True
@@ -144,7 +145,7 @@ def _mixes_tokens(node: fx.Node, facts: GraphFacts) -> bool:
 
 def _mixing_op(found: Slice, facts: GraphFacts) -> str:
     return next((ops.op_name(node) for node in found.nodes if "attention" in ops.op_name(node)), "") or next(
-        (ops.op_name(node) for node in found.nodes if _mixes_tokens(node, facts)), "view"
+        (ops.op_name(node) for node in found.nodes if mixes_tokens(node, facts)), "view"
     )
 
 

@@ -142,8 +142,9 @@ def dropout_arguments(node: fx.Node) -> tuple[Any, Any]:
 
 
 def is_mode_switch(node: fx.Node) -> bool:
-    """Whether the node changes autocast, grad or inference mode for the nodes after it."""
-    return op_name(node) in MODE_SWITCHES
+    """Whether the node changes autocast, grad, inference mode or the level of vmap for the nodes after it."""
+    name = op_name(node)
+    return name in MODE_SWITCHES or name.endswith(("_increment_nesting", "_decrement_nesting"))
 
 
 def is_higher_order(node: fx.Node) -> bool:

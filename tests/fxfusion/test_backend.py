@@ -51,6 +51,25 @@ def assert_gradients(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tenso
 # --- what is compiled ---------------------------------------------------------------------------------
 
 
+def test_vmap_in_the_model_survives() -> None:
+    """Models make attention masks with vmap; the nodes that enter and leave it have no readers."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffns = stack()
+
+        def forward(self, x: Tensor) -> Tensor:
+            positions = torch.arange(x.shape[1])
+            mask = torch.vmap(torch.vmap(lambda a, b: a <= b, (None, 0)), (0, None))(positions, positions)
+            return self.ffns(x) + mask.sum()
+
+    model, x = Masked(), tokens()
+    mask = torch.ones(x.shape[1], x.shape[1]).triu().sum()
+    assert_exact(compiled(model, strict=True)(x), parallel_form(model.ffns, x) + mask, torch.float64)
+    assert len(last_reports()[-1].groups) == 1
+
+
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("norm", ["fold", "last"])
 def test_fused_forward_and_gradients(compiler: str, norm: Any) -> None:
