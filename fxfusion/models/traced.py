@@ -99,7 +99,7 @@ class TracedGraph:
         shortcuts = {block.after: block.before for block in gone}
         needed = self._needed((*wanted, *(self._effects if base is None else ())), known, shortcuts)
         kept = set(wanted) | (set(self._shared) if base is None else set())
-        values = self._execute(needed, known, shortcuts, kept, self._inputs(batch))
+        values = self._execute(needed, known, shortcuts, kept, self.inputs(batch))
         return Run({node: values[node] for node in (*kept,) if node in values}, gone)
 
     def _unchanged(self, base: Run | None, gone: frozenset[ResidualBlock]) -> dict[fx.Node, Any]:
@@ -140,7 +140,8 @@ class TracedGraph:
             self._reach[node] = frozenset(seen)
         return self._reach[node]
 
-    def _inputs(self, batch: Batch) -> dict[fx.Node, Any]:
+    def inputs(self, batch: Batch) -> dict[fx.Node, Any]:
+        """What the graph's placeholders take for this batch, in their order."""
         given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
         graph = self.captured.module.graph
         places = [node for node in graph.nodes if node.op == "placeholder"]

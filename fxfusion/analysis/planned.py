@@ -1,0 +1,102 @@
+"""A model as it would be under a plan, by graph alone: attention removed, groups fused. The model stays as it is.
+
+Before:  the captured graph of the intact model
+After:   without the mixers of `plan.dropped_attention`, each of `plan.groups` one wide FFN
+
+Used to measure many plans quickly: no surgery, no compiler, one capture for all plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxfusion.capture import CapturedGraph
+from fxfusion.errors import NotFusedError, PlanError, RefusalCode
+from fxfusion.graph.editor import erase_dead_code
+from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.pipeline import Analysis, analyse, fuse_captured
+from fxfusion.plan import FusionPlan
+from fxfusion.policy import FusionPolicy
+from fxfusion.report import GraphReport
+
+_NOT_FUSED = (RefusalCode.PLAN_UNMATCHED, RefusalCode.PLAN_ABSENT)
+
+
+class PlannedModel:
+    """`planned(input_ids)` or `planned(**inputs)` gives the logits `[batch, seq, vocabulary]` under the plan.
+
+    Weights are the model's own, but for the packed ones of the groups, which are computed here, once.
+    Raises `PlanError` for a layer without attention to drop, `NotFusedError` for a group that cannot be had.
+    """
+
+    def __init__(self, traced: TracedModel, plan: FusionPlan) -> None:
+        self.traced = traced
+        self.plan = plan
+        self._programs: dict[int, _Program] = {}
+
+    def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        batch = {"input_ids": input_ids, **inputs}
+        graph = self.traced.graph(batch)
+        if id(graph) not in self._programs:
+            shared = next(iter(self._programs.values()), None)
+            self._programs[id(graph)] = _Program(graph, self.plan, shared)
+        with torch.no_grad():
+            return self._programs[id(graph)].run(graph, batch)
+
+    def report(self, input_ids: Tensor, **inputs: Any) -> GraphReport:
+        """What was fused, for inputs like these."""
+        self(input_ids, **inputs)
+        return self._programs[id(self.traced.graph({"input_ids": input_ids, **inputs}))].report
+
+
+class _Program:
+    """The fused graph for one shape of inputs, with its packed weights."""
+
+    def __init__(self, graph: TracedGraph, plan: FusionPlan, other: _Program | None) -> None:
+        captured = without_mixers(graph, plan.dropped_attention)
+        fused = fuse_captured(captured, plan, verify="off")
+        wrong = [refusal.message for refusal in fused.report.refusals if refusal.code in _NOT_FUSED]
+        if wrong:
+            raise NotFusedError(f"the plan does not fit this model: {'; '.join(wrong)}")
+        self.report = fused.report
+        self.module = fused.module
+        if other is not None:  # the same plan on the same weights, only other shapes
+            self.packed: list[Tensor] = other.packed
+            return
+        with torch.no_grad():
+            self.packed = [
+                value
+                for pack in fused.packs
+                for value in pack.module(*(captured.values[name] for name in pack.sources))
+            ]
+
+    def run(self, graph: TracedGraph, batch: dict[str, Any]) -> Tensor:
+        logits: Tensor = self.module(*graph.inputs(batch).values(), *self.packed)
+        return logits
+
+
+def without_mixers(graph: TracedGraph, layers: Iterable[int]) -> CapturedGraph:
+    """A copy of the captured graph that returns the logits alone, without the mixers of some layers."""
+    wanted = sorted(set(layers))
+    blocks = graph.blocks.mixers_of(wanted)
+    missing = set(wanted) - {block.layer for block in blocks}
+    if missing:
+        have = sorted({block.layer for block in graph.blocks.mixers})
+        raise PlanError(f"there is no attention to drop in layers {sorted(missing)}; it is in layers {have}")
+    work = graph.captured.copy()
+    by_name: dict[str, fx.Node] = {node.name: node for node in work.module.graph.nodes}
+    work.module.graph.output_node().args = (by_name[graph.logits.name],)
+    for block in blocks:
+        by_name[block.after.name].replace_all_uses_with(by_name[block.before.name])
+    erase_dead_code(work.module.graph)
+    work.module.recompile()
+    return work
+
+
+def analyse_without(graph: TracedGraph, layers: Iterable[int]) -> Analysis:
+    """FFNs and chains of the model without the mixers of some layers."""
+    return analyse(without_mixers(graph, layers), FusionPolicy())
