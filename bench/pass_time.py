@@ -10,6 +10,7 @@ compiled graph, one set of packed buffers per group however many graphs were com
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from typing import Any
@@ -78,16 +79,22 @@ def compile_seconds(layers: int, attention_free: bool, options: dict[str, Any]) 
     }
 
 
-def growth(repeats: int = 5) -> dict[str, Any]:
-    """Median pass seconds of 32 and 128 layers, captured anew each time, interleaved."""
+def growth(repeats: int = 9) -> dict[str, Any]:
+    """Median pass seconds of 32 and 128 layers, captured anew each time, interleaved.
+
+    Without the garbage collector, as timeit does it: its pauses grow with everything else in the process.
+    """
     samples: dict[int, list[float]] = {32: [], 128: []}
     for _ in range(repeats):
         for layers in samples:
             torch.compiler.reset()
             compiled = torch.compile(decoder(layers, True), backend=ffn_fusion, options={"compiler": "eager"})
             before = seconds_inside()
+            gc.collect()
+            gc.disable()
             with torch.no_grad():
                 compiled(torch.randn(1, 16, HIDDEN))
+            gc.enable()
             samples[layers].append(seconds_inside() - before)
     medians = {layers: statistics.median(found[1:]) for layers, found in samples.items()}
     return {"samples_seconds": samples, "growth_128_over_32": medians[128] / medians[32]}
