@@ -26,6 +26,10 @@ class CaptureError(FxFusionError, RuntimeError):
     """The model could not be turned into an FX graph."""
 
 
+class SurgeryError(FxFusionError, ValueError):
+    """A model's modules cannot be changed as asked. The model is as it was; the message says what was found in it."""
+
+
 class PassError(FxFusionError, RuntimeError):
     """A pass broke an invariant of the graph; the message names the pass and those that ran before it."""
 

@@ -31,6 +31,12 @@ def module_path(node: fx.Node) -> str:
     return clean_path(str(list(stack.values())[-1][0]))
 
 
+def enclosing_modules(node: fx.Node) -> list[str]:
+    """All modules that were running when the node was traced, outermost first."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [path for path in (clean_path(str(entry[0])) for entry in stack.values()) if path]
+
+
 def has_provenance(node: fx.Node) -> bool:
     return bool(node.meta.get("nn_module_stack"))
 

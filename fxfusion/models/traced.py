@@ -102,6 +102,10 @@ class TracedGraph:
         values = self._execute(needed, known, shortcuts, kept, self.inputs(batch))
         return Run({node: values[node] for node in (*kept,) if node in values}, gone)
 
+    def needed(self, wanted: Iterable[fx.Node], removed: Iterable[ResidualBlock] = ()) -> set[fx.Node]:
+        """The nodes that some values depend on, themselves included, with some blocks left out. Computes nothing."""
+        return self._needed(wanted, {}, {block.after: block.before for block in removed})
+
     def _unchanged(self, base: Run | None, gone: frozenset[ResidualBlock]) -> dict[fx.Node, Any]:
         if base is None:
             return {}

@@ -36,6 +36,12 @@ def test_the_innermost_module_counts() -> None:
     assert provenance.module_path(fx.Graph().placeholder("x")) == ""
 
 
+def test_enclosing_modules_are_listed_from_the_outside_in() -> None:
+    found = node("L['self']", "L['self'].model", "L['self'].model.layers[1]", "L['self'].model.layers[1].mlp")
+    assert provenance.enclosing_modules(found) == ["model", "model.layers.1", "model.layers.1.mlp"]
+    assert provenance.enclosing_modules(fx.Graph().placeholder("x")) == []
+
+
 def test_common_path_passes_over_nodes_without_provenance() -> None:
     nodes = [node("a.layers.3.mlp.gate"), fx.Graph().placeholder("x"), node("a.layers.3.mlp.down")]
     assert provenance.common_path(nodes) == "a.layers.3.mlp"
