@@ -33,14 +33,16 @@ class GroupChecker:
         self._inside = {node for ffn in ffns for node in ffn.nodes}
 
     def misfit(self, run: Sequence[FfnNode], ffn: FfnNode, norm: NormMode) -> Refused | None:
-        """Why the FFN cannot join the run (or start one, where it is empty); None when it can."""
+        """Why the FFN cannot join the run (or start one, where it is empty); None when it can.
+
+        `run` and the FFN are of one chain, so all of them read and write one stream.
+        """
         outside = self._outside_reader(ffn)
         if outside is not None:
             return Refused(RefusalCode.SHARED_WEIGHT, f"a weight of it is also read by {outside}, outside the FFNs")
         if not run:
             return self._shared_within([ffn])
-        if ffn.hidden != run[0].hidden:
-            return Refused(RefusalCode.DIFFERENT_OPS, f"hidden is {ffn.hidden} here, {run[0].hidden} in {run[0].name}")
+        assert ffn.hidden == run[0].hidden, "two streams"
         different = first_difference(ffn.structure, run[0].structure)
         if different is not None:
             code, words = different
@@ -78,16 +80,26 @@ class GroupChecker:
                     f"{members[-1].prologue_constants[index]} of its norm is not proved to be a gain or a shift",
                 )
         for index in range(len(members[0].middle_constants)):
-            nodes = {member.middle_constants[index] for member in members}
-            for member in members if len(nodes) > 1 else ():
-                value = ops.tensor_value(member.middle_constants[index])
-                if value is None or value.numel() not in (1, member.width):
-                    words = f"{member.middle_constants[index]} is not one number or one per intermediate channel"
-                    return Refused(RefusalCode.NOT_POINTWISE, words)
-                if value.dim() == 0 and value.dtype != _dtype_of(member.down.input):
-                    # A vector of them would take part in type promotion, the number does not.
-                    words = f"{member.middle_constants[index]} is a {value.dtype} number in a middle of another dtype"
-                    return Refused(RefusalCode.DIFFERENT_DTYPE, words)
+            misfit = self._middle_constant(members, index)
+            if misfit is not None:
+                return misfit
+        return None
+
+    def _middle_constant(self, members: Sequence[FfnNode], index: int) -> Refused | None:
+        """A constant of the activation is one number or size that all share, or becomes one value per channel."""
+        shared = len({member.middle_constants[index] for member in members}) == 1
+        for member in members:
+            constant = member.middle_constants[index]
+            value = ops.tensor_value(constant)
+            if shared and (value is None or value.numel() == 1):
+                continue
+            if value is None or value.numel() not in (1, member.width):
+                words = f"{constant} is not one number or one per intermediate channel"
+                return Refused(RefusalCode.NOT_POINTWISE, words)
+            if value.dim() == 0 and value.dtype != _dtype_of(member.down.input):
+                # A vector of them would take part in type promotion, the number does not.
+                words = f"{constant} is a {value.dtype} number in a middle of another dtype"
+                return Refused(RefusalCode.DIFFERENT_DTYPE, words)
         return None
 
     def _shared_within(self, members: Sequence[FfnNode]) -> Refused | None:

@@ -39,9 +39,7 @@ class DropNoOps(Pass):
             if ops.op_name(node) == "_assert_tensor_metadata":
                 graph.erase_node(node)
                 changed += 1
-                continue
-            same = _returned_input(node, facts)
-            if same is not None:
+            elif (same := _returned_input(node, facts)) is not None:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)  # by hand: a dropout marked `inplace` would count as a write
                 changed += 1

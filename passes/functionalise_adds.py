@@ -47,8 +47,6 @@ def _is_private(node: fx.Node) -> bool:
     while len(node.users) == 1:
         if ops.op_name(node) not in ops.ALIASING_OPS:
             return node.op in ("call_function", "call_method") and not ops.writes_in_place(node)
-        if not node.all_input_nodes:
-            return False
         node = node.all_input_nodes[0]
     return False
 

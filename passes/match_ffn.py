@@ -123,9 +123,7 @@ class FfnMatcher:
                 after.add(node)
                 if node in behind_down and not ops.is_shape_value(node):
                     region.append(node)
-        passed_by = [node for node in prologue if node in after]
-        if passed_by:
-            raise Refused(RefusalCode.STRUCTURE, "a projection's output is also normalised input", passed_by[0])
+        assert after.isdisjoint(prologue), "a linear layer behind another was refused with linear_count"
         return region
 
     def _check_sources(self, middle: Sequence[fx.Node], cuts: Cuts) -> None:
@@ -187,11 +185,8 @@ def _check_widths(regions: _Regions, stream: fx.Node) -> None:
             raise Refused(RefusalCode.STRUCTURE, message, piece.node)
     example = ops.tensor_value(stream)
     if example is None or example.shape[-1] != hidden:
+        # One channel that the tail spreads over the stream. So the tail's vectors are `hidden` long, or 1.
         raise Refused(RefusalCode.BROADCAST, f"the branch is {hidden} wide, the stream is not", regions.down.node)
-    for kind, value in regions.tail:
-        found = ops.tensor_value(value) if isinstance(value, fx.Node) else None
-        if found is not None and found.numel() not in (1, hidden):
-            raise Refused(RefusalCode.STRUCTURE, f"a {kind} after the down projection is not per channel")
 
 
 def _middle_structure(regions: _Regions, constants: Sequence[fx.Node], branch: fx.Node) -> Structure:

@@ -169,13 +169,10 @@ class _Judge(TorchDispatchMode):
         return True
 
     def _pointwise(self, name: str, args: Any, kwargs: Any, active: list[torch.Tensor]) -> bool:
-        kinds = {self._activations[id(value)][1] for value in active}
-        if len(kinds) > 1:
-            raise self._refuse(RefusalCode.TOKEN_MIXING, f"{name} joins values of different token axes")
-        channels = kinds.pop()
-        tokens = {tuple(value.shape[:-1] if channels else value.shape) for value in active}
-        if len(tokens) > 1:
+        shapes = {self._token_shape(value) for value in active}
+        if len(shapes) > 1:
             raise self._refuse(RefusalCode.TOKEN_MIXING, f"{name} joins values of different token shapes")
+        channels, _ = shapes.pop()
         if self.pointwise_only and len({value.shape[-1:] for value in active}) > 1:
             raise self._refuse(RefusalCode.NOT_POINTWISE, f"{name} joins values of different widths")
         for value in _tensors((args, kwargs)):
@@ -185,6 +182,11 @@ class _Judge(TorchDispatchMode):
             if any(size != 1 for size in per_token) or value.dim() > active[0].dim():
                 raise self._refuse(RefusalCode.OTHER_ACTIVATION, f"{name} reads a constant that differs by token")
         return channels
+
+    def _token_shape(self, value: torch.Tensor) -> tuple[bool, tuple[int, ...]]:
+        """Whether an activation has a channel axis, and the sizes of its token axes."""
+        channels = self._activations[id(value)][1]
+        return channels, tuple(value.shape[:-1] if channels else value.shape)
 
     def _reduction(
         self, name: str, func: OpOverload, args: Any, kwargs: Any, source: torch.Tensor, channels: bool

@@ -147,6 +147,32 @@ def test_constants_per_intermediate_channel_are_concatenated(shape: tuple[int, .
     assert_exact(fused(x), parallel_form(model, x), torch.float64)
 
 
+class Cast(Plain):
+    """Computes its activation in float32 and goes back to the dtype of another tensor, of any shape."""
+
+    def __init__(self, other: nn.Parameter | None = None, hidden: int = 8, width: int = 12) -> None:
+        super().__init__(hidden, width)
+        self.other = self.fc2.weight if other is None else other
+
+    def forward(self, n: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(n).float()).type_as(self.other))
+
+
+class BySize(Plain):
+    """Scales by its own width, a number that the trace computes."""
+
+    def forward(self, n: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(n)) / self.fc1.weight.size(0))
+
+
+def test_constants_that_cannot_be_concatenated_along_the_channels() -> None:
+    words = "is not one number or one per intermediate channel"
+    refused(pair(*(Block(Rms(8), Cast()) for _ in range(2))), RefusalCode.NOT_POINTWISE, words)
+    refused(pair(*(Block(Rms(8), BySize(width=width)) for width in (12, 4))), RefusalCode.NOT_POINTWISE, words)
+    shared = nn.Parameter(torch.empty(3, 5))
+    refused(pair(*(Block(Rms(8), Cast(shared)) for _ in range(2))), RefusalCode.NOT_POINTWISE, words)
+
+
 def test_a_misfit_in_the_middle_leaves_the_groups_on_both_sides() -> None:
     blocks = [Block(Rms(8), Gated(act=F.gelu if index == 2 else F.silu)) for index in range(5)]
     model, x = pair(*blocks), tokens()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxfusion.capture import captured_from_graph
 from fxfusion.passes.drop_no_ops import DropNoOps
 from tests.helpers import apply, capture, graph_text, nodes_named, run_graph, tokens
 
@@ -83,6 +84,16 @@ def test_a_dropped_view_leaves_writes_where_they_were() -> None:
     work, records = apply(captured, DropNoOps())
     assert records[0].changed == 1
     assert torch.equal(run_graph(work), function(tokens()))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_copy_into_another_layout_stays_where_sizes_are_symbols(dynamic: bool) -> None:
+    """The view after it needs the copy. Where sizes are symbols, nothing shows a layout."""
+    model = Of(lambda x: x.transpose(0, 1).contiguous().view(-1) * 2)
+    symbols = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("seq")},) if dynamic else None
+    program = torch.export.export(model, (tokens(),), dynamic_shapes=symbols)
+    work, _ = apply(captured_from_graph(program.module(), (tokens(),)), DropNoOps())
+    assert torch.equal(run_graph(work), tokens().transpose(0, 1).reshape(-1) * 2)
 
 
 def test_metadata_assertions_of_exported_graphs_go() -> None:

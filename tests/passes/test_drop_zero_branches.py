@@ -60,6 +60,7 @@ KEPT: dict[str, Callable[[Any, Tensor], Any]] = {
     "a sum whose operand is written": lambda m, x: _written_operand(x),
     "a sum that is returned": lambda m, x: x + 0,
     "a sum returned beside its operand": lambda m, x: _beside(x),
+    "a size added to zeros": lambda m, x: (torch.zeros_like(x) + x.size(0)) * 2,
     "into the zeros": lambda m, x: torch.zeros_like(x).add_(x) * 2,
     "a scaled operand": lambda m, x: torch.add(torch.zeros_like(x), x, alpha=2) * 2,
 }

@@ -7,8 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
+from fxfusion.capture import captured_from_graph
+from fxfusion.graph.pass_base import History
+from fxfusion.graph.pass_manager import run_passes
 from fxfusion.passes.functionalise_adds import FunctionaliseAdds
 from tests.helpers import apply, capture, graph_text, run_graph, tokens
 from tests.passes.test_drop_no_ops import Of
@@ -67,6 +70,19 @@ def test_writes_that_somebody_sees_stay(function: Callable[[Tensor], Tensor]) ->
     work, records = apply(captured, FunctionaliseAdds())
     assert records[0].changed == 0
     assert graph_text(work) == graph_text(captured)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_sum_whose_dtype_nothing_tells_stays(known: bool) -> None:
+    """Written in place it is float32; a sum of its own would be float64."""
+    gm = fx.symbolic_trace(Of(lambda x: x.float().add(1).add_(x) * 3))
+    x = tokens()
+    if known:
+        gm = captured_from_graph(gm, (x,)).module
+    history = History()
+    run_passes(gm, [FunctionaliseAdds()], history)
+    assert history.records[-1].changed == 0
+    assert gm(x).dtype == torch.float32
 
 
 def test_the_operator_as_dynamo_records_it() -> None:

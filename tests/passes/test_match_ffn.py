@@ -214,6 +214,13 @@ def test_packed_gate_and_up_fuse(cut: Branch) -> None:
     assert_fuses(customs(branch), tokens())
 
 
+def test_one_channel_that_a_scale_spreads_over_the_stream_is_refused() -> None:
+    def branch(m: Any, x: Tensor) -> Tensor:
+        return F.linear(F.silu(F.linear(x, m.w1)), m.w2[:1]) * m.g
+
+    assert_not_fused(customs(branch), [tokens()], RefusalCode.BROADCAST, "the branch is 1 wide")
+
+
 def test_members_that_take_the_halves_in_another_order_do_not_fit() -> None:
     def branch(first: int) -> Branch:
         def run(m: Any, x: Tensor) -> Tensor:

@@ -6,10 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from fxfusion import FusionPlan, RefusalCode
+from fxfusion import FusionPlan, RefusalCode, fuse_graph
 from fxfusion.report import FusionReport
-from tests.helpers import Attention, Stack, assert_exact, fuse, parallel_form, randomise, refusal_with, stack, tokens
+from tests.helpers import (
+    Attention,
+    Block,
+    Gated,
+    Rms,
+    Stack,
+    assert_exact,
+    fuse,
+    parallel_form,
+    randomise,
+    refusal_with,
+    stack,
+    tokens,
+)
 from tests.passes.test_find_chains import Layer
 
 
@@ -107,6 +122,50 @@ def test_a_plan_across_a_mixer_says_so() -> None:
     randomise(model)
     _, report = fuse(model, tokens(), plan=FusionPlan(groups=[[1, 3]]))
     refusal_with(report.refusals, RefusalCode.PLAN_UNMATCHED, "not neighbours in one chain")
+
+
+class Two(nn.Module):
+    """A layer that holds two FFNs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Block(Rms(8), Gated()), Block(Rms(8), Gated())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+def test_a_number_that_means_two_ffns_is_refused_and_their_paths_are_not() -> None:
+    model, x = Stack([Two(), Two()]), tokens()
+    randomise(model)
+    fused, report = fuse(model, x, plan=FusionPlan(groups=[[0, 1]]))
+    refusal_with(report.refusals, RefusalCode.PLAN_UNMATCHED, "0 means several FFNs (layers.0.one.ffn, layers.0.two")
+    assert not report.groups and torch.equal(fused(x), model(x))
+    _, report = fuse(model, x, plan=FusionPlan(groups=[["layers.0.one.ffn", "layers.0.two.ffn"]]))
+    assert [len(group.members) for group in report.groups] == [2]
+
+
+def test_members_of_a_plan_must_fit_each_other() -> None:
+    model, x = Stack(Block(Rms(8), Gated(act=act)) for act in (F.silu, F.gelu, F.gelu)), tokens()
+    randomise(model)
+    fused, report = fuse(model, x, plan=FusionPlan(groups=[[0, 1]]))
+    assert not report.groups and torch.equal(fused(x), model(x))
+    refusal_with(report.refusals, RefusalCode.PLAN_UNMATCHED, "layers.1.ffn: differs from layers.0.ffn: gelu here")
+    _, report = fuse(model, x, plan=FusionPlan(groups=[[1, 2]]))
+    assert groups(report) == [[1, 2]]
+
+
+def test_a_policy_leaves_what_was_fused_before_and_a_plan_may_name_it() -> None:
+    model, x = stack(count=5), tokens()
+    once, report = fuse(model, x, policy={"max_members": 2})
+    assert groups(report) == [[0, 1], [2, 3]]
+    twice, report = fuse_graph(once, [x])
+    assert not report.groups and torch.equal(twice(x), once(x))
+    refusal_with(report.refusals, RefusalCode.POLICY, "layers.3 is the work of an earlier fusion")
+    wide = [member.name for member in report.chains[0].members]
+    fused, report = fuse_graph(once, [x], plan=FusionPlan(groups=[wide[:2]]))
+    assert [len(group.members) for group in report.groups] == [2]
+    assert_exact(fused(x), parallel_form(model, x, [[0, 1, 2, 3]]), torch.float64)
 
 
 def test_one_bad_group_does_not_stop_the_others() -> None:

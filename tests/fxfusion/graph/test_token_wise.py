@@ -51,6 +51,7 @@ MIXING: dict[str, tuple[Region, RefusalCode]] = {
     "mean over everything": (lambda x, c: x - x.mean(), RefusalCode.TOKEN_MIXING),
     "reduced, spread over the wrong axis": (lambda x, c: x - x.mean(-1), RefusalCode.TOKEN_MIXING),
     "reduced, opened at the wrong place": (lambda x, c: x - x.mean(-1).unsqueeze(1), RefusalCode.TOKEN_MIXING),
+    "reduced, tokens made channels": (lambda x, c: x.mean(-1).unsqueeze(0).softmax(-1), RefusalCode.TOKEN_MIXING),
     "softmax over tokens": (lambda x, c: x.softmax(-2), RefusalCode.TOKEN_MIXING),
     "transpose": (lambda x, c: x.transpose(0, 1), RefusalCode.UNKNOWN_OP),
     "joined channels": (lambda x, c: x.view(4, 16), RefusalCode.TOKEN_MIXING),
@@ -100,6 +101,36 @@ def test_channels_that_see_each_other(region: Region, square: tuple[Tensor, Tens
     with pytest.raises(Refused) as caught:
         judge(region, *square, pointwise_only=True)
     assert caught.value.code is RefusalCode.NOT_POINTWISE, caught.value.message
+
+
+def test_values_of_other_widths_do_not_meet_where_channels_stay_apart() -> None:
+    """One channel of `gate` would reach all of `x`; where channels may see each other, that is fine."""
+    graph = fx.Graph()
+    x, gate = graph.placeholder("x"), graph.placeholder("gate")
+    x.meta["example_value"], gate.meta["example_value"] = torch.rand(2, 3, 4), torch.rand(2, 3, 1)
+    product = graph.call_function(torch.mul, (x, gate))
+    check_token_wise([product], {x: True, gate: True})
+    with pytest.raises(Refused, match="joins values of different widths") as caught:
+        check_token_wise([product], {x: True, gate: True}, pointwise_only=True)
+    assert caught.value.code is RefusalCode.NOT_POINTWISE
+
+
+def reversed_by_numpy(x: Tensor) -> Tensor:
+    return torch.from_numpy(x.numpy()[::-1].copy())
+
+
+@pytest.mark.parametrize(("function", "runs"), [(torch.sin, True), (reversed_by_numpy, False)])
+def test_a_function_that_needs_real_numbers_cannot_be_judged(function: Callable[[Tensor], Tensor], runs: bool) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.rand(2, 3, 4)
+    result = graph.call_function(function, (x,))
+    if runs:
+        check_token_wise([result], {x: True})
+        return
+    with pytest.raises(Refused, match="reversed_by_numpy cannot be looked into") as caught:
+        check_token_wise([result], {x: True})
+    assert caught.value.code is RefusalCode.UNKNOWN_OP and caught.value.node is result
 
 
 def test_the_refusal_names_the_node_that_decided() -> None:
