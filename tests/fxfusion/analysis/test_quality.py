@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxfusion.analysis import quality
-from fxfusion.analysis.quality import Estimate, evaluate
+from fxfusion.analysis.quality import Quality, evaluate, record_logits
 
 VOCABULARY = 11
 
@@ -118,13 +117,6 @@ def test_nan_in_a_masked_token_does_not_count() -> None:
     assert result.loss.value == pytest.approx(math.log(VOCABULARY))
 
 
-def test_chunks_give_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = TinyModel(), [ids(3, 17)]
-    whole = evaluate(model, batches)
-    monkeypatch.setattr(quality, "_CHUNK_ELEMENTS", 5 * VOCABULARY)
-    assert evaluate(model, batches).loss.value == pytest.approx(whole.loss.value, rel=1e-7)
-
-
 def test_half_precision_logits_are_measured_in_float32() -> None:
     logits = torch.full((1, 400, VOCABULARY), 0.0, dtype=torch.bfloat16)
     result = evaluate(LogitsOnly(logits), [ids(1, 400)])
@@ -171,15 +163,6 @@ def test_interval_contains_the_value_and_shrinks_with_more_text() -> None:
         for estimate in (result.loss, result.perplexity):
             assert estimate.low < estimate.value < estimate.high
     assert many.loss.high - many.loss.low < 0.3 * (few.loss.high - few.loss.low)
-
-
-def test_interval_is_the_normal_one_for_equal_lengths() -> None:
-    model, tokens = TinyModel(), ids(6, 9)
-    means = torch.tensor([sum(row) / len(row) for row in by_hand(model, tokens)], dtype=torch.float64)
-    margin = 1.959964 * float(means.std()) / math.sqrt(6)
-    loss = evaluate(model, [tokens]).loss
-    assert loss.high - loss.value == pytest.approx(margin, rel=1e-4)
-    assert loss.value - loss.low == pytest.approx(margin, rel=1e-4)
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -271,10 +254,180 @@ def test_bad_outputs() -> None:
         evaluate(TinyModel().to("meta"), [ids(2, 5)])
 
 
-def test_estimate_reads_like_a_number() -> None:
-    estimate = Estimate(12.3456, 12.1, 12.6)
-    assert float(estimate) == 12.3456
-    assert f"{estimate:.2f}" == "12.35"
-    assert f"{estimate}" == str(estimate) == "12.35 [12.1, 12.6]"
-    with pytest.raises(AttributeError):
-        estimate.value = 1.0  # type: ignore[misc]
+# --- against a reference ------------------------------------------------------------------------------
+
+
+def quality_by_hand(model: TinyModel, reference: TinyModel, rows: list[list[int]]) -> dict[str, float]:
+    """All measures over the given unpadded rows, token by token, from the definitions alone."""
+    found: dict[str, list[float]] = {"kl": [], "top1": [], "top5": [], "loss_increase": []}
+    q_rows, p_rows = (each.table.detach().double().softmax(dim=1).tolist() for each in (model, reference))
+    for row in rows:
+        for a, b in zip(row, row[1:], strict=False):
+            q, p = q_rows[a], p_rows[a]
+            best = p.index(max(p))
+            found["kl"].append(sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)))
+            found["top1"].append(float(q.index(max(q)) == best))
+            found["top5"].append(float(best in sorted(range(VOCABULARY), key=lambda v: -q[v])[:5]))
+            found["loss_increase"].append(math.log(p[b] / q[b]))
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def measures(result: Quality) -> dict[str, float]:
+    return {name: float(getattr(result, name)) for name in ("kl", "top1", "top5", "loss_increase")}
+
+
+def test_measures_against_a_reference_are_those_of_the_definitions() -> None:
+    model, reference = TinyModel(), TinyModel()
+    with torch.no_grad():
+        reference.table += TinyModel(seed=5).table * 0.8
+    padded, tokens = ids(3, 9), ids(2, 5, seed=2)  # two batch sizes and lengths
+    mask = torch.ones(3, 9, dtype=torch.int64)
+    mask[0, :2] = 0
+    mask[1, 6:] = 0
+    rows = [padded[0, 2:].tolist(), padded[1, :6].tolist(), padded[2].tolist(), *tokens.tolist()]
+    result = evaluate(model, [{"input_ids": padded, "attention_mask": mask}, tokens], reference)
+    expected = quality_by_hand(model, reference, rows)
+    assert measures(result) == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected["top1"] < expected["top5"] < 1  # the case can tell the two apart
+    assert result.tokens == sum(len(row) - 1 for row in rows)
+    difference = evaluate(model, [tokens]).loss.value - evaluate(reference, [tokens]).loss.value
+    assert evaluate(model, [tokens], reference).loss_increase == pytest.approx(difference, rel=1e-5)
+
+
+def test_loss_and_its_interval_do_not_depend_on_the_reference() -> None:
+    model, batches = TinyModel(), [ids(6, 9)]
+    alone, beside = evaluate(model, batches), evaluate(model, batches, TinyModel(seed=7))
+    assert (alone.loss, alone.perplexity) == (beside.loss, beside.perplexity)
+    assert (alone.kl, alone.top1, alone.top5, alone.loss_increase) == (None,) * 4
+
+
+def test_the_same_model_is_at_no_distance_and_a_changed_one_is() -> None:
+    """The control of every comparison: exactly nothing between a model and itself."""
+    model, batches = TinyModel(), [ids(4, 9), ids(3, 7, seed=2)]
+    same = evaluate(model, batches, reference=model)
+    for estimate, value in ((same.kl, 0.0), (same.loss_increase, 0.0), (same.top1, 1.0), (same.top5, 1.0)):
+        assert estimate is not None
+        assert (estimate.value, estimate.low, estimate.high) == (value, value, value)
+    changed = TinyModel()
+    with torch.no_grad():
+        changed.table[3, 5] += 0.01
+    slightly = evaluate(changed, batches, reference=model)
+    assert slightly.kl is not None and slightly.kl.value > 1e-8
+    assert slightly.loss_increase is not None and slightly.loss_increase.value != 0
+    with torch.no_grad():
+        changed.table.neg_()
+    wholly = evaluate(changed, batches, reference=model)
+    assert wholly.top1 is not None and wholly.top1.value < 0.5
+    assert wholly.top5 is not None and wholly.top5.value < 1
+
+
+def test_the_interval_of_the_loss_increase_is_paired() -> None:
+    """Both losses differ much between sequences, their difference hardly."""
+    model, reference = TinyModel(), TinyModel()
+    with torch.no_grad():
+        model.table += 0.05 * torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(3))
+    result = evaluate(model, [ids(32, 9)], reference)
+    assert result.loss_increase is not None
+    assert result.loss_increase.high - result.loss_increase.low < 0.1 * (result.loss.high - result.loss.low)
+
+
+def test_labels_and_nan_outside_of_them_hold_for_all_measures() -> None:
+    tokens, labels = ids(2, 6), ids(2, 6)
+    labels[:, 4:] = -100
+    logits, broken = torch.randn(2, 6, VOCABULARY, generator=torch.Generator().manual_seed(0)), None
+    broken = logits.clone()
+    broken[:, 3:] = math.nan
+    batch = {"input_ids": tokens, "labels": labels}
+    whole = evaluate(lambda input_ids: logits, [batch], lambda input_ids: logits * 2)
+    masked = evaluate(lambda input_ids: broken, [batch], lambda input_ids: broken * 2)
+    assert masked == whole and whole.kl is not None and whole.kl.value > 0
+
+
+def test_recorded_logits_replace_the_reference() -> None:
+    model, reference = TinyModel(), TinyModel(seed=7).train()
+    batches = [ids(3, 7), ids(2, 1), {"input_ids": ids(2, 5), "labels": ids(2, 5)}]
+    recorded = record_logits(reference, batches)
+    assert [list(logits.shape[:2]) for logits in recorded] == [[3, 7], [2, 1], [2, 5]]
+    assert reference.training and reference.seen[0]["training"] is False
+    assert "labels" not in reference.seen[2]
+    calls = len(reference.seen)
+    assert evaluate(model, batches, iter(recorded)) == evaluate(model, batches, recorded)
+    assert len(reference.seen) == calls
+    assert evaluate(model, batches, recorded) == evaluate(model, batches, reference)
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        ([torch.zeros(2, 5, VOCABULARY)], ValueError, "for 1 batches only: none for batch 1"),
+        ([torch.zeros(2, 5, VOCABULARY)] * 3, ValueError, "more than these 2 batches"),
+        ([torch.zeros(2, 4, VOCABULARY)] * 2, ValueError, r"the reference gave for batch 0 .* got \[2, 4, 11\]"),
+        ([torch.zeros(2, 5, 12)] * 2, ValueError, "vocabulary has 12 entries, the model's 11"),
+        (lambda tokens: "text", ValueError, "the reference returned str"),
+        (TinyModel().to("meta"), ValueError, "the reference is on the meta device"),
+        (5, TypeError, "reference must be a model"),
+    ],
+)
+def test_bad_references(reference: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        evaluate(TinyModel(), [ids(2, 5), ids(2, 5)], reference)
+
+
+def test_both_models_get_their_modes_back() -> None:
+    model, reference = TinyModel().train(), TinyModel(seed=7).eval()
+    evaluate(model, [ids(2, 5)], reference)
+    assert model.training and model.dropout.training and not reference.training
+    assert model.seen[0]["training"] is False and reference.seen[0]["grad"] is False
+    evaluate(model, [ids(2, 5)], model)
+    assert model.training and model.dropout.training
+
+
+def test_what_is_not_finite_is_blamed_on_the_right_model() -> None:
+    tokens = ids(2, 6)
+    good = torch.zeros(2, 6, VOCABULARY)
+    nan, hole = good.clone(), good.clone()
+    nan[1, 2, 3] = math.nan
+    hole[..., (tokens.max() + 1) % VOCABULARY] = -math.inf  # the model excludes what the reference allows
+    with pytest.warns(UserWarning, match="^the loss is not finite in 1 of 2 batches, first in batch 1$") as seen:
+        result = evaluate(lambda x: nan if x[0, 0] else good, [tokens * 0, tokens * 0 + 1], lambda x: good)
+    assert len(seen) == 1
+    assert all(math.isnan(value) for value in measures(result).values())
+    assert result.to_dict()["top1"] == {"value": None, "low": None, "high": None}
+    with pytest.warns(UserWarning, match="the reference's loss is not finite in 1 of 1 batches, first in batch 0"):
+        result = evaluate(lambda x: good, [tokens], lambda x: nan)
+    assert math.isfinite(result.loss.value) and math.isfinite(result.loss.high)
+    assert result.top1 is not None and math.isnan(result.top1.value)
+    unseen = torch.zeros_like(tokens)  # its loss is finite: no target is the excluded token
+    with pytest.warns(UserWarning, match="the KL divergence from the reference is not finite"):
+        result = evaluate(lambda x: hole, [unseen], lambda x: good)
+    assert result.kl is not None and result.kl.value == math.inf and math.isnan(result.kl.high)
+    assert math.isfinite(result.loss.high)
+
+
+def test_one_sequence_bounds_nothing_but_by_definition() -> None:
+    result = evaluate(TinyModel(), [ids(1, 9)], TinyModel(seed=7))
+    limits = {name: (getattr(result, name).low, getattr(result, name).high) for name in measures(result)}
+    assert limits == {
+        "kl": (0, math.inf),
+        "top1": (0, 1),
+        "top5": (0, 1),
+        "loss_increase": (-math.inf, math.inf),
+    }
+
+
+def test_the_dict_is_valid_json() -> None:
+    without = evaluate(TinyModel(), [ids(3, 9)]).to_dict()
+    beside = evaluate(TinyModel(), [ids(3, 9)], TinyModel(seed=7)).to_dict()
+    assert json.loads(json.dumps([without, beside], allow_nan=False)) == [without, beside]
+    assert without["kl"] is None and list(without) == list(beside)
+    assert beside["top5"].keys() == {"value", "low", "high"}
+
+
+def test_the_seed_decides_the_intervals() -> None:
+    def loss(seed: int) -> Any:
+        return evaluate(TinyModel(), [ids(8, 9)], seed=seed).loss
+
+    assert loss(0) == loss(0) != loss(1)
+    assert loss(0).value == loss(1).value
+    with pytest.raises(ValueError, match="resamples must be at least 100"):
+        evaluate(TinyModel(), [ids(8, 9)], resamples=10)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxfusion.analysis.batches import (
+    IGNORED,
+    as_inputs,
+    device_of,
+    logits_of,
+    measuring,
+    run_model,
+    split_targets,
+    with_progress,
+)
+
+IDS = torch.arange(1, 11).view(2, 5)
+
+
+def test_as_inputs_copies_the_dict() -> None:
+    batch = {"input_ids": IDS}
+    inputs = as_inputs(batch, 0)
+    inputs["more"] = 1
+    assert batch.keys() == {"input_ids"}
+    with pytest.raises(TypeError, match="batch 3 must be a tensor"):
+        as_inputs("text", 3)
+
+
+def test_a_token_counts_if_it_and_the_one_before_are_real_and_its_label_says_so() -> None:
+    labels, mask = IDS.clone(), torch.ones(2, 5)
+    labels[0, 4] = IGNORED
+    mask[1, :2] = 0
+    targets, inputs = split_targets({"input_ids": IDS, "labels": labels, "attention_mask": mask}, 0)
+    assert targets.tolist() == [[1, 2, 3, 4, IGNORED], [IGNORED, IGNORED, IGNORED, 9, 10]]
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+    assert split_targets({"input_ids": IDS}, 0)[0] is IDS
+
+
+def test_only_lone_ids_go_by_position() -> None:
+    def model(*args: Any, **kwargs: Any) -> tuple[int, list[str]]:
+        return len(args), sorted(kwargs)
+
+    assert run_model(model, {"input_ids": IDS}) == (1, [])
+    inputs = {"input_ids": IDS, "attention_mask": IDS, "use_cache": False}
+    assert run_model(model, inputs) == (0, sorted(inputs))
+
+
+def test_tensors_move_to_the_models_device_and_the_rest_stays() -> None:
+    def model(**inputs: Any) -> dict[str, Any]:
+        return inputs
+
+    moved = run_model(model, {"input_ids": IDS, "use_cache": False}, torch.device("meta"))
+    assert moved["input_ids"].is_meta and moved["use_cache"] is False and not IDS.is_meta
+
+
+def test_the_device_is_that_of_the_weights() -> None:
+    assert device_of(nn.Linear(1, 1)) == torch.device("cpu")
+    assert device_of(nn.ReLU()) is None and device_of(lambda x: x) is None
+    with pytest.raises(ValueError, match="the other is on the meta device"):
+        device_of(nn.Linear(1, 1, device="meta"), "the other")
+
+
+def test_logits_must_fit_the_ids() -> None:
+    logits = torch.zeros(2, 5, 7)
+    assert logits_of((logits, 1), IDS.shape, 0) is logits
+    with pytest.raises(ValueError, match=r"that the student gave for batch 4 must be .* got \[2, 4, 7\]"):
+        logits_of(logits[:, 1:], IDS.shape, 4, "the student")
+
+
+def test_modes_and_gradients_come_back_after_an_error() -> None:
+    inner = nn.Dropout()
+    model = nn.Sequential(inner.eval(), nn.Dropout()).train()
+    inner.eval()
+
+    def inside() -> Tensor:
+        with measuring(model, model, None, lambda x: x):
+            assert not model.training and not torch.is_grad_enabled()
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        inside()
+    assert model.training and not inner.training and model[1].training and torch.is_grad_enabled()
+
+
+def test_progress_passes_everything_on(capsys: pytest.CaptureFixture[str]) -> None:
+    items = [1, 2, 3]
+    assert with_progress(items, False, "count") is items
+    assert list(with_progress(iter(items), True, "count")) == items
+    assert "count" in capsys.readouterr().out
