@@ -1,0 +1,135 @@
+"""What a plan records besides its groups: for which model, from which scores, made by what. Nothing of it is fused.
+
+Also the checks that the plan itself shares: layers, members, and errors that say where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from reprlib import Repr
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+Member = int | str
+
+_DIGITS = 6  # significant digits of a measured number: more would be noise, and hide the number from a reader
+
+short: Callable[[object], str] = Repr().repr
+
+
+def refuse(why: str, *at: int | str) -> PydanticCustomError:
+    """A validation error for a part of the value at hand; `at` is the way from the value to the part."""
+    return PydanticCustomError("plan", "{why}", {"why": why, "at": at})
+
+
+def refuse_repeated(layers: Sequence[int], what: str) -> None:
+    """Raises where a layer is in the list a second time, at that place."""
+    seen: set[int] = set()
+    for index, layer in enumerate(layers):
+        if layer in seen:
+            raise refuse(f"layer {layer} is {what} twice", index)
+        seen.add(layer)
+
+
+def _layer(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise refuse(f"a layer is a whole number, got {short(value)}")
+    if value < 0:
+        raise refuse(f"layer {value} is negative")
+    return int(value)
+
+
+def _member(value: Any) -> Member:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise refuse(f"a member is a layer number or the module path of an FFN, got {short(value)}")
+    return _layer(value)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")
+
+
+CheckedLayer = Annotated[int, Field(ge=0), BeforeValidator(_layer)]
+CheckedMember = Annotated[Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)], BeforeValidator(_member)]
+_Count = Annotated[int, Field(strict=True, ge=1)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(_rounded)]
+
+
+class Record(BaseModel):
+    """Frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelFacts(Record):
+    """What tells a model from others, and stays when attention is dropped and FFNs are fused.
+
+    Made by `fxfusion.models.fingerprint.facts_of`. What is None is not compared.
+    """
+
+    architecture: str = Field(description="class name of the model")
+    layers: _Count = Field(description="number of decoder layers")
+    hidden: _Count | None = Field(default=None, description="width of the residual stream")
+    vocabulary: _Count | None = Field(default=None, description="number of token embeddings")
+    fingerprint: str | None = Field(default=None, description="hash over the parameters outside the decoder layers")
+    weights: str | None = Field(default=None, description="hash over some of their values; a difference only warns")
+
+
+class LayerScore(Record):
+    """One measured number; `error` is its standard error. Six significant digits are kept."""
+
+    layer: CheckedLayer
+    value: _Number
+    error: _Number | None = None
+
+
+class Scores(Record):
+    """What each layer's attention is worth, by one method (`"cosine"`, `"loss"`, `"kl"`, ...)."""
+
+    method: str
+    values: tuple[LayerScore, ...]
+
+    @field_validator("values")
+    @classmethod
+    def _each_layer_once(cls, values: tuple[LayerScore, ...]) -> tuple[LayerScore, ...]:
+        refuse_repeated([score.layer for score in values], "scored")
+        return values
+
+
+class Versions(Record):
+    """Versions of what made a plan."""
+
+    fxfusion: str | None = None
+    torch: str | None = None
+    transformers: str | None = None
+    python: str | None = None
+
+
+class MadeBy(Record):
+    """What made a plan, and when: `date` is UTC in ISO 8601."""
+
+    command: str | None = None
+    date: str | None = None
+    seed: Annotated[int, Field(strict=True)] | None = None
+    versions: Versions | None = None
+
+    @classmethod
+    def now(cls, command: str | None = None, seed: int | None = None) -> MadeBy:
+        """The record of a plan that is being made: this time, and the versions that are installed."""
+        import platform
+        from datetime import datetime, timezone
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = {"python": platform.python_version()}
+        for package in ("fxfusion", "torch", "transformers"):
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:  # then there is no version to record
+                continue
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return cls(command=command, date=date, seed=seed, versions=Versions(**found))
