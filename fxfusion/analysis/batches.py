@@ -84,9 +84,18 @@ def logits_of(output: Any, shape: torch.Size, number: int, who: str = "the model
     return logits
 
 
-def device_of(model: Model, who: str = "the model") -> torch.device | None:
-    """Where the inputs belong: the device of the first parameter, None if there is none to ask."""
-    weight = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+def model_device(model: Model, who: str = "the model") -> torch.device | None:
+    """Where the inputs belong: the device of the first parameter, None if there is none to ask.
+
+    Raises ValueError for a model that cannot be measured: its weights are missing, or it says that it is no causal
+    language model (an encoder and decoder, a masked language model).
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    can_generate = getattr(model, "can_generate", None)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or (can_generate and not can_generate()):
+        raise ValueError(f"{who} ({type(model).__name__}) is not a causal language model")
+    weight = next(model.parameters(), None)
     if weight is not None and weight.is_meta:
         raise ValueError(f"{who} is on the meta device: its weights are missing")
     return None if weight is None else weight.device

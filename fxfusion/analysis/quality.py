@@ -22,9 +22,9 @@ from fxfusion.analysis.batches import (
     Batch,
     Model,
     as_inputs,
-    device_of,
     logits_of,
     measuring,
+    model_device,
     run_model,
     split_targets,
     with_progress,
@@ -115,7 +115,7 @@ def evaluate(
     broken: dict[str, list[int]] = {}
     number, other = -1, None
     with measuring(model, reference):
-        run = partial(run_model, model, device=device_of(model))
+        run = partial(run_model, model, device=model_device(model))
         others = None if reference is None else _reference_runs(reference)
         for number, batch in enumerate(with_progress(batches, progress, "evaluate")):
             if others is not None and (other := next(others, None)) is None:
@@ -144,7 +144,7 @@ def record_logits(model: Model, batches: Iterable[Batch], *, progress: bool = Fa
     """
     recorded = []
     with measuring(model):
-        device = device_of(model)
+        device = model_device(model)
         for number, batch in enumerate(with_progress(batches, progress, "reference")):
             labels, inputs = split_targets(as_inputs(batch, number), number)
             recorded.append(logits_of(run_model(model, inputs, device), labels.shape, number).cpu())
@@ -154,7 +154,7 @@ def record_logits(model: Model, batches: Iterable[Batch], *, progress: bool = Fa
 def _reference_runs(given: Any) -> Iterator[Run]:
     """For each batch in turn, the function that gives the reference's output on its inputs."""
     if callable(given):
-        return repeat(partial(run_model, given, device=device_of(given, "the reference")))
+        return repeat(partial(run_model, given, device=model_device(given, "the reference")))
     if isinstance(given, Iterable):
         return (partial(_recorded, logits) for logits in given)
     raise TypeError(f"reference must be a model, a function or the logits of each batch, got {type(given).__name__}")

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from fxfusion.analysis.batches import (
     IGNORED,
     as_inputs,
-    device_of,
     logits_of,
     measuring,
+    model_device,
     run_model,
     split_targets,
     with_progress,
@@ -57,10 +57,21 @@ def test_tensors_move_to_the_models_device_and_the_rest_stays() -> None:
 
 
 def test_the_device_is_that_of_the_weights() -> None:
-    assert device_of(nn.Linear(1, 1)) == torch.device("cpu")
-    assert device_of(nn.ReLU()) is None and device_of(lambda x: x) is None
+    assert model_device(nn.Linear(1, 1)) == torch.device("cpu")
+    assert model_device(nn.ReLU()) is None and model_device(lambda x: x) is None
     with pytest.raises(ValueError, match="the other is on the meta device"):
-        device_of(nn.Linear(1, 1, device="meta"), "the other")
+        model_device(nn.Linear(1, 1, device="meta"), "the other")
+
+
+def test_a_model_that_is_not_causal_is_refused() -> None:
+    from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    masked = BertForMaskedLM(BertConfig(**sizes, intermediate_size=8))
+    both = T5ForConditionalGeneration(T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    for model in (masked, both):
+        with pytest.raises(ValueError, match=f"{type(model).__name__}. is not a causal language model"):
+            model_device(model)
 
 
 def test_logits_must_fit_the_ids() -> None:
