@@ -1,17 +1,29 @@
 """Take each guard of the matcher away, one at a time, and see whether a test notices.
 
     python -m bench.mutation_check --out bench/results/mutation_check.json
+    python -m bench.mutation_check --only passes/match_ffn.py --only check_group.py:43
 
-A guard is a `raise Refused(...)` (becomes `pass`), a returned refusal (becomes `return None`), or, in the
-normalising passes, an early `return None`, `return False` or `continue` that keeps a pass from acting
-(becomes its opposite, or goes). Each mutant is a copy of the source tree in a temporary folder; the fast
-tests named below run on it until one fails. A survivor is a guard that no test needs.
+A guard is one of these:
+
+| in | statement | becomes |
+|---|---|---|
+| matchers | `raise Refused(...)` | `pass` |
+| matchers | `return Refused(...)`, `return RefusalCode..., words` | `return None` |
+| all | `return None` behind an `if`: no linear layer, no cut, no step, nothing to drop | `pass` |
+| matchers | `return False` behind an `if` | `pass` |
+| normalising passes | `return False` | `return True` |
+| normalising passes | `continue` | `pass` |
+
+Each mutant is a copy of the source tree in a temporary folder; the fast tests named below run on it until
+one fails. A survivor is a guard that no test needs. A guard that was killed before is not tried again while
+its file and the tests are as they were.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import multiprocessing
 import os
@@ -37,31 +49,34 @@ MATCHERS = (
     "passes/match_pieces.py",
     "passes/match_linear.py",
     "passes/match_tail.py",
+    "passes/prove_norm.py",
     "passes/check_group.py",
     "passes/find_chains.py",
     "passes/plan_groups.py",
     "fxfusion/graph/token_wise.py",
 )
 NORMALISERS = ("passes/drop_no_ops.py", "passes/drop_zero_branches.py", "passes/functionalise_adds.py")
-TESTS = ("tests/test_look_alikes.py", "tests/passes")
-# Guards that no test can kill, because an earlier one refuses every such branch. They stay: each states
-# what the code after it relies on.
-REDUNDANT = {
-    "a projection's output is also normalised input": "a linear layer behind another was refused with linear_count",
-    "wide, the stream is not": "sum, branch and stream have one shape, and the tail keeps the channel axis",
-}
+TESTS = ("tests/test_look_alikes.py", "tests/passes", "tests/fxfusion/graph/test_token_wise.py")
 REFUSALS = ("Refused", "_refuse", "_refusal")
 
 
 @dataclass(frozen=True)
 class Guard:
-    """One guard: where it stands, the line, what becomes of it, and its refusal code where it names one."""
+    """One guard: where it stands, the line, what becomes of it, and its refusal code where it names one.
+
+    `of` changes when the guard's file or a test does.
+    """
 
     file: str
     line: int
     text: str
     becomes: str
-    code: str = ""
+    code: str
+    of: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.file}:{self.line}: {self.text}"
 
     @property
     def likely(self) -> str:
@@ -72,30 +87,40 @@ class Guard:
 
 def guards() -> Iterator[Guard]:
     """Every guard of the listed files, in order."""
+    tests = _tests_digest()
     for file in (*MATCHERS, *NORMALISERS):
         source = (ROOT / file).read_text(encoding="utf-8")
         lines = source.splitlines()
-        for node in ast.walk(ast.parse(source)):
-            becomes = _mutation(node, file)
+        of = hashlib.sha256((source + tests).encode()).hexdigest()[:16]
+        for node, becomes in _mutations(source, file):
+            yield Guard(file, node.lineno, lines[node.lineno - 1].strip(), becomes, _code(node), of)
+
+
+def _mutations(source: str, file: str) -> Iterator[tuple[ast.stmt, str]]:
+    """Each guard's statement, and what it becomes."""
+    tree = ast.parse(source)
+    behind_if = {statement for node in ast.walk(tree) if isinstance(node, ast.If) for statement in node.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.stmt):
+            becomes = _mutation(node, file, node in behind_if)
             if becomes is not None:
-                assert isinstance(node, ast.stmt)
-                yield Guard(file, node.lineno, lines[node.lineno - 1].strip(), becomes, _code(node))
+                yield node, becomes
 
 
-def _mutation(node: ast.AST, file: str) -> str | None:
+def _mutation(node: ast.stmt, file: str, behind_if: bool) -> str | None:
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and _called(node.exc) in REFUSALS:
         return "pass"
-    if isinstance(node, ast.Return) and file in MATCHERS and node.value is not None:
-        if isinstance(node.value, ast.Call) and _called(node.value) == "Refused":
-            return "return None"
-        if isinstance(node.value, ast.Tuple) and "RefusalCode" in ast.dump(node.value):
-            return "return None"
-    if file in NORMALISERS:
-        if isinstance(node, ast.Continue):
-            return "pass"
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Constant) and node.value.value is False:
+    if isinstance(node, ast.Continue) and file in NORMALISERS:
+        return "pass"
+    if not isinstance(node, ast.Return) or node.value is None:
+        return None
+    if isinstance(node.value, ast.Constant):
+        if node.value.value is False and file in NORMALISERS:
             return "return True"
-    return None
+        return "pass" if behind_if and (node.value.value is None or node.value.value is False) else None
+    refuses = isinstance(node.value, ast.Call) and _called(node.value) == "Refused"
+    refuses |= isinstance(node.value, ast.Tuple) and "RefusalCode" in ast.dump(node.value)
+    return "return None" if refuses and file in MATCHERS else None
 
 
 def _code(node: ast.AST) -> str:
@@ -113,9 +138,10 @@ def _called(call: ast.Call) -> str:
 def mutate(tree: Path, guard: Guard) -> None:
     """Replace the guard's statement in a copy of the tree. Lines keep their numbers."""
     path = tree / guard.file
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for node in ast.walk(ast.parse("\n".join(lines))):
-        if isinstance(node, ast.stmt) and node.lineno == guard.line and _mutation(node, guard.file) is not None:
+    source = path.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    for node, _ in _mutations(source, guard.file):
+        if node.lineno == guard.line:
             assert node.end_lineno is not None
             indent = " " * node.col_offset
             lines[node.lineno - 1 : node.end_lineno] = [indent + guard.becomes] + [""] * (node.end_lineno - node.lineno)
@@ -182,10 +208,16 @@ def _run_in_child(tree: Path, flags: tuple[str, ...], sender: Connection) -> Non
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/mutation_check.json")
-    parser.add_argument("--only", default="", help="a part of file:line, to check some guards only")
+    parser.add_argument(
+        "--only", action="append", default=[], help="a part of file:line, to check some guards only; may be repeated"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = [guard for guard in guards() if options.only in f"{guard.file}:{guard.line}"]
+    found = [
+        guard
+        for guard in guards()
+        if not options.only or any(part in f"{guard.file}:{guard.line}" for part in options.only)
+    ]
     known = _known(options.out)
     with tempfile.TemporaryDirectory() as scratch:
         clean = copy_tree(Path(scratch))
@@ -193,15 +225,16 @@ def main() -> int:
         if broken:
             print(f"left out, since they fail without any mutation: {broken}", file=sys.stderr)
         for number, guard in enumerate(found):
-            key = f"{guard.file}:{guard.line}: {guard.text}"
-            if key not in known or options.only or not known[key]["killed"]:
+            key = guard.key
+            if options.only or key not in known or not known[key]["killed"]:
                 known[key] = _check(clean, guard, broken)
-                _save(options.out, known)
+                _save(options.out, known, broken)
             word = "killed  " if known[key]["killed"] else "SURVIVED"
             print(f"{number + 1}/{len(found)} {word} {key}", flush=True)
-    survivors = [key for key, result in known.items() if not (result["killed"] or _why_redundant(key))]
-    print(f"{sum(bool(result['killed']) for result in known.values())} killed, {len(survivors)} survived")
-    return 1 if survivors else 0
+    _save(options.out, known, broken)
+    survived = sum(not result["killed"] for result in known.values())
+    print(f"{len(known) - survived} killed, {survived} survived")
+    return 1 if survived else 0
 
 
 def _check(clean: Path, guard: Guard, broken: list[str]) -> dict[str, object]:
@@ -217,30 +250,31 @@ def _check(clean: Path, guard: Guard, broken: list[str]) -> dict[str, object]:
 
 
 def _known(path: Path) -> dict[str, dict[str, object]]:
-    """Results of an earlier run of the same guards, by place and text."""
+    """Results of an earlier run of the same guards, by place and text, where guard and tests are as they were."""
     if not path.exists():
         return {}
-    present = {f"{guard.file}:{guard.line}: {guard.text}" for guard in guards()}
     earlier = json.loads(path.read_text(encoding="utf-8"))["guards"]
-    return {key: value for key, value in earlier.items() if key in present}
+    return {guard.key: earlier[guard.key] for guard in guards() if earlier.get(guard.key, {}).get("of") == guard.of}
 
 
-def _why_redundant(key: str) -> str:
-    return next((reason for text, reason in REDUNDANT.items() if text in key), "")
+def _tests_digest() -> str:
+    """A digest of the tests that run, and of what they share."""
+    files = {path for test in TESTS for path in [ROOT / test, *(ROOT / test).glob("**/*.py")] if path.is_file()}
+    files |= set((ROOT / "tests").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
-def _save(path: Path, known: dict[str, dict[str, object]]) -> None:
+def _save(path: Path, known: dict[str, dict[str, object]], broken: list[str]) -> None:
     killed = sum(bool(result["killed"]) for result in known.values())
-    redundant = {key: _why_redundant(key) for key in known if not known[key]["killed"] and _why_redundant(key)}
     result = {
         "command": "python -m bench.mutation_check",
         "tests": list(TESTS),
+        "tests_left_out": broken,
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
         "guards_in_the_tree": sum(1 for _ in guards()),
         "guards_checked": len(known),
         "killed": killed,
-        "redundant": redundant,
-        "survived": len(known) - killed - len(redundant),
+        "survived": len(known) - killed,
         "guards": known,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

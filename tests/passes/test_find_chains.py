@@ -112,6 +112,20 @@ def test_a_norm_on_the_stream_is_named() -> None:
     refusal_with(refusals, RefusalCode.POST_NORM, "the stream after")
 
 
+class Bounded(Block):
+    """No FFN: nothing may stand behind the last linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn(self.norm(x)).tanh()
+
+
+def test_another_sum_between_is_not_taken_for_a_norm() -> None:
+    first, last = stack(count=2).layers
+    chains, refusals = chains_of(randomise(Stack([first, Bounded(Rms(8), Gated()), last])))
+    assert not chains and {refusal.code for refusal in refusals} == {RefusalCode.ALONE, RefusalCode.STREAM_READ}
+    refusal_with(refusals, RefusalCode.ALONE, "no other FFN reads the stream after it")
+
+
 class ModeBetween(Stack):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers[0](x)

@@ -214,6 +214,18 @@ def test_packed_gate_and_up_fuse(cut: Branch) -> None:
     assert_fuses(customs(branch), tokens())
 
 
+def test_a_cut_by_a_number_that_is_computed_is_refused() -> None:
+    """Only `symbolic_trace` leaves it to be computed; elsewhere it is a plain number."""
+
+    def branch(m: Any, x: Tensor) -> Tensor:
+        h = F.linear(x, m.wide)
+        gate, up = torch.split(h, h.size(-1) // 2, -1)
+        return F.linear(F.silu(gate) * up, m.w2)
+
+    assert_not_fused(customs(branch), [tokens()], RefusalCode.STRUCTURE, "the middle reads 24 channels")
+    assert_fuses(customs(branch), tokens(), how="export")
+
+
 def test_one_channel_that_a_scale_spreads_over_the_stream_is_refused() -> None:
     def branch(m: Any, x: Tensor) -> Tensor:
         return F.linear(F.silu(F.linear(x, m.w1)), m.w2[:1]) * m.g

@@ -111,6 +111,29 @@ def test_every_spelling_of_the_residual_sum_fuses(run: Run) -> None:
         assert not torch.allclose(model(x), parallel, rtol=1e-3)
 
 
+def two_losses(m: Any, x: Tensor) -> Tensor:
+    y = (x := x + f1(m, x)) + f2(m, x)
+    return y.mean() + F.linear(y, m.a.square).mean()
+
+
+def two_choices(m: Any, x: Tensor) -> Tensor:
+    y = (x := x + f1(m, x)) + f2(m, x)
+    return y.argmax(-1) + F.linear(y, m.a.square).argmax(-1)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [lambda m, x: (x := x + f1(m, x)) + f2(m, x) + m.a.s, two_losses, two_choices],
+    ids=["a constant", "losses", "whole numbers"],
+)
+def test_other_sums_are_no_candidates(run: Run) -> None:
+    """They are neither matched nor refused: a report that names them would hide what matters."""
+    found = match(Wired(run), tokens(), how="symbolic")
+    assert len(found.ffns) == 2 and found.refusals == ()
+    one_more = Wired(lambda m, x: run(m, x.sin() + F.linear(x, m.a.square)))  # a sum that is a candidate
+    refusal_with(match(one_more, tokens(), how="symbolic").refusals, RefusalCode.SCALED_STREAM)
+
+
 @pytest.mark.parametrize("how", ["dynamo", "export"])
 def test_in_place_operators_of_other_captures(how: Any) -> None:
     def run(m: Any, x: Tensor) -> Tensor:

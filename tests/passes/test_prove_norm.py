@@ -69,6 +69,14 @@ def test_a_threshold_far_from_the_random_numbers_does_not_fool_the_proof() -> No
     assert roles(lambda m, x: F.rms_norm(x, (8,)).clamp(-1e4, 1e4) * m.g) == ["gain"]
 
 
+def test_a_norm_narrower_than_its_gain_has_no_gain() -> None:
+    """Zeros equal zeros times a gain, in one channel or eight; the weights behind it have one column only."""
+    model = customs(lambda m, x: F.linear(F.silu(F.linear((x * 0 * m.g)[..., :1], m.w1[:, :1])), m.w2))
+    ffn = match(model, tokens(), how="symbolic").ffns[0]
+    assert NormProver().roles(ffn) == ("fixed",)
+    assert roles(lambda m, x: x * 0 * m.g) == ["gain"]
+
+
 def test_in_place_steps_do_not_spoil_the_proof() -> None:
     def norm(m: Any, x: Tensor) -> Tensor:
         return x.clone().mul_(torch.rsqrt(x.pow(2).mean(-1, keepdim=True))).mul_(m.g)

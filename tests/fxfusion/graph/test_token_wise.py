@@ -43,6 +43,7 @@ TOKEN_WISE: dict[str, Region] = {
     "variance": lambda x, c: x / x.var(-1, keepdim=True),
     "regrouped": lambda x, c: (x.flatten(0, 1) * c).view(4, 4, 4),
     "reduced and spread": lambda x, c: x - x.mean(-1).unsqueeze(-1),
+    "reduced, closed and opened": lambda x, c: x - x.mean(-1, keepdim=True).squeeze(-1).unsqueeze(-1),
     "cut": lambda x, c: x[..., :2].chunk(2, -1)[0],
     "filled": lambda x, c: x.masked_fill(x > 0, 0.0) + torch.zeros_like(x),
 }
