@@ -8,8 +8,9 @@ To remove a block is to put its `before` where its `after` was; everything else 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from torch import fx
@@ -18,8 +19,12 @@ from fxfusion.capture import CapturedGraph
 from fxfusion.errors import CaptureError
 from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.models.spine import Addition, follow_stream
 from fxfusion.passes.ffn import FfnNode, Mixer
-from fxfusion.passes.match_residual import match_residual, mixes_tokens
+from fxfusion.passes.match_residual import ROUTERS, match_residual, mixes_tokens
+
+# What may stand between an attention and the stream without making one value of it and its neighbours.
+_LINEAR_OPS = ops.ALIASING_OPS | {"mul", "div", "neg"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +34,10 @@ class ResidualBlock:
     `layer`: position of its decoder layer. `name`: module path. `stream`: the residual stream that it
     reads, `[..., hidden]`. `after - before`: what it contributes. For a mixer beside an FFN (a parallel
     block) `before` is the FFN's branch; everywhere else `before` is the stream.
+
+    `branches`: the values whose sum is the contribution to the stream, not yet rounded into the stream:
+    more exact than `after - before` in low precision. Empty where something else than additions stands
+    between them and the stream (a scale, a norm, a cast).
     """
 
     kind: Literal["mixer", "ffn", "layer"]
@@ -37,6 +46,7 @@ class ResidualBlock:
     stream: fx.Node
     before: fx.Node
     after: fx.Node
+    branches: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,101 +70,158 @@ def find_blocks(captured: CapturedGraph, tokens: int) -> Blocks:
     """
     graph = captured.module.graph
     facts = GraphFacts(graph, (node for node in graph.nodes if node.name in captured.weights))
+    spine = follow_stream(facts, tokens)
+    numbers = _numbers(spine)
     matches = match_residual(facts, {})
-    found: list[FfnNode | Mixer] = sorted(
-        (*matches.ffns, *(mixer for mixer in matches.mixers if _is_block(mixer, facts, tokens))),
-        key=lambda block: facts.order[block.add],
-    )
-    if not found:
+    beside = _mixers_beside(spine, facts)
+    mixers = [
+        _mixer(match, _number(match, numbers), facts) for match in (*matches.mixers, *beside) if match.add in numbers
+    ]
+    ffns = [_ffn(match, _number(match, numbers)) for match in matches.ffns if match.add in numbers]
+    if not mixers and not ffns:
         raise CaptureError("the model has no residual blocks: no attention or FFN is added to a stream")
-    numbers = _numbers(found)
-    pairs = list(zip(found, numbers, strict=True))
-    mixers = [_mixer(block, number, facts) for block, number in pairs if isinstance(block, Mixer)]
-    ffns = [_ffn(block, number) for block, number in pairs if isinstance(block, FfnNode)]
-    return Blocks(mixers=tuple(mixers), ffns=tuple(ffns), layers=_layers(found, numbers, facts))
+    return Blocks(
+        mixers=tuple(sorted(mixers, key=lambda block: facts.order[block.after])),
+        ffns=tuple(ffns),
+        layers=_layers(spine, numbers, facts),
+    )
 
 
-def _is_block(mixer: Mixer, facts: GraphFacts, tokens: int) -> bool:
-    """Whether the addition is one to the stream, `[..., hidden]`, not one inside the mixer (rotary angles, masks)."""
-    summed = ops.tensor_value(mixer.add)
-    if summed is None or summed.dim() > 3 or summed.numel() != tokens * summed.shape[-1]:
-        return False
-    return _cut(mixer, facts) is not None
+def _mixers_beside(spine: Sequence[Addition], facts: GraphFacts) -> list[Mixer]:
+    """Mixers that are added after an FFN that reads the same value, `(x + ffn(x)) + attention(x)`: the matcher
+    of residual nodes sees a branch there that reads something else than the sum it is added to."""
+    found = []
+    for addition in spine:
+        names = {ops.op_name(node) for node in addition.nodes}
+        mixing = [node for node in addition.nodes if mixes_tokens(node, facts)]
+        if addition.reads is not addition.stream and mixing and names.isdisjoint(ROUTERS):
+            found.append(Mixer(add=addition.add, nodes=addition.nodes, op=ops.op_name(mixing[0]), layer=addition.layer))
+    return found
 
 
-def _numbers(found: Sequence[FfnNode | Mixer]) -> list[int]:
-    numbers = provenance.layer_numbers([block.layer for block in found])
-    for block, number in zip(found, numbers, strict=True):
-        if number is None:
-            raise CaptureError(f"{block.add} belongs to no numbered layer (its module path is {block.layer!r})")
-    return [number for number in numbers if number is not None]
+def _numbers(spine: Sequence[Addition]) -> dict[fx.Node, int | None]:
+    """The layer number of each addition to the stream; None where it stands outside the layers."""
+    numbers = provenance.layer_numbers([addition.layer for addition in spine])
+    return {addition.add: number for addition, number in zip(spine, numbers, strict=True)}
+
+
+def _number(match: FfnNode | Mixer, numbers: Mapping[fx.Node, int | None]) -> int:
+    number = numbers[match.add]
+    if number is None:
+        raise CaptureError(f"{match.add} belongs to no numbered layer (its module path is {match.layer!r})")
+    return number
 
 
 def _mixer(mixer: Mixer, layer: int, facts: GraphFacts) -> ResidualBlock:
-    cut = _cut(mixer, facts)
-    assert cut is not None
-    after, before = cut
-    stream = _other_operand(mixer.add, set(mixer.nodes))
+    stream = next(source for source in mixer.add.all_input_nodes if source not in set(mixer.nodes))
+    before, after, branch, is_scaled = _cut(mixer, stream, facts)
     own = [node for node in mixer.nodes if provenance.module_path(node).startswith(f"{mixer.layer}.")]
     mixing = [node for node in own if mixes_tokens(node, facts)]  # not those that make masks and rotary angles
     return ResidualBlock(
-        kind="mixer", layer=layer, name=provenance.common_path(mixing), stream=stream, before=before, after=after
+        kind="mixer",
+        layer=layer,
+        name=provenance.common_path(mixing) or mixer.layer,
+        stream=stream,
+        before=before,
+        after=after,
+        branches=() if is_scaled or not _adds_plainly(after) else (branch,),
     )
 
 
-def _cut(mixer: Mixer, facts: GraphFacts) -> tuple[fx.Node, fx.Node] | None:
-    """The addition that brings the mixer's result in, and its other operand: the first one after the mixing
-    whose other operand knows nothing of it."""
-    inside = set(mixer.nodes)
+def _cut(mixer: Mixer, stream: fx.Node, facts: GraphFacts) -> tuple[fx.Node, fx.Node, fx.Node, bool]:
+    """Where the mixer's result comes in: `(before, after, branch, is_scaled)`, with after = before + branch.
+
+    That is the addition to the stream, or, beside an FFN, an addition within the branch: one reached from
+    there over views, scales and other such additions alone, whose other side knows nothing of other tokens.
+    """
+    tainted = _knows_other_tokens(mixer, facts)
+    branch = next(source for source in mixer.add.all_input_nodes if source is not stream)
+    found = (stream, mixer.add, branch, False)
+    is_scaled, node = False, branch
+    while node in tainted:
+        operands = [source for source in node.all_input_nodes if source not in facts.constants]
+        dirty = [source for source in operands if source in tainted]
+        if ops.op_name(node) == "add" and len(operands) == 2 and len(dirty) == 1 and _same_shape(node, *operands):
+            clean = next(source for source in operands if source is not dirty[0])
+            found = (clean, node, dirty[0], is_scaled)
+        elif ops.op_name(node) not in _LINEAR_OPS or operands != dirty or len(dirty) != 1:
+            break
+        is_scaled = is_scaled or ops.op_name(node) in ("mul", "div", "neg")
+        node = dirty[0]
+    return found
+
+
+def _knows_other_tokens(mixer: Mixer, facts: GraphFacts) -> set[fx.Node]:
     tainted: set[fx.Node] = set()
-    for node in (*mixer.nodes, mixer.add):
-        sources = node.all_input_nodes
-        if (node is not mixer.add and mixes_tokens(node, facts)) or not tainted.isdisjoint(sources):
+    for node in mixer.nodes:
+        if mixes_tokens(node, facts) or not tainted.isdisjoint(node.all_input_nodes):
             tainted.add(node)
-    for node in (*mixer.nodes, mixer.add):
-        if ops.op_name(node) != "add" or not _shaped_like(node, mixer.add):
-            continue
-        clean = [source for source in node.all_input_nodes if source not in tainted and source not in facts.constants]
-        dirty = [source for source in node.all_input_nodes if source in tainted]
-        if len(clean) == 1 and len(dirty) == 1 and (clean[0] in inside or node is mixer.add):
-            return node, clean[0]
-    return None
+    return tainted
 
 
-def _shaped_like(node: fx.Node, other: fx.Node) -> bool:
-    one, two = ops.tensor_value(node), ops.tensor_value(other)
-    return one is not None and two is not None and one.numel() == two.numel() and one.shape[-1] == two.shape[-1]
+def _same_shape(*nodes: fx.Node) -> bool:
+    shapes = [value.shape for node in nodes if (value := ops.tensor_value(node)) is not None]
+    return len(shapes) == len(nodes) and len(set(shapes)) == 1
 
 
-def _other_operand(add: fx.Node, inside: set[fx.Node]) -> fx.Node:
-    return next(source for source in add.all_input_nodes if source not in inside)
+def _adds_plainly(add: fx.Node) -> bool:
+    has_scale = add.kwargs.get("alpha", 1) != 1
+    return ops.op_name(add) == "add" and not has_scale and _same_shape(add, *add.all_input_nodes)
 
 
 def _ffn(ffn: FfnNode, layer: int) -> ResidualBlock:
-    return ResidualBlock(kind="ffn", layer=layer, name=ffn.name, stream=ffn.stream, before=ffn.stream, after=ffn.add)
-
-
-def _layers(found: Sequence[FfnNode | Mixer], numbers: Sequence[int], facts: GraphFacts) -> tuple[ResidualBlock, ...]:
-    """Whole decoder layers: each ends where the next begins, the last with its last addition to the stream."""
-    starts: dict[int, tuple[fx.Node, str]] = {}
-    for block, number in zip(found, numbers, strict=True):
-        inside = set(block.nodes)
-        starts.setdefault(number, (_other_operand(block.add, inside), block.layer))
-    ends = [stream for stream, _ in list(starts.values())[1:]]
-    last_layer = list(starts.values())[-1][1]
-    ends.append(_last_addition(found[-1].add, last_layer, facts))
-    return tuple(
-        ResidualBlock(kind="layer", layer=number, name=layer, stream=stream, before=stream, after=end)
-        for (number, (stream, layer)), end in zip(starts.items(), ends, strict=True)
+    return ResidualBlock(
+        kind="ffn",
+        layer=layer,
+        name=ffn.name,
+        stream=ffn.stream,
+        before=ffn.stream,
+        after=ffn.add,
+        branches=(ffn.branch,) if _adds_plainly(ffn.add) else (),
     )
 
 
-def _last_addition(known: fx.Node, layer: str, facts: GraphFacts) -> fx.Node:
-    """The last addition of stream shape in a layer; an FFN that was not matched may end it."""
-    last = known
-    for node in facts.graph.nodes:
-        if ops.op_name(node) == "add" and facts.order[node] > facts.order[last] and _shaped_like(node, known):
-            path = provenance.module_path(node)
-            if node not in facts.constants and (path == layer or path.startswith(f"{layer}.")):
-                last = node
-    return last
+def _layers(
+    spine: Sequence[Addition], numbers: Mapping[fx.Node, int | None], facts: GraphFacts
+) -> tuple[ResidualBlock, ...]:
+    """Whole decoder layers: each ends where the next begins, the last with what is read outside of it."""
+    inside = [addition for addition in spine if numbers[addition.add] is not None]
+    runs = [list(run) for _, run in groupby(inside, key=lambda addition: numbers[addition.add])]
+    ends = [run[0].stream for run in runs[1:]] + [_output(runs[-1][-1], facts)]
+    return tuple(
+        ResidualBlock(
+            kind="layer",
+            layer=int(numbers[run[0].add] or 0),
+            name=run[0].layer,
+            stream=run[0].stream,
+            before=run[0].stream,
+            after=end,
+            branches=_branches(run, end),
+        )
+        for run, end in zip(runs, ends, strict=True)
+    )
+
+
+def _output(last: Addition, facts: GraphFacts) -> fx.Node:
+    """What the last layer hands on: its last addition, or what the layer makes of that (a norm, a scale)."""
+    outputs = [
+        node
+        for node in facts.graph.nodes
+        if facts.order[node] > facts.order[last.add]
+        and _is_in(node, last.layer)
+        and _same_shape(node, last.add)
+        and any(not _is_in(user, last.layer) for user in node.users)
+    ]
+    return outputs[-1] if outputs else last.add
+
+
+def _is_in(node: fx.Node, layer: str) -> bool:
+    path = provenance.module_path(node)
+    return path == layer or path.startswith(f"{layer}.")
+
+
+def _branches(run: Sequence[Addition], end: fx.Node) -> tuple[fx.Node, ...]:
+    """What the layer adds, one value for each addition; none where the additions do not follow each other."""
+    expected = [*(addition.stream for addition in run[1:]), end]
+    follows = all(addition.add is node and _adds_plainly(node) for addition, node in zip(run, expected, strict=True))
+    return tuple(addition.branch for addition in run) if follows else ()

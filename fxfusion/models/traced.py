@@ -1,7 +1,7 @@
 """A causal language model as one graph that can be run in parts: watched, with blocks removed, from the middle on.
 
     traced = TracedModel(model).graph(batch)
-    base = traced.run(batch, keep=[block.after for block in traced.blocks.layers])
+    base = traced.run(batch, keep=[block.before for block in traced.blocks.mixers])
     again = traced.run(batch, keep=[traced.logits], removed=[traced.blocks.mixers[3]], base=base)
 
 The second run computes only what the removed block changes: what comes after it.
@@ -18,33 +18,40 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfusion.capture import CapturedGraph, capture_model
-from fxfusion.errors import CaptureError
+from fxfusion.errors import CaptureError, OptionError
 from fxfusion.graph import ops
-from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.blocks import Blocks, ResidualBlock, find_blocks
+from fxfusion.models.effects import Effects
 from fxfusion.pipeline import normalising_passes
 
 Batch = Tensor | Mapping[str, Any]
 
 
 class TracedModel:
-    """Captures a model once for each shape of its inputs. The weights are the model's own, not copies."""
+    """Captures a model once for each shape of its inputs. The weights are the model's own, not copies.
 
-    def __init__(self, model: nn.Module) -> None:
+    `dropped_attention`: decoder layers whose mixers are left out of every graph; the model stays as it is.
+    """
+
+    def __init__(self, model: nn.Module, dropped_attention: Iterable[int] = ()) -> None:
         self.model = model
+        self.dropped_attention = tuple(sorted(set(dropped_attention)))
         self._graphs: dict[tuple[Any, ...], TracedGraph] = {}
 
     def graph(self, batch: Batch) -> TracedGraph:
         """The graph for inputs that look like these.
 
-        Raises `CaptureError` where the model is not one graph from token ids to logits.
+        Raises `CaptureError` where the model is not one graph from token ids to logits, `OptionError`
+        where a layer of `dropped_attention` has no mixer.
         """
         inputs = model_inputs(self.model, batch)
         key = tuple((name, *_look(value)) for name, value in sorted(inputs.items()))
         if key not in self._graphs:
-            self._graphs[key] = _trace(self.model, inputs)
+            graph = _trace(self.model, inputs)
+            self._graphs[key] = graph.without(self.dropped_attention) if self.dropped_attention else graph
         return self._graphs[key]
 
 
@@ -62,22 +69,20 @@ class Run:
 
 @dataclass(slots=True, kw_only=True)
 class TracedGraph:
-    """One captured graph. `logits`: the node of the logits, `[batch, seq, vocabulary]`."""
+    """One captured graph. `logits`: the node of the logits, `[batch, seq, vocabulary]`. `tokens`: batch * seq."""
 
     captured: CapturedGraph
     places: Mapping[str, fx.Node]
     blocks: Blocks
     logits: fx.Node
-    _shared: tuple[fx.Node, ...] = field(init=False)
-    _effects: tuple[fx.Node, ...] = field(init=False)
-    _can_resume: bool = field(init=False)
-    _writers: Mapping[fx.Node, tuple[fx.Node, ...]] = field(init=False)
-    _reach: dict[fx.Node, frozenset[fx.Node]] = field(init=False, default_factory=dict)
+    tokens: int
+    _effects: Effects = field(init=False)
 
     def __post_init__(self) -> None:
-        self._shared = _shared_values(self.captured.module.graph, self.blocks)
-        self._writers = _in_place_writers(self.captured.module.graph)
-        self._effects, self._can_resume = _side_effects(self.captured.module.graph, self.blocks)
+        graph = self.captured.module.graph
+        order = {node: place for place, node in enumerate(graph.nodes)}
+        parts = (*self.blocks.mixers, *self.blocks.ffns, *self.blocks.layers)
+        self._effects = Effects(graph, min((block.after for block in parts), key=order.__getitem__))
 
     @torch.no_grad()
     def run(
@@ -90,29 +95,67 @@ class TracedGraph:
         """Compute the nodes `keep` (and what they need) with some blocks left out.
 
         `base`: an earlier run on the same batch with fewer blocks left out; its values are used where
-        the newly removed blocks do not change them.
+        the newly removed blocks do not change them. It must have kept the `before` of these blocks, or
+        it saves less. Values are bit-equal with and without it.
         """
         gone = frozenset(removed) | (base.removed if base is not None else frozenset())
-        base = base if self._can_resume else None
+        wanted = dict.fromkeys(keep)
+        self._check_own((*wanted, *(block.after for block in gone)))
+        base = base if self._effects.can_resume else None
         known = self._unchanged(base, gone)
-        wanted = [*dict.fromkeys(keep)]
-        shortcuts = {block.after: block.before for block in gone}
-        needed = self._needed((*wanted, *(self._effects if base is None else ())), known, shortcuts)
-        kept = set(wanted) | (set(self._shared) if base is None else set())
+        shortcuts = _shortcuts(gone)
+        needed = self._needed((*wanted, *(self._effects.side_effects if base is None else ())), known, shortcuts)
+        kept = set(wanted) | (needed.intersection(self._effects.shared) if base is None else set())
         values = self._execute(needed, known, shortcuts, kept, self.inputs(batch))
-        return Run({node: values[node] for node in (*kept,) if node in values}, gone)
+        return Run({node: values[node] for node in kept}, gone)
+
+    def without(self, layers: Iterable[int]) -> TracedGraph:
+        """The same model without the mixers of some layers: what stood beside them is matched anew."""
+        wanted = sorted(set(layers))
+        blocks = self.blocks.mixers_of(wanted)
+        missing = sorted(set(wanted) - {block.layer for block in blocks})
+        if missing:
+            have = sorted({block.layer for block in self.blocks.mixers})
+            raise OptionError(f"there is no attention to drop in layers {missing}; it is in layers {have}")
+        captured = self.captured.copy()
+        copies = {node.name: node for node in captured.module.graph.nodes}
+        for block in blocks:
+            copies[block.after.name].replace_all_uses_with(copies[block.before.name])
+        erase_dead_code(captured.module.graph)
+        captured.module.recompile()
+        places = {name: copies[node.name] for name, node in self.places.items()}
+        return _traced(captured, places, copies[self.logits.name], self.tokens)
 
     def needed(self, wanted: Iterable[fx.Node], removed: Iterable[ResidualBlock] = ()) -> set[fx.Node]:
         """The nodes that some values depend on, themselves included, with some blocks left out. Computes nothing."""
-        return self._needed(wanted, {}, {block.after: block.before for block in removed})
+        return self._needed(wanted, {}, _shortcuts(removed))
+
+    def inputs(self, batch: Batch) -> dict[fx.Node, Any]:
+        """What the graph's placeholders take for this batch, in their order."""
+        given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+        graph = self.captured.module.graph
+        places = [node for node in graph.nodes if node.op == "placeholder"]
+        values = dict(zip(places, self.captured.inputs, strict=True))
+        for name, node in self.places.items():
+            values[node] = given[name].to(values[node].device)
+        return values
+
+    def _check_own(self, nodes: Iterable[fx.Node]) -> None:
+        graph = self.captured.module.graph
+        for node in nodes:
+            if node.graph is not graph:
+                raise ValueError(f"{node} belongs to another graph: blocks and nodes are those of one shape of inputs")
 
     def _unchanged(self, base: Run | None, gone: frozenset[ResidualBlock]) -> dict[fx.Node, Any]:
+        """Values of the base run that hold for this one; what is written in place must be made anew."""
         if base is None:
             return {}
+        self._check_own(base.values)
         changed: set[fx.Node] = set()
         for block in gone - base.removed:
-            changed |= self._downstream(block.after)
-        return {node: value for node, value in base.values.items() if node not in changed}
+            changed |= self._effects.downstream(block.after)
+        known = {node: value for node, value in base.values.items() if node not in changed}
+        return {node: value for node, value in known.items() if not self._effects.is_written(node)}
 
     def _needed(
         self, wanted: Iterable[fx.Node], known: Mapping[fx.Node, Any], shortcuts: Mapping[fx.Node, fx.Node]
@@ -122,37 +165,11 @@ class TracedGraph:
         pending = [*wanted]
         while pending:
             node = pending.pop()
-            if node in needed or node in known:
-                continue
-            needed.add(node)
-            pending.extend(_sources(node, shortcuts))
-            pending.extend(self._writers.get(node, ()))
+            if node not in needed and node not in known:
+                needed.add(node)
+                pending.extend(_sources(node, shortcuts))
+                pending.extend(self._effects.writers(node))
         return needed
-
-    def _downstream(self, node: fx.Node) -> frozenset[fx.Node]:
-        """The node and everything computed from it."""
-        if node not in self._reach:
-            seen, pending = {node}, [node]
-            while pending:
-                current = pending.pop()
-                # A value that is written with a changed one changes for all its readers.
-                written = ops.written_argument(current) if ops.writes_in_place(current) else None
-                for user in (*current.users, *(written.users if written is not None else ())):
-                    if user not in seen:
-                        seen.add(user)
-                        pending.append(user)
-            self._reach[node] = frozenset(seen)
-        return self._reach[node]
-
-    def inputs(self, batch: Batch) -> dict[fx.Node, Any]:
-        """What the graph's placeholders take for this batch, in their order."""
-        given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-        graph = self.captured.module.graph
-        places = [node for node in graph.nodes if node.op == "placeholder"]
-        values = dict(zip(places, self.captured.inputs, strict=True))
-        for name, node in self.places.items():
-            values[node] = given[name].to(values[node].device) if isinstance(given[name], Tensor) else given[name]
-        return values
 
     def _execute(
         self,
@@ -162,50 +179,60 @@ class TracedGraph:
         kept: set[fx.Node],
         inputs: Mapping[fx.Node, Any],
     ) -> dict[fx.Node, Any]:
-        """Run the needed nodes in graph order; free each value after its last reader."""
+        """Run the needed nodes in graph order; free each value after its last reader. Returns what is kept."""
         interpreter = fx.Interpreter(self.captured.module, garbage_collect_values=False)
         order = [node for node in self.captured.module.graph.nodes if node in needed]
         last_reader = {source: node for node in order for source in _sources(node, shortcuts)}
         env = interpreter.env
         env.update(known)
+        results = {node: known[node] for node in kept if node in known}
         for node in order:
             if node in shortcuts:
                 env[node] = env[shortcuts[node]]
-            elif node.op == "placeholder":
-                env[node] = inputs[node]
             else:
-                env[node] = interpreter.run_node(node)
-            for source in _sources(node, shortcuts):
-                if last_reader[source] is node and source not in kept and source not in known:
-                    del env[source]
-        return env
+                env[node] = inputs[node] if node.op == "placeholder" else interpreter.run_node(node)
+            is_written = self._effects.is_written(node)
+            if is_written and node.op in ("placeholder", "get_attr"):
+                env[node] = env[node].clone()  # a buffer that the model updates: runs must not
+            if node in kept:
+                results[node] = env[node].clone() if is_written else env[node]
+            for source in (*_sources(node, shortcuts), node):
+                if last_reader.get(source, node) is node and source not in known:
+                    env.pop(source, None)
+        return results
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Keyword inputs of a forward pass without a key-value cache. Labels are left out."""
+    """Keyword inputs of a forward pass without a key-value cache, on the model's device. Labels are left out."""
     given: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     given.pop("labels", None)
+    weight = next(model.parameters(), None)
+    if weight is not None:
+        given = {name: value.to(weight.device) if isinstance(value, Tensor) else value for name, value in given.items()}
     if hasattr(getattr(model, "config", None), "use_cache"):
         given["use_cache"] = False
     return given
 
 
 def _trace(model: nn.Module, inputs: dict[str, Any]) -> TracedGraph:
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise CaptureError(f"the inputs must hold `input_ids` [batch, seq], got {sorted(inputs)}")
     with evaluating(model), torch.no_grad():
         if set(inputs) == {"input_ids"}:
-            found, notes = capture_model(model, (inputs["input_ids"],), {})
+            found, notes = capture_model(model, (ids,), {})
         else:
             found, notes = capture_model(model, (), inputs)
     if len(found) != 1:
         raise CaptureError(f"the model must be captured as one graph to be run in parts; {'; '.join(notes)}")
     captured = found[0].copy()
     run_passes(captured.module, normalising_passes(captured.weights), History())
-    return TracedGraph(
-        captured=captured,
-        places=_places(captured, inputs),
-        blocks=find_blocks(captured, tokens=inputs["input_ids"].numel()),
-        logits=_logits(captured, inputs["input_ids"]),
-    )
+    return _traced(captured, _places(captured, inputs), _logits(captured, ids), ids.numel())
+
+
+def _traced(captured: CapturedGraph, places: Mapping[str, fx.Node], logits: fx.Node, tokens: int) -> TracedGraph:
+    blocks = find_blocks(captured, tokens)
+    return TracedGraph(captured=captured, places=places, blocks=blocks, logits=logits, tokens=tokens)
 
 
 def _places(captured: CapturedGraph, inputs: Mapping[str, Any]) -> dict[str, fx.Node]:
@@ -227,50 +254,10 @@ def _logits(captured: CapturedGraph, ids: Tensor) -> fx.Node:
     raise CaptureError(f"the model returns no logits [batch, seq, vocabulary] for token ids {list(ids.shape)}")
 
 
-def _shared_values(graph: fx.Graph, blocks: Blocks) -> tuple[fx.Node, ...]:
-    """Values from before the first block that later blocks read: masks, rotary angles, module constants."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    first = min(order[block.after] for block in (*blocks.mixers, *blocks.ffns))
-    return tuple(
-        node
-        for node, place in order.items()
-        if place < first
-        and node.op not in ("placeholder", "get_attr")
-        and any(order[user] > first for user in node.users)
-    )
-
-
-def _in_place_writers(graph: fx.Graph) -> dict[fx.Node, tuple[fx.Node, ...]]:
-    """Which nodes write a value in place after it was made, views of it included."""
-    found: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    facts = GraphFacts(graph, ())
-    for node in graph.nodes:
-        target = ops.written_argument(node) if ops.writes_in_place(node) else None
-        if target is not None:
-            root = facts.alias_root(target)
-            for value in {root, target}:
-                found[value] = (*found.get(value, ()), node)
-    return found
-
-
-def _side_effects(graph: fx.Graph, blocks: Blocks) -> tuple[tuple[fx.Node, ...], bool]:
-    """Nodes that switch modes or act otherwise than by their result, and whether all stand before the blocks.
-
-    Where they do not, a run cannot start from the middle: it might start inside a mode.
-    """
-    first = min((block.after for block in (*blocks.mixers, *blocks.ffns)), key=[*graph.nodes].index)
-    effects: list[fx.Node] = []
-    before = all_before = True
-    for node in graph.nodes:
-        if (
-            node.op not in ("placeholder", "get_attr", "output")
-            and not ops.is_pure(node)
-            and not ops.writes_in_place(node)
-        ):
-            effects.append(node)
-            all_before = all_before and before
-        before = before and node is not first
-    return tuple(effects), all_before
+def _shortcuts(gone: Iterable[ResidualBlock]) -> dict[fx.Node, fx.Node]:
+    """What to read instead of the end of each removed block; a layer's start goes before that of its parts."""
+    order = {"layer": 2, "ffn": 1, "mixer": 0}
+    return {block.after: block.before for block in sorted(gone, key=lambda block: order[block.kind])}
 
 
 def _sources(node: fx.Node, shortcuts: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
@@ -278,7 +265,7 @@ def _sources(node: fx.Node, shortcuts: Mapping[fx.Node, fx.Node]) -> list[fx.Nod
 
 
 def _look(value: Any) -> tuple[Any, ...]:
-    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (value,)
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else (repr(value),)
 
 
 @contextmanager
