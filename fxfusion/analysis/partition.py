@@ -138,8 +138,9 @@ def partition_chain(
 def combine(tables: Sequence[PartitionTable]) -> PartitionTable:
     """The best partition of several chains together, for each number of FFNs that remain in all of them.
 
-    Exact for the tables' cost (under `"max"` the sum is then not minimised). Ties go to a partition that leaves more
-    FFNs to the chains in front. Raises `OptionError` for no table, and for tables of different costs.
+    Exact for the tables' cost; under `"max"`, a smaller sum decides among equals, without being always the smallest.
+    Ties go to a partition that leaves more FFNs to the chains in front. Raises `OptionError` for no table, and for
+    tables of different costs.
     """
     if len({table.cost for table in tables}) != 1:
         raise OptionError("tables: expected at least one, all with the same cost")
@@ -161,8 +162,8 @@ def _joined(one: Partition, other: Partition) -> Partition:
     return Partition(one.groups + other.groups, one.total + other.total, max(one.largest, other.largest))
 
 
-def _key(partition: Partition, cost: Cost) -> float:
-    return partition.total if cost == "sum" else partition.largest
+def _key(partition: Partition, cost: Cost) -> tuple[float, ...]:
+    return (partition.total,) if cost == "sum" else (partition.largest, partition.total)
 
 
 @dataclass(frozen=True, slots=True)
