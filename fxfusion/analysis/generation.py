@@ -106,9 +106,7 @@ def greedy_agreement(
     """
     if max_new_tokens < 1 or batch < 1:
         raise ValueError(f"max_new_tokens and batch must be at least 1, got {max_new_tokens} and {batch}")
-    rows = [row for number, prompt in enumerate(prompts) for row in _rows(prompt, number, tokenizer)]
-    if not rows:
-        raise ValueError("there are no prompts to continue (a generator can be used up only once)")
+    rows = _all_rows(prompts, tokenizer)
     stops = _stops(eos_token_id, reference, model)
     found: dict[int, tuple[Ids, Ids]] = {}
     with measuring(model, reference):
@@ -122,15 +120,23 @@ def greedy_agreement(
     lengths = torch.tensor(agreed, dtype=torch.float64)
     written = torch.tensor([len(theirs) for _, theirs in pairs])
     equal = torch.tensor([float(ours == theirs) for ours, theirs in pairs])
+    draws = {"resamples": resamples, "seed": seed}
     kept = zip(rows[:samples], pairs, agreed, strict=False)
     return GreedyAgreement(
-        length=mean_estimate(lengths, (0.0, float(max_new_tokens)), resamples=resamples, seed=seed),
-        share=ratio_estimates(lengths[:, None], written, [FRACTION], resamples=resamples, seed=seed)[0],
-        equal=mean_estimate(equal, FRACTION, resamples=resamples, seed=seed),
+        length=mean_estimate(lengths, (0.0, float(max_new_tokens)), **draws),
+        share=ratio_estimates(lengths[:, None], written, [FRACTION], **draws)[0],
+        equal=mean_estimate(equal, FRACTION, **draws),
         prompts=len(rows),
         max_new_tokens=max_new_tokens,
         samples=tuple(_sample(row, *pair, same, tokenizer) for row, pair, same in kept),
     )
+
+
+def _all_rows(prompts: Iterable[Prompt], tokenizer: Any) -> list[Tensor]:
+    rows = [row for number, prompt in enumerate(prompts) for row in _rows(prompt, number, tokenizer)]
+    if not rows:
+        raise ValueError("there are no prompts to continue (a generator can be used up only once)")
+    return rows
 
 
 def _rows(prompt: Prompt, number: int, tokenizer: Any) -> Iterator[Tensor]:
