@@ -1,7 +1,7 @@
 """The report as one HTML page: the map of the model before and after, tables, no outside assets.
 
-This module turns the report into rows for the template `page.html.j2`, which holds all the markup;
-every value passes through jinja2's autoescape.
+This module turns the report into rows for the templates `page.html.j2` and `graph.html.j2`, which hold all
+the markup; every value passes through jinja2's autoescape.
 """
 
 from __future__ import annotations
@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxfusion.errors import Refusal
 from fxfusion.report.model import Block, FusionReport, GraphReport, GroupSummary
 from fxfusion.report.names import alike, compact, tail
 from fxfusion.report.text import headline, span
 
-_HUES = 8  # colours of groups in the style sheet; more groups start again
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+HUES = 8  # colours of groups in the style sheet; more groups start again
 INSIDE = 70.0  # percent of the column from which on a label stands in its box
 _READABLE = 5.0  # percent of the column below which a slice is too narrow for its label
 _MIXER_PERCENT = 12.0  # a mixer has no intermediate width, so its box has a fixed one
@@ -57,26 +60,41 @@ class Picture:
 
 def render(report: FusionReport, title: str = "fxfusion report") -> str:
     """The page as text."""
+    graphs, empty = graph_rows(report)
+    return (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            title=title,
+            headline=headline(report).replace("->", "→"),
+            tiles=_tiles(report),
+            notes=report.notes,
+            graphs=graphs,
+            empty=empty,
+        )
+    )
+
+
+def environment() -> Environment:
+    """Where the templates are, and how they treat values: escaped, and an unknown name is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["inside"] = INSIDE
-    page = environment.get_template("page.html.j2")
+    found.globals["inside"] = INSIDE
+    return found
+
+
+def graph_rows(report: FusionReport) -> tuple[list[dict[str, Any]], int]:
+    """What `graph.html.j2` shows of each graph, and how many graphs without residual blocks are left out."""
     graphs = [_graph(graph, index) for index, graph in enumerate(report.graphs)]
-    return page.render(
-        title=title,
-        headline=headline(report).replace("->", "→"),
-        tiles=_tiles(report),
-        notes=report.notes,
-        graphs=[graph for graph in graphs if graph["worth"]] or graphs[:1],
-        empty=sum(not graph["worth"] for graph in graphs) if any(graph["worth"] for graph in graphs) else 0,
-    )
+    shown = [graph for graph in graphs if graph["worth"]]
+    return (shown, len(graphs) - len(shown)) if shown else (graphs[:1], 0)
 
 
 def _tiles(report: FusionReport) -> list[tuple[str, str]]:
@@ -122,7 +140,7 @@ def _graph(graph: GraphReport, index: int) -> dict[str, Any]:
                 "summary": group,
                 "span": span(group.members),
                 "proof": proofs.get(number),
-                "hue": number % _HUES,
+                "hue": number % HUES,
             }
             for number, group in enumerate(graph.groups)
         ],
@@ -169,7 +187,7 @@ def _box(block: Block, row: int, widest: int, reasons: dict[str, Refusal], ancho
         label=_label(block),
         title="\n".join(lines),
         link=link if block.group is None else f"#{anchor}-group{block.group}",
-        hue=None if block.group is None else block.group % _HUES,
+        hue=None if block.group is None else block.group % HUES,
     )
 
 
@@ -205,6 +223,6 @@ def _fused_box(group: GroupSummary, index: int, rows: Sequence[int], widest: int
         label=f"group {index}: {len(group.members)} FFNs in one, width {group.width}",
         title="\n".join(lines),
         link=f"#{anchor}-group{index}",
-        hue=index % _HUES,
+        hue=index % HUES,
         slices=slices,
     )

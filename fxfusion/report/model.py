@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fxfusion.errors import Refusal
 
 if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
     from torch import fx
 
 BlockKind = Literal["mixer", "ffn", "fused", "refused"]
@@ -90,6 +91,25 @@ class GraphReport:
             "nodes_after": self.nodes_after,
         }
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GraphReport:
+        """The report of `to_dict`'s data, without its graph modules. Raises `ValueError` that names a wrong field."""
+        from pydantic import TypeAdapter
+
+        blocks = TypeAdapter(tuple[Block, ...])
+        records = TypeAdapter(tuple[dict[str, Any], ...])
+        return cls(
+            chains=TypeAdapter(tuple[ChainSummary, ...]).validate_python(data.get("chains", ())),
+            groups=TypeAdapter(tuple[GroupSummary, ...]).validate_python(data.get("groups", ())),
+            refusals=TypeAdapter(tuple[Refusal, ...]).validate_python(data.get("refusals", ())),
+            history=records.validate_python(data.get("passes", ())),
+            verifications=records.validate_python(data.get("verifications", ())),
+            blocks_before=blocks.validate_python(data.get("blocks_before", ())),
+            blocks_after=blocks.validate_python(data.get("blocks_after", ())),
+            nodes_before=int(data.get("nodes_before", 0)),
+            nodes_after=int(data.get("nodes_after", 0)),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusionReport:
@@ -154,6 +174,24 @@ class FusionReport:
             "graphs": [graph.to_dict() for graph in self.graphs],
             "notes": list(self.notes),
         }
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        """As part of larger data, a report is what `to_dict` gives and `from_dict` takes."""
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(
+            lambda value: value if isinstance(value, cls) else cls.from_dict(value),
+            serialization=core_schema.plain_serializer_function_ser_schema(cls.to_dict),
+        )
+
+    @classmethod
+    def from_dict(cls, data: Any) -> FusionReport:
+        """The report of `to_dict`'s data; `before` and `after` are None. Raises `ValueError` for other data."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("graphs"), Sequence):
+            raise ValueError("a report has a list of `graphs`")
+        graphs = tuple(GraphReport.from_dict(graph) for graph in data["graphs"])
+        return cls(graphs=graphs, notes=tuple(str(note) for note in data.get("notes", ())))
 
     def to_html(self, path: str | Path, title: str = "fxfusion report") -> Path:
         """Write one self-contained HTML page (UTF-8, no outside assets) and return its path."""

@@ -1,0 +1,158 @@
+"""The results of all commands as one HTML page, of rows that the template `results.html.j2` draws.
+
+The page is one file of at most 2 MB that asks for nothing else. It can be read without JavaScript; a little of it
+shows what a pointer or the keys are on, and sorts tables.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from fxfusion.errors import FxFusionError
+from fxfusion.report import results_tables as tables
+from fxfusion.report.charts.heat_map import colour_scale, heat_map
+from fxfusion.report.charts.layer_map import layer_map
+from fxfusion.report.charts.scale import number
+from fxfusion.report.charts.scatter import panels
+from fxfusion.report.html import environment, graph_rows
+from fxfusion.report.results import PlanFacts, Results
+
+MAX_BYTES = 2_000_000
+
+# Parts of the results, what the page calls them, and the command that makes them.
+_PARTS = (
+    ("layers", "layer map", "fxfusion score"),
+    ("matrix", "dependency between layers", "fxfusion matrix"),
+    ("plan", "plan", "fxfusion plan"),
+    ("quality", "quality", "fxfusion eval"),
+    ("samples", "generated text", "fxfusion eval --generate 4"),
+    ("speed", "speed", "fxfusion eval --speed"),
+    ("sweep", "sweep of plans", "fxfusion sweep"),
+    ("report", "what the compiler found, and what it refused", "fxfusion plan"),
+)
+_UNITS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1.0, ""))
+
+
+def write_results_page(results: Results, path: str | os.PathLike[str], title: str = "fxfusion results") -> Path:
+    """Write the page (UTF-8, at most 2 MB, no outside assets) and return its path.
+
+    The file is complete or, where that fails, what it was before. Raises `FxFusionError` where it cannot be written
+    or the results do not fit 2 MB.
+    """
+    text = render(results, title)
+    target = Path(path)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise FxFusionError(f"{target}: cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def render(results: Results, title: str = "fxfusion results") -> str:
+    """The page as text. Above 2 MB it does without the matrix as a table, then without the compiler's report."""
+    shortened: list[str] = []
+    for left_out in ("", "the values of the matrix as a table", "what the compiler found"):
+        shortened += [left_out] if left_out else []
+        text = _render(results, title, shortened)
+        if len(text.encode()) <= MAX_BYTES:
+            return text
+    raise FxFusionError(
+        f"the page would take {len(text.encode()):,} bytes, at most {MAX_BYTES:,} are allowed:"
+        " give it fewer samples, sweep points or notes"
+    )
+
+
+def _render(results: Results, title: str, shortened: Sequence[str]) -> str:
+    heat = heat_map(results.matrix, results.plan) if results.matrix and results.matrix.layers else None
+    graphs, empty = graph_rows(results.report) if results.report and len(shortened) < 2 else ([], 0)
+    colours, powers = colour_scale()
+    titles = [tables.layer_title(layer) for layer in results.layers]
+    notes = [f"Left out, to keep the page below 2 MB: {', '.join(shortened)}."] if shortened else []
+    page = environment()
+    page.globals |= {"number": number, "numbers": tables.numbers, "row_title": tables.row_title}
+    return page.get_template("results.html.j2").render(
+        title=title,
+        facts=_facts(results),
+        tiles=_tiles(results),
+        notes=[*results.notes, *notes],
+        map=layer_map(results.layers, results.score_method) if results.layers else None,
+        layers=list(zip(results.layers, titles, tables.layer_cells(results.layers), strict=True)),
+        heat=heat,
+        unit=results.matrix.unit if results.matrix else "",
+        value_table=not shortened,
+        colours=colours,
+        powers=powers,
+        plan=results.plan,
+        plan_groups=tables.plan_groups(results.plan, results.layers) if results.plan else [],
+        quality=tables.quality(results.quality) if results.quality else None,
+        speed=tables.speed(results.speed) if results.speed else None,
+        sweep=tables.sweep(results.sweep) if results.sweep else None,
+        front=[point.front for point in results.sweep],
+        panels=panels(results.sweep),
+        samples=[tables.texts(sample) for sample in results.samples],
+        graphs=graphs,
+        empty=empty,
+        missing=_missing(results),
+    )
+
+
+def _facts(results: Results) -> str:
+    """The model in one line."""
+    model = results.model
+    if model is None:
+        return ""
+    sizes = [
+        f"{model.layers:,} layers" if model.layers else "",
+        f"hidden {model.hidden:,}" if model.hidden else "",
+        f"vocabulary {model.vocabulary:,}" if model.vocabulary else "",
+    ]
+    found = [model.name, model.architecture, *sizes]
+    return " · ".join(filter(None, found))
+
+
+def _tiles(results: Results) -> list[tuple[str, str]]:
+    """The key figures, as value and caption."""
+    tiles: list[tuple[str, str]] = []
+    if results.model and results.model.parameters:
+        count = results.model.parameters
+        size, unit = next((size, unit) for size, unit in _UNITS if count >= size)
+        tiles.append((f"{number(count / size)}{unit}", "parameters"))
+    if results.plan:
+        tiles += _plan_tiles(results, results.plan)
+    ends = [row for row in (results.quality[:1] + results.quality[1:][-1:]) if row.perplexity]
+    if ends:
+        values = " → ".join(tables.cell(row.perplexity, 2).value for row in ends)
+        tiles.append((values, f"perplexity: {' → '.join(row.name for row in ends)}"))
+    if results.speed:
+        tiles.append((f"{tables.cell(results.speed[0].ratio, 2).value}x", f"as fast: {results.speed[0].name}"))
+    return tiles
+
+
+def _plan_tiles(results: Results, plan: PlanFacts) -> list[tuple[str, str]]:
+    had = sum(layer.mixer != "none" for layer in results.layers)
+    fused = sum(len(group) for group in plan.groups)
+    tiles = [
+        (f"{len(plan.dropped_attention)}{f' of {had}' if had else ''}", "attention layers dropped"),
+        (f"{fused} → {len(plan.groups)}" if fused else "0", "FFNs fused into wide ones"),
+    ]
+    if results.layers:
+        before = had + sum(bool(layer.width) for layer in results.layers)
+        after = before - len(plan.dropped_attention) - fused + len(plan.groups)
+        tiles.append((f"{before} → {after}", "residual blocks in a row"))
+    return tiles
+
+
+def _missing(results: Results) -> list[tuple[str, str]]:
+    """What is not on the page, and the command that makes it."""
+    found = [(what, command) for name, what, command in _PARTS if not getattr(results, name)]
+    if results.layers and not any(layer.score for layer in results.layers):
+        found.insert(0, ("attention scores", "fxfusion score"))
+    return found
