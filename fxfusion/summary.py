@@ -21,18 +21,14 @@ def summarise_chain(chain: Chain) -> ChainSummary:
 
 def summarise_group(group: Group) -> GroupSummary:
     members = tuple(summarise_member(ffn) for ffn in group.members)
-    return GroupSummary(members=members, norm=group.norm, width=group.width, packed_bytes=_bytes(group))
+    size = sum(member_bytes(member) for member in group.members)
+    return GroupSummary(members=members, norm=group.norm, width=group.width, packed_bytes=size)
 
 
-def _bytes(group: Group) -> int:
-    """Memory of the wide weights: that of the members' weights (biases are small change)."""
-    total = 0
-    for member in group.members:
-        for weight in member.weights:
-            value = ops.tensor_value(weight)
-            if value is not None:
-                total += size_hint(value.numel()) * value.element_size()
-    return total
+def member_bytes(ffn: FfnNode) -> int:
+    """Memory of an FFN's weights, and so its share of a wide one's (biases are small change)."""
+    values = [value for weight in ffn.weights if (value := ops.tensor_value(weight)) is not None]
+    return sum(size_hint(value.numel()) * value.element_size() for value in values)
 
 
 def blocks_before(matches: Matches, groups: Sequence[Group]) -> tuple[Block, ...]:

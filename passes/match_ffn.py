@@ -78,7 +78,7 @@ class FfnMatcher:
             prologue_structure=prologue,
             structure=structure,
             name=provenance.common_path(linears) or str(add),
-            layer=provenance.layer_path((*found.nodes, add)),
+            layer=provenance.owning_layer(found.nodes, add),
             source=provenance.source_line(regions.down.node),
         )
 

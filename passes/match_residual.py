@@ -58,7 +58,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
             refusals.append(_refusal(refused, add, found))
             debug.show(4, f"candidate {add}: {refused.code.value}: {refused.message}")
             if refused.code is RefusalCode.TOKEN_MIXING:
-                layer = provenance.layer_path(_owners(add, found))
+                layer = provenance.owning_layer(_owners(add, found)[:-1], add)
                 mixers.append(Mixer(add=add, nodes=found.nodes, op=_mixing_op(found, facts), layer=layer))
     return Matches(ffns=tuple(ffns), mixers=tuple(mixers), refusals=tuple(refusals))
 

@@ -63,6 +63,11 @@ def layer_path(nodes: Iterable[fx.Node]) -> str:
     return ""
 
 
+def owning_layer(owners: Sequence[fx.Node], add: fx.Node) -> str:
+    """The layer of a branch and its addition; that of the branch alone where the model adds outside its layers."""
+    return layer_path((*owners, add)) or layer_path(owners)
+
+
 def layer_numbers(paths: Sequence[str]) -> list[int | None]:
     """The number of each layer path that tells it from the others.
 

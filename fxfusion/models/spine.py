@@ -66,7 +66,7 @@ def _addition(add: fx.Node, earlier: Mapping[fx.Node, Addition], facts: GraphFac
         linears = [node for node in found.nodes if ops.op_name(node) in LINEARS]
         if found.reaches_stop and linears:
             owners = [node for node in linears if provenance.has_provenance(node)]
-            layer = provenance.layer_path((*owners, add))
+            layer = provenance.owning_layer(tuple(owners), add)
             return Addition(add=add, stream=stream, branch=branch, reads=reads, nodes=found.nodes, layer=layer)
     return None
 

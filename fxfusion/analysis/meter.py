@@ -1,0 +1,169 @@
+"""Measures plans on one text against the intact model, and remembers what it measured.
+
+One capture and one run of the intact model serve all plans; with a cache folder, one run serves all processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfusion.analysis.planned import PlannedModel, analyse_without
+from fxfusion.analysis.quality import Batch, Estimate, Quality, evaluate, record_logits
+from fxfusion.errors import FxFusionError
+from fxfusion.graph.provenance import layer_numbers
+from fxfusion.models.fingerprint import facts_of
+from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.plan import FusionPlan, Member
+from fxfusion.summary import member_bytes
+
+_RECORDED_BYTES = 2**29  # logits of the intact model that are kept rather than computed again for each plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainFacts:
+    """FFNs in a row without a mixer in between. `widths` [intermediate channels], `bytes` of weights, by member.
+
+    `leading`: whether the first member sits in the layer whose mixer wrote the chain's input.
+    """
+
+    members: tuple[Member, ...]
+    widths: tuple[int, ...]
+    bytes: tuple[int, ...]
+    leading: bool
+
+
+class PlanMeter:
+    """Quality of plans for one model on the same batches.
+
+    `cache`: a folder; results are written after each measurement and found again by the next process. Raises
+    `FxFusionError` where the folder holds results of another model or text.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], cache: str | os.PathLike[str] | None = None) -> None:
+        self.model = model
+        self.batches = list(batches)
+        if not self.batches:
+            raise ValueError("batches is empty: nothing to measure plans on")
+        self.traced = TracedModel(model)
+        self._store = _Store(None if cache is None else Path(cache), self._identity())
+        self._chains: dict[tuple[int, ...], tuple[ChainFacts, ...]] = {}
+        self._reference: Any = None
+
+    @property
+    def graph(self) -> TracedGraph:
+        """The intact model's graph, for batches like the first."""
+        return self.traced.graph(self.batches[0])
+
+    @property
+    def mixers(self) -> tuple[int, ...]:
+        """Layers that have attention (or another mixer)."""
+        return tuple(sorted({block.layer for block in self.graph.blocks.mixers}))
+
+    def chains(self, dropped: Sequence[int]) -> tuple[ChainFacts, ...]:
+        """The chains of two or more FFNs once the attention of some layers is gone."""
+        key = tuple(sorted(dropped))
+        if key not in self._chains:
+            found = analyse_without(self.graph, key)
+            numbers = dict(zip([ffn.add for ffn in found.matches.ffns], _members(found.matches.ffns), strict=True))
+            self._chains[key] = tuple(
+                ChainFacts(
+                    members=tuple(numbers[ffn.add] for ffn in chain.members),
+                    widths=tuple(ffn.width for ffn in chain.members),
+                    bytes=tuple(member_bytes(ffn) for ffn in chain.members),
+                    leading=chain.leading,
+                )
+                for chain in found.chains
+                if len(chain.members) > 1
+            )
+        return self._chains[key]
+
+    @property
+    def ffns(self) -> int:
+        """FFNs of the model, fusable or not: one for each decoder layer at least."""
+        return max(len(self.graph.blocks.layers), len(self.graph.blocks.ffns))
+
+    def quality(self, plan: FusionPlan) -> Quality:
+        """Loss, perplexity, and what is lost against the intact model."""
+        key = json.dumps([sorted(plan.dropped_attention), [list(group) for group in plan.groups], plan.norm])
+        known = self._store.get(key)
+        if known is None:
+            known = evaluate(PlannedModel(self.traced, plan), self.batches, self._intact())
+            self._store.put(key, known)
+        return known
+
+    def _intact(self) -> Any:
+        """The intact model's logits where they are small enough to keep, else the model itself."""
+        if self._reference is None:
+            intact = PlannedModel(self.traced, FusionPlan())  # through the same graph: a plan of nothing costs nothing
+            self._reference = record_logits(intact, self.batches) if self._logit_bytes() <= _RECORDED_BYTES else intact
+        return self._reference
+
+    def _logit_bytes(self) -> int:
+        value = self.graph.logits.meta.get("example_value")
+        per_token = value.shape[-1] * value.element_size() if isinstance(value, Tensor) else 0
+        return per_token * sum(_ids(batch).numel() for batch in self.batches)
+
+    def _identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else [("input_ids", batch)]:
+                digest.update(
+                    f"{name} {list(value.shape)}".encode() if isinstance(value, Tensor) else repr(value).encode()
+                )
+                if isinstance(value, Tensor):
+                    digest.update(value.detach().cpu().contiguous().to(torch.float64).numpy().tobytes())
+        return {"model": facts_of(self.model).model_dump(mode="json"), "batches": digest.hexdigest()[:16]}
+
+
+class _Store:
+    """Measured qualities by plan, in memory and in a file that is whole at every moment."""
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
+        self.path = None if folder is None else folder / "plans.json"
+        self.identity = dict(identity)
+        self.known: dict[str, dict[str, Any]] = {}
+        if self.path is None or not self.path.exists():
+            return
+        stored = json.loads(self.path.read_text(encoding="utf-8"))
+        if stored["identity"] != self.identity:
+            raise FxFusionError(f"{self.path} holds measurements of another model or text; use another cache folder")
+        self.known = stored["plans"]
+
+    def get(self, key: str) -> Quality | None:
+        found = self.known.get(key)
+        if found is None:
+            return None
+        return Quality(
+            **{name: Estimate(**value) if isinstance(value, dict) else value for name, value in found.items()}
+        )
+
+    def put(self, key: str, quality: Quality) -> None:
+        self.known[key] = asdict(quality)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_suffix(".part")
+        scratch.write_text(json.dumps({"identity": self.identity, "plans": self.known}, indent=1), encoding="utf-8")
+        scratch.replace(self.path)
+
+
+def _members(ffns: Sequence[Any]) -> list[Member]:
+    """Layer numbers where they tell the FFNs apart, module paths where they do not."""
+    numbers = layer_numbers([ffn.layer for ffn in ffns])
+    if None in numbers or len(set(numbers)) < len(numbers):
+        return [ffn.name for ffn in ffns]
+    return [number for number in numbers if number is not None]
+
+
+def _ids(batch: Batch) -> Tensor:
+    found: Tensor = batch["input_ids"] if isinstance(batch, Mapping) else batch
+    return found
