@@ -80,7 +80,7 @@ def _text(name: str) -> str:
     if len(content) > MAX_BYTES:
         raise PlanError(f"{name}: larger than {MAX_BYTES} bytes, so it is no plan file")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         raise PlanError(f"{name}: not a text file (UTF-8)") from None
 
@@ -240,4 +240,4 @@ def _represent_list(dumper: SafeDumper, items: list[Any]) -> Node:
 
 
 def _represent_dict(dumper: SafeDumper, fields: dict[Any, Any]) -> Node:
-    return dumper.represent_mapping(f"{_TAG}map", list(fields.items()), flow_style=False)
+    return dumper.represent_mapping(f"{_TAG}map", fields, flow_style=False)

@@ -95,6 +95,7 @@ plans = st.builds(
 
 @settings(deadline=None, max_examples=150)
 @example(FULL)
+@example(FusionPlan(made_by={"command": "\x85", "date": "a\u2028 b"}))
 @example(FusionPlan(groups=[[7, "a.b", 5]], made_by={"command": "a\nb\t\x7f\x85\u2028\ufeff\ud800 \U0001f600 # x: y"}))
 @given(plans)
 def test_what_is_saved_comes_back(tmp_path_factory: pytest.TempPathFactory, plan: FusionPlan) -> None:

@@ -36,7 +36,9 @@ def decoder(seed: int = 0, **changes: Any) -> nn.Module:
     """A tiny causal language model with sliding and full attention, and a config that lists both."""
     torch.manual_seed(seed)
     kinds = ["sliding_attention", "full_attention"] * 2
-    config = transformers.Qwen2Config(**SMALL | {"layer_types": kinds, "sliding_window": 4} | changes)
+    config = transformers.Qwen2Config(
+        **SMALL | {"layer_types": kinds, "sliding_window": 4, "use_sliding_window": True} | changes
+    )
     return transformers.Qwen2ForCausalLM(config).eval()
 
 
