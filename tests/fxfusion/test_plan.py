@@ -168,8 +168,9 @@ def test_a_path_resolves(tmp_path: Path, name: str) -> None:
 
 
 def test_a_missing_file_is_no_preset(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="gone.yaml: cannot be read: No such file"):
-        FusionPlan.resolve(str(tmp_path / "gone.yaml"))
+    for name in ("gone.yaml", "gone.YML", "gone.json"):
+        with pytest.raises(PlanError, match=f"{name}: cannot be read: No such file"):
+            FusionPlan.resolve(str(tmp_path / name))
     with pytest.raises(PlanError, match="gone: cannot be read: No such file"):
         FusionPlan.resolve(tmp_path / "gone")
 
