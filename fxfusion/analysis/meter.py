@@ -142,9 +142,10 @@ class _Store:
         found = self.known.get(key)
         if found is None:
             return None
-        return Quality(
-            **{name: Estimate(**value) if isinstance(value, dict) else value for name, value in found.items()}
-        )
+        values: dict[str, Any] = {
+            name: Estimate(**value) if isinstance(value, dict) else value for name, value in found.items()
+        }
+        return Quality(**values)
 
     def put(self, key: str, quality: Quality) -> None:
         self.known[key] = asdict(quality)

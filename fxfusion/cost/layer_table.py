@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fxfusion.errors import OptionError, PlanError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan import FusionPlan, Member
 from fxfusion.policy import describe
 
 _FOLDER = resources.files("fxfusion.cost") / "architectures"
@@ -156,18 +156,20 @@ def paper_plan(
     useless = begins - {layer for members in fusable for layer in members[1:]}
     if useless:
         raise PlanError(f"splits: layer {min(useless)} is not inside a run of FFNs that could be fused")
-    sizes = {layer: table.ffn_bytes(layer, bytes_per_parameter) for members in fusable for layer in members}
-    groups = [group for members in fusable for group in _cut(members, begins, sizes, max_bytes)]
+    sizes: dict[Member, int] = {
+        layer: table.ffn_bytes(layer, bytes_per_parameter) for members in fusable for layer in members
+    }
+    groups = [group for members in fusable for group in cut_run(members, begins, sizes, max_bytes)]
     return FusionPlan(
         groups=[group for group in groups if len(group) > 1], dropped_attention=table.without_mixer(), norm="last"
     )
 
 
-def _cut(
-    members: Iterable[int], begins: frozenset[int], sizes: Mapping[int, int], room: int | None
-) -> Iterator[tuple[int, ...]]:
+def cut_run(
+    members: Iterable[Member], begins: frozenset[int], sizes: Mapping[Member, int], room: int | None
+) -> Iterator[tuple[Member, ...]]:
     """Consecutive groups of one run: a new one at each of `begins`, and where the next FFN has no room."""
-    group: list[int] = []
+    group: list[Member] = []
     for layer in members:
         full = room is not None and sum(sizes[member] for member in group) + sizes[layer] > room
         if group and (layer in begins or full):

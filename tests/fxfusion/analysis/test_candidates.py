@@ -52,7 +52,12 @@ def test_without_chains_nothing_can_be_fused() -> None:
 
 @pytest.mark.parametrize(
     ("limits", "largest"),
-    [(Limits(max_members=3), 3), (Limits(max_width=25), 2), (Limits(max_bytes=399), 3), (Limits(max_dependency=0.0), 1)],
+    [
+        (Limits(max_members=3), 3),
+        (Limits(max_width=25), 2),
+        (Limits(max_bytes=399), 3),
+        (Limits(max_dependency=0.0), 1),
+    ],
 )
 def test_limits_bind_every_proposal(limits: Limits, largest: int) -> None:
     subject = model(chain(1, 8))

@@ -1,0 +1,125 @@
+"""`make_plan`: one call from a model and a text to a plan that can be saved, compiled and applied."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from torch import nn
+
+from fxfusion.analysis.budget import Budget
+from fxfusion.analysis.meter import PlanMeter
+from fxfusion.analysis.partition import Limits
+from fxfusion.analysis.planner import Planner, search
+from fxfusion.analysis.quality import Batch
+from fxfusion.analysis.scores import AttentionScores, Method
+from fxfusion.cost.layer_table import cut_run
+from fxfusion.errors import OptionError, PlanError
+from fxfusion.models.fingerprint import facts_of
+from fxfusion.plan import FusionPlan, LayerScore, MadeBy, Scores
+from fxfusion.policy import NormMode
+
+
+def make_plan(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    drop: int | float | None = None,
+    dropped_attention: Sequence[int] | None = None,
+    max_perplexity_increase: float | None = None,
+    max_kl: float | None = None,
+    target_depth: int | None = None,
+    max_members: int | None = None,
+    max_width: int | None = None,
+    max_bytes: int | None = None,
+    max_dependency: float | None = None,
+    norm: NormMode = "fold",
+    method: Method = "loss",
+    preset: Literal["paper"] | None = None,
+    splits: Iterable[int] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    command: str | None = None,
+) -> FusionPlan:
+    """Choose which attention to drop and which FFNs to fuse, by measurement, under a budget.
+
+    Args:
+        model: a causal language model that is captured as one graph. It is not changed.
+        batches: calibration text: `input_ids` `[batch, seq]` or dicts of model inputs; a few thousand tokens.
+        drop: how many attention layers to drop (int), or which fraction of them (float up to 1.0).
+        dropped_attention: exactly these instead.
+        max_perplexity_increase: relative to the intact model on these batches (0.05: 5 %).
+        max_kl: largest KL divergence from the intact model, in nats per token.
+        target_depth: how many FFNs one behind the other may remain; at least that much attention is dropped.
+        max_members, max_width [intermediate channels], max_bytes: of one fused FFN.
+        max_dependency: largest entry of the dependency matrix inside a group.
+        norm: see `FusionPlan`. method: see `attention_scores`.
+        preset: `"paper"` leaves the leading and the last FFN of each run out and takes the norm of a group's last
+            member; groups are cut at `splits` (layers at which one begins) or where `max_bytes` is full, not measured.
+        cache: a folder where scores, matrices and measured plans are kept: the next call measures only what is new.
+        progress: show progress bars. command: what is noted in the plan as its maker.
+
+    Without any budget only chains that the model has already are fused. Of the plans within the budget the one with
+    the fewest FFNs is chosen, among those the one with the least loss; the first and last FFN of a chain stay out
+    where measurement says that they cost more than their share.
+
+    Raises:
+        OptionError: a budget that cannot be (negative, more layers than there are).
+        PlanError: no plan fits the budget; the message says what is possible.
+        CaptureError: the model cannot be captured as one graph.
+    """
+    budget = Budget(
+        drop=drop, max_perplexity_increase=max_perplexity_increase, max_kl=max_kl, target_depth=target_depth
+    )
+    limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
+    planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
+    if preset is not None:
+        chosen = _preset(planner, preset, budget, dropped_attention, splits)
+    elif splits is not None:
+        raise OptionError("splits belong to preset='paper'; the planner cuts by measurement")
+    else:
+        chosen = search(planner, budget, dropped_attention).plan
+    return recorded(planner, chosen, command)
+
+
+def _preset(
+    planner: Planner, preset: str, budget: Budget, dropped: Sequence[int] | None, splits: Iterable[int] | None
+) -> FusionPlan:
+    """The paper's rule on the run of attentions that is cheapest to drop (or those given)."""
+    if preset != "paper":
+        raise OptionError(f"preset: expected 'paper', got {preset!r}")
+    if dropped is None:
+        number = budget.count(len(planner.meter.mixers)) or 0
+        dropped = planner.drops(number)[-1]
+    begins, groups = frozenset(splits or ()), []
+    for chain in planner.meter.chains(dropped):
+        run = chain.members[int(chain.leading) : -1]
+        sizes = dict(zip(chain.members, chain.bytes, strict=True))
+        groups += [group for group in cut_run(run, begins, sizes, planner.limits.max_bytes) if len(group) > 1]
+    useless = begins - {group[0] for group in groups}
+    if useless:
+        raise PlanError(f"splits: no group begins at layer {min(useless)}")
+    return FusionPlan(groups=groups, dropped_attention=sorted(dropped), norm="last")
+
+
+def recorded(planner: Planner, plan: FusionPlan, command: str | None = None) -> FusionPlan:
+    """The plan with what it was made for, from and by."""
+    scores = planner.known_scores
+    return FusionPlan(
+        groups=plan.groups,
+        dropped_attention=plan.dropped_attention,
+        norm=plan.norm,
+        model=facts_of(planner.meter.model),
+        scores=None if scores is None else _scores(scores),
+        made_by=MadeBy.now(command=command),
+    )
+
+
+def _scores(scores: AttentionScores) -> Scores:
+    return Scores(
+        method=scores.method,
+        values=tuple(
+            LayerScore(layer=score.layer, value=float(score.value), error=score.error) for score in scores.scores
+        ),
+    )

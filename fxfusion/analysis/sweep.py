@@ -1,0 +1,179 @@
+"""Many plans at once: what each depth costs, as a Pareto front.
+
+found = sweep(model, batches, drops=(2, 4, 6))
+found.to_csv("sweep.csv"); found.plot("sweep.svg")
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxfusion.analysis.meter import PlanMeter
+from fxfusion.analysis.partition import Limits
+from fxfusion.analysis.planner import Measured, Planner
+from fxfusion.analysis.quality import Batch
+from fxfusion.analysis.scores import Method
+from fxfusion.policy import NormMode
+
+_MOST_DROPS = 6  # numbers of dropped attentions that a sweep tries by itself
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """One measured plan. `on_front`: no other has as few FFNs at as little loss."""
+
+    measured: Measured
+    on_front: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        plan, quality = self.measured.plan, self.measured.quality
+        return {
+            "depth": self.measured.depth,
+            "dropped_attention": list(plan.dropped_attention),
+            "groups": [list(group) for group in plan.groups],
+            "norm": plan.norm,
+            "fused_bytes": self.measured.fused_bytes,
+            "on_front": self.on_front,
+            "quality": quality.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """All measured plans, the shallowest first. `intact`: FFNs of the model as it is."""
+
+    points: tuple[SweepPoint, ...]
+    intact: int
+
+    @property
+    def front(self) -> tuple[SweepPoint, ...]:
+        """The plans that no other beats in both depth and loss."""
+        return tuple(point for point in self.points if point.on_front)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"intact_depth": self.intact, "points": [point.to_dict() for point in self.points]}
+
+    def to_csv(self, path: str | os.PathLike[str]) -> Path:
+        """One row for each plan."""
+        columns = (
+            "depth dropped fused_bytes on_front loss perplexity perplexity_low perplexity_high loss_increase kl top1"
+        )
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*columns.split(), "dropped_attention", "groups", "norm"])
+            for point in self.points:
+                writer.writerow(_row(point))
+        return Path(path)
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Depth against perplexity with its front, as PNG or SVG by the suffix."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        counts = sorted({len(point.measured.plan.dropped_attention) for point in self.points})
+        for count in counts:
+            chosen = [point for point in self.points if len(point.measured.plan.dropped_attention) == count]
+            axes.plot(
+                [point.measured.depth for point in chosen],
+                [float(point.measured.quality.perplexity) for point in chosen],
+                "o",
+                alpha=0.7,
+                color=f"C{counts.index(count) % 10}",
+                label=f"{count} attentions dropped",
+            )
+        front = sorted(self.front, key=lambda point: point.measured.depth)
+        depths = [point.measured.depth for point in front]
+        axes.plot(depths, [float(p.measured.quality.perplexity) for p in front], "-", color="black", label="front")
+        axes.set_xlabel("FFNs one behind the other")
+        axes.set_ylabel("perplexity")
+        axes.set_yscale("log")
+        axes.set_title("What depth costs")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize="small")
+        figure.savefig(path)
+        return Path(path)
+
+
+def sweep(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    drops: Sequence[int] | None = None,
+    max_members: int | None = None,
+    max_width: int | None = None,
+    max_bytes: int | None = None,
+    max_dependency: float | None = None,
+    norm: NormMode = "fold",
+    method: Method = "loss",
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Sweep:
+    """Measure the best plan at every depth, for several numbers of dropped attentions. Arguments as `make_plan`.
+
+    `drops`: numbers of attention layers to drop (default: about six numbers from none to half of them).
+    """
+    limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
+    planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
+    return run_sweep(planner, _default_drops(len(planner.meter.mixers)) if drops is None else drops)
+
+
+def run_sweep(planner: Planner, drops: Sequence[int]) -> Sweep:
+    """A sweep with a planner that may have measured things already."""
+    found: dict[tuple[int, int], Measured] = {}
+    for number in _with_progress(drops, planner.progress):
+        for dropped in planner.drops(number):
+            for depth in planner.depths(dropped):
+                best = planner.best_at(dropped, depth)
+                key = (number, depth)
+                if best is not None and (key not in found or best.cost < found[key].cost):
+                    found[key] = best
+    measured = sorted(found.values(), key=lambda one: (one.depth, one.cost))
+    return Sweep(_with_front(measured), planner.meter.ffns)
+
+
+def _with_front(measured: Sequence[Measured]) -> tuple[SweepPoint, ...]:
+    """Marks the Pareto front; `measured` is sorted by depth, then cost."""
+    points, best = [], float("inf")
+    for one in measured:
+        points.append(SweepPoint(one, on_front=one.cost < best))
+        best = min(best, one.cost)
+    return tuple(points)
+
+
+def _default_drops(mixers: int) -> tuple[int, ...]:
+    half = mixers // 2
+    return tuple(sorted({round(index * half / (_MOST_DROPS - 1)) for index in range(_MOST_DROPS)}))
+
+
+def _row(point: SweepPoint) -> list[Any]:
+    measured, quality = point.measured, point.measured.quality
+    values = (
+        *(quality.loss, quality.perplexity, quality.perplexity.low, quality.perplexity.high),
+        *(quality.loss_increase, quality.kl, quality.top1),
+    )
+    return [
+        measured.depth,
+        len(measured.plan.dropped_attention),
+        measured.fused_bytes,
+        int(point.on_front),
+        *("" if value is None else f"{float(value):.6g}" for value in values),
+        " ".join(map(str, measured.plan.dropped_attention)),
+        "; ".join(" ".join(map(str, group)) for group in measured.plan.groups),
+        measured.plan.norm,
+    ]
+
+
+def _with_progress(drops: Sequence[int], progress: bool) -> Iterable[int]:
+    if not progress:
+        return drops
+    from rich.progress import track
+
+    return track(drops, description="sweep")

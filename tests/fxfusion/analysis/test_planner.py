@@ -1,0 +1,183 @@
+"""planner, make_plan and sweep: within the budget, the best that was measured, and cached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxfusion.analysis import meter as meter_file
+from fxfusion.analysis.budget import Budget
+from fxfusion.analysis.candidates import candidates
+from fxfusion.analysis.make_plan import make_plan
+from fxfusion.analysis.meter import PlanMeter
+from fxfusion.analysis.partition import Limits
+from fxfusion.analysis.planner import Planner, search
+from fxfusion.analysis.quality import Estimate, Quality
+from fxfusion.analysis.sweep import run_sweep
+from fxfusion.errors import FxFusionError, OptionError, PlanError
+from fxfusion.plan import FusionPlan
+from tests.tiny_lm import TinyLm, ids
+
+BATCHES = [ids(3, 9, seed=5), ids(3, 9, seed=6)]
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    """One planner for all tests that only ask; what it measured stays known."""
+    return Planner(PlanMeter(TinyLm(LAYERS), BATCHES))
+
+
+def test_a_fraction_of_the_attention_is_dropped_and_fused(planner: Planner) -> None:
+    found = search(planner, Budget(drop=0.4))
+    assert len(found.plan.dropped_attention) == 2 and found.depth <= LAYERS
+    assert found.depth == LAYERS - sum(len(group) - 1 for group in found.plan.groups)
+
+
+def test_at_a_depth_the_best_of_all_proposals_is_taken(planner: Planner) -> None:
+    found = search(planner, Budget(target_depth=3))
+    assert found.depth == 3
+    rivals = [
+        planner.measure(planner.without(dropped), groups)
+        for dropped in planner.drops(LAYERS - 3)
+        for groups in candidates(planner.without(dropped), planner.limits, 3)
+    ]
+    assert len(rivals) > 1 and found.cost == min(rival.cost for rival in rivals)
+
+
+def test_quality_limits_bind(planner: Planner) -> None:
+    loose = search(planner, Budget(max_kl=1e9))
+    assert loose.depth == 1 and len(loose.plan.dropped_attention) >= LAYERS - 1
+    costs = sorted(float(planner.unfused((layer,)).kl or 0.0) for layer in range(LAYERS))
+    tight = search(planner, Budget(max_kl=costs[0] / 2))
+    assert tight.plan == FusionPlan() and tight.depth == LAYERS
+    middle = search(planner, Budget(max_kl=costs[-1]))
+    assert float(middle.quality.kl or 9.0) <= costs[-1] and loose.depth <= middle.depth < tight.depth
+
+
+def test_what_cannot_be_had_says_what_can(planner: Planner) -> None:
+    with pytest.raises(PlanError, match=r"no plan fits the budget; without the attention of \[.*\]: . to 5 FFNs"):
+        search(planner, Budget(drop=1, target_depth=1))
+    with pytest.raises(PlanError, match="nats before anything is fused"):
+        search(planner, Budget(drop=2, max_kl=1e-9))
+    with pytest.raises(OptionError, match="the model has 5"):
+        search(planner, Budget(drop=6))
+
+
+def test_limits_reach_the_groups() -> None:
+    limited = Planner(PlanMeter(TinyLm(LAYERS), BATCHES), Limits(max_members=2))
+    found = limited.fused((1, 2, 3, 4))
+    assert max(len(group) for group in found.plan.groups) == 2
+    free = Planner(limited.meter).fused((1, 2, 3, 4))
+    assert max(len(group) for group in free.plan.groups) == 5
+
+
+class PricedMeter(PlanMeter):
+    """A meter whose losses are set by hand: so much for each merge, and so much more where a group has a member."""
+
+    def __init__(self, per_merge: float, extra: dict[int, float]) -> None:
+        super().__init__(TinyLm(LAYERS), BATCHES)
+        self.per_merge, self.extra = per_merge, extra
+
+    def quality(self, plan: FusionPlan) -> Quality:
+        members = [member for group in plan.groups for member in group]
+        price = self.per_merge * (len(members) - len(plan.groups))
+        price += sum(more for layer, more in self.extra.items() if layer in members)
+        one = Estimate(price, price, price)
+        return Quality(loss=one, perplexity=one.exp(), tokens=1, sequences=2, kl=one, top1=one, loss_increase=one)
+
+
+@pytest.mark.parametrize(
+    ("per_merge", "extra", "group"),
+    [
+        (0.01, {}, (1, 2, 3, 4)),  # all merges alike
+        (0.01, {4: 0.2}, (1, 2, 3)),  # the last costs far more than its share
+        (0.01, {1: 0.2}, (2, 3, 4)),  # the leading one does
+        (0.01, {1: 0.2, 4: 0.5}, (2, 3)),
+        (0.01, {2: 0.2}, (1, 2, 3, 4)),  # one inside: the chain is not cut there
+        (0.0001, {4: 0.005}, (1, 2, 3, 4)),  # more than its share, but nobody would notice
+    ],
+)
+def test_a_costly_end_stays_out_and_a_cheap_one_does_not(
+    per_merge: float, extra: dict[int, float], group: tuple[int, ...]
+) -> None:
+    priced = Planner(PricedMeter(per_merge, extra))
+    full = priced.fused((2, 3, 4))
+    assert full.plan.groups == ((1, 2, 3, 4),)
+    assert priced.without_costly_ends(full).plan.groups == (group,)
+
+
+def test_make_plan_records_what_made_it(tmp_path: Path) -> None:
+    model = TinyLm(LAYERS)
+    plan = make_plan(model, BATCHES, drop=2, method="cosine", cache=tmp_path, command="test")
+    assert plan.model is not None and plan.model.layers == LAYERS and plan.made_by is not None
+    assert plan.scores is not None and plan.scores.method == "cosine" and len(plan.scores.values) == LAYERS
+    path = tmp_path / "plan.yaml"
+    plan.save(path)
+    assert FusionPlan.load(path) == plan
+
+
+def test_a_second_plan_measures_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TinyLm(LAYERS)
+    first = make_plan(model, BATCHES, drop=2, cache=tmp_path)
+
+    def again(*_: Any, **__: Any) -> Any:
+        raise AssertionError("this was measured before")
+
+    monkeypatch.setattr(meter_file, "evaluate", again)
+    second = make_plan(model, BATCHES, drop=2, cache=tmp_path)
+    assert second.groups == first.groups and second.dropped_attention == first.dropped_attention
+    with pytest.raises(AssertionError, match="measured before"):
+        make_plan(model, BATCHES, drop=3, cache=tmp_path)
+
+
+def test_a_cache_of_another_model_or_text_is_refused(tmp_path: Path) -> None:
+    PlanMeter(TinyLm(LAYERS), BATCHES, tmp_path).quality(FusionPlan())
+    with pytest.raises(FxFusionError, match="another model or text"):
+        PlanMeter(TinyLm(LAYERS), BATCHES[:1], tmp_path)
+    with pytest.raises(FxFusionError, match="another model or text"):
+        PlanMeter(TinyLm(LAYERS + 1), BATCHES, tmp_path)
+
+
+def test_the_preset_leaves_the_ends_out() -> None:
+    plan = make_plan(TinyLm(LAYERS), BATCHES, dropped_attention=(1, 2, 3, 4), preset="paper")
+    assert plan.groups == ((1, 2, 3),) and plan.norm == "last", "0 leads, 4 is last"
+    with pytest.raises(OptionError, match="belong to preset"):
+        make_plan(TinyLm(LAYERS), BATCHES, splits=[2])
+    with pytest.raises(PlanError, match="no group begins at layer 0"):
+        make_plan(TinyLm(LAYERS), BATCHES, dropped_attention=(1, 2, 3, 4), preset="paper", splits=[0])
+
+
+def test_a_sweep_has_a_front(planner: Planner, tmp_path: Path) -> None:
+    found = run_sweep(planner, (0, 1, 3))
+    assert {len(point.measured.plan.dropped_attention) for point in found.points} == {0, 1, 3}
+    front = found.front
+    assert [p.measured.depth for p in front] == sorted({p.measured.depth for p in front})
+    for point in found.points:
+        beaten = any(
+            other.measured.depth <= point.measured.depth and other.measured.cost < point.measured.cost
+            for other in found.points
+        )
+        assert point.on_front != beaten or (beaten is False and point.on_front is False)
+    lines = found.to_csv(tmp_path / "sweep.csv").read_text().splitlines()
+    assert len(lines) == len(found.points) + 1 and lines[0].startswith("depth,dropped,fused_bytes")
+    for suffix in ("svg", "png"):
+        assert found.plot(tmp_path / f"sweep.{suffix}").stat().st_size > 1000
+
+
+def test_the_measured_quality_is_that_of_the_plan(planner: Planner) -> None:
+    found = search(planner, Budget(drop=2))
+    model = planner.meter.model
+    losses = []
+    for batch in BATCHES:
+        logits = model.planned(batch, found.plan.dropped_attention, found.plan.groups)
+        losses.append(_loss(logits, batch) - _loss(model(batch), batch))
+    assert found.cost == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+
+
+def _loss(logits: Tensor, batch: Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()))
