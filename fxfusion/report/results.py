@@ -20,6 +20,10 @@ Mixer = Literal["kept", "dropped", "none"]
 Unit = Literal["block", "ffn"]
 
 
+def _finite(number: float | None) -> float | None:
+    return number if number is None or math.isfinite(number) else None
+
+
 class _Part:
     """A field that no part knows is an error when read from a file."""
 
@@ -37,9 +41,7 @@ class Interval(_Part):
 
     def __post_init__(self) -> None:
         for name in ("value", "low", "high"):
-            number = getattr(self, name)
-            if number is not None and not math.isfinite(number):
-                object.__setattr__(self, name, None)
+            object.__setattr__(self, name, _finite(getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,8 @@ class Layer(_Part):
 class Matrix(_Part):
     """`values[i][j]`: how far the contribution of layer `layers[j]` turns when that of `layers[i]` is removed.
 
-    Cosine distances; None: not measured. `unit`: whole blocks or FFNs. `dropped`: layers without attention by then.
+    Cosine distances; None: not measured. What stands on and below the diagonal may be 0 or None: nothing depends on
+    what comes after it. `unit`: whole blocks or FFNs. `dropped`: layers without attention when it was measured.
     """
 
     layers: tuple[int, ...]
@@ -89,6 +92,8 @@ class Matrix(_Part):
         if len(self.values) != count or any(len(row) != count for row in self.values):
             shapes = sorted({len(row) for row in self.values})
             raise FxFusionError(f"matrix: {count} layers need {count} x {count} values, got rows of {shapes}")
+        values = tuple(tuple(map(_finite, row)) for row in self.values)
+        object.__setattr__(self, "values", values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

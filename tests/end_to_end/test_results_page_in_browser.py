@@ -19,7 +19,7 @@ from fxfusion.report.charts.heat_map import colour, colour_step
 from fxfusion.report.results import Interval, Results
 from fxfusion.report.results_page import write_results_page
 from tests.end_to_end.browser import NAMES, Browser, Page, find
-from tests.fxfusion.report.results_samples import almost_empty, everything, large
+from tests.fxfusion.report.results_samples import UNMEASURED, almost_empty, everything, large
 
 ARTEFACTS = Path(__file__).resolve().parents[2] / "artifacts" / "results_page"
 SAMPLES = {"everything": everything, "large": large, "almost_empty": almost_empty}
@@ -234,6 +234,7 @@ def test_the_tables_hold_the_numbers(browser: Browser, files: dict[str, Path], s
         (point.label, str(point.depth), shown(point.perplexity, 2), "yes" if point.front else "no")
         for point in results.sweep
     ]
+    assert {row["on the front"] for row in sweep} == {"yes", "no"}
 
 
 @pytest.mark.parametrize("sample", ["everything", "large"])
@@ -247,8 +248,11 @@ def test_the_values_of_the_matrix_stand_in_its_table(browser: Browser, files: di
     assert [row[0] for row in cells] == [str(layer) for layer in matrix.layers]
     for row in range(count):
         assert cells[row][1 : row + 2] == [""] * (row + 1)
-        found = [float(text) for text in cells[row][row + 2 :]]
-        assert found == pytest.approx(matrix.values[row][row + 1 :], rel=6e-3)
+        found, expected = cells[row][row + 2 :], matrix.values[row][row + 1 :]
+        if None in expected:
+            assert set(found) == {"?"}
+        else:
+            assert [float(text) for text in found] == pytest.approx(expected, rel=6e-3)
 
 
 def test_plan_refusals_and_text_are_there(browser: Browser, files: dict[str, Path]) -> None:
@@ -283,6 +287,13 @@ def test_the_pointer_on_a_cell_shows_its_value(browser: Browser, files: dict[str
     assert "an earlier layer" in tip(page)
     page.move(1, 1)
     assert tip(page) == ""
+
+
+def test_a_cell_that_is_not_measured_says_so(browser: Browser, files: dict[str, Path]) -> None:
+    page = browser.open(files["large"])
+    page.move(*cell_centre(page, UNMEASURED, 90, 126))
+    assert "not measured yet" in tip(page)
+    assert f"rows {UNMEASURED}." in page.run("document.querySelector('.about .note').textContent")
 
 
 def test_the_keys_reach_every_cell(browser: Browser, files: dict[str, Path]) -> None:
@@ -360,7 +371,7 @@ def test_the_heat_map_is_square_and_has_the_colours_of_its_values(
     assert matrix is not None
     count, box = len(matrix.layers), page.box("#heat")
     assert box["width"] == pytest.approx(box["height"], abs=1) and box["width"] > 250
-    cells = [(row, column) for row in (0, 3, count - 2) for column in (1, count // 2, count - 1)]
+    cells = [(row, column) for row in (0, 4, count - 2) for column in (1, count // 2, count - 1)]
     places = json.dumps([cell_centre(page, row, column, count) for row, column in cells])
     fill = "document.elementsFromPoint(x, y).find(one => one.matches('path'))?.getAttribute('fill') ?? null"
     found = page.run(f"{places}.map(([x, y]) => {fill})")

@@ -45,7 +45,7 @@ class HeatMap:
 
 
 def heat_map(matrix: Matrix, plan: PlanFacts | None) -> HeatMap:
-    """The matrix as coloured cells. Zeros on and below the diagonal are left blank: nothing is measured there."""
+    """The matrix as coloured cells. What is zero on and below the diagonal is left blank, as what is not measured."""
     place = {layer: index for index, layer in enumerate(matrix.layers)}
     dropped = matrix.dropped or (plan.dropped_attention if plan else ())
     groups = plan.groups if plan else ()
@@ -56,7 +56,7 @@ def heat_map(matrix: Matrix, plan: PlanFacts | None) -> HeatMap:
         ticks=layer_ticks(matrix.layers),
         outlines=tuple(outline for outline in outlines if outline is not None),
         strips=tuple(runs(place[layer] for layer in dropped if layer in place)),
-        missing=tuple(layer for layer, row in zip(matrix.layers, matrix.values, strict=True) if None in row),
+        missing=tuple(matrix.layers[at] for at, row in enumerate(matrix.values) if None in row[at + 1 :]),
         rows=[[value if value is None else float(f"{value:.4g}") for value in row] for row in matrix.values],
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.report import Block, ChainSummary, FusionReport, GraphReport, GroupSummary, MemberSummary
@@ -21,6 +22,7 @@ from fxfusion.report.results import (
     SweepPoint,
 )
 
+UNMEASURED = 3  # a row of the large matrix
 YAML = "version: 1\ndropped_attention: [4, 5, 6]\n"
 
 
@@ -60,8 +62,17 @@ def everything(count: int = 12, groups: Sequence[Sequence[int]] = ((4, 5, 6, 7),
 
 
 def large() -> Results:
-    """126 layers, three long groups."""
-    return everything(126, (range(50, 52), range(66, 86), range(86, 115)))
+    """126 layers, three groups, names of plans as long as real ones, a matrix of which a row is not measured yet."""
+    results = everything(126, (range(50, 52), range(66, 86), range(86, 115)))
+    assert results.matrix is not None
+    values = [[value or None for value in row] for row in results.matrix.values]
+    values[UNMEASURED] = [None] * 126
+    label = "dropped 42, 50-52, 66-115; fused [50-51] [66-73] [74-85] [86-100] [101-114]"
+    return replace(
+        results,
+        matrix=replace(results.matrix, values=tuple(map(tuple, values))),
+        sweep=tuple(replace(point, label=f"{point.label} {label}") for point in results.sweep),
+    )
 
 
 def almost_empty() -> Results:
@@ -113,7 +124,7 @@ def _quality() -> tuple[QualityRow, ...]:
 def _sweep(draw: random.Random) -> tuple[SweepPoint, ...]:
     points, best = [], math.inf
     for depth in range(6, 13):
-        loss = 3.0 + (12 - depth) * 0.2 + draw.random() * 0.3
+        loss = 3.0 + (12 - depth) * 0.15 + draw.random() * 0.5
         points.append(
             SweepPoint(
                 label=f"drop {12 - depth}",

@@ -66,3 +66,4 @@ def test_a_matrix_is_square(values: tuple[tuple[float, ...], ...]) -> None:
 def test_what_is_not_finite_is_none() -> None:
     assert Interval(1.0, -math.inf, math.inf) == Interval(1.0)
     assert Interval(math.nan) == Interval(None)
+    assert Matrix(layers=(0, 1), values=((0.0, math.nan), (0.0, 0.0))).values[0] == (0.0, None)

@@ -11,7 +11,7 @@ from fxfusion.report.charts.layer_map import layer_map
 from fxfusion.report.charts.scale import Scale, layer_ticks, number, runs
 from fxfusion.report.charts.scatter import panels, strip
 from fxfusion.report.results import Interval, Layer, Matrix, PlanFacts, SweepPoint
-from tests.fxfusion.report.results_samples import everything, large
+from tests.fxfusion.report.results_samples import UNMEASURED, everything, large
 
 
 def cells(path: str) -> set[tuple[int, int]]:
@@ -111,7 +111,8 @@ def test_every_measured_cell_is_filled_once_with_its_colour() -> None:
     found = heat_map(matrix, None)
     filled = [(cell, tint) for tint, path in found.fills for cell in cells(path)]
     expected = {(column, row): colour(colour_step(value)) for row, column, value in measured(matrix)}
-    assert len(filled) == len(expected) == 126 * 125 / 2
+    assert len(filled) == len(expected) == 126 * 125 / 2 - (125 - UNMEASURED)
+    assert found.missing == (UNMEASURED,)
     assert dict(filled) == expected
     assert sum(len(path) for _, path in found.fills) < 150_000
 
