@@ -57,6 +57,7 @@ MATCHERS = (
 )
 NORMALISERS = ("passes/drop_no_ops.py", "passes/drop_zero_branches.py", "passes/functionalise_adds.py")
 TESTS = ("tests/test_look_alikes.py", "tests/passes", "tests/fxfusion/graph/test_token_wise.py")
+SHARED = ("tests/conftest.py", "tests/helpers.py", "tests/blocks.py", "tests/look_alikes.py")
 REFUSALS = ("Refused", "_refuse", "_refusal")
 
 
@@ -259,8 +260,8 @@ def _known(path: Path) -> dict[str, dict[str, object]]:
 
 def _tests_digest() -> str:
     """A digest of the tests that run, and of what they share."""
-    files = {path for test in TESTS for path in [ROOT / test, *(ROOT / test).glob("**/*.py")] if path.is_file()}
-    files |= set((ROOT / "tests").glob("*.py"))
+    found = [path for name in (*TESTS, *SHARED) for path in [ROOT / name, *(ROOT / name).glob("**/*.py")]]
+    files = {path for path in found if path.is_file()}
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
