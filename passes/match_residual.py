@@ -55,10 +55,10 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
             ffns.append(matcher.match(stream, add, branch, found))
             debug.show(4, f"candidate {add}: FFN {ffns[-1].name}")
         except Refused as refused:
-            refusals.append(_refusal(refused, add, found))
+            refusals.append(_refusal(refused, add, found, facts))
             debug.show(4, f"candidate {add}: {refused.code.value}: {refused.message}")
             if refused.code is RefusalCode.TOKEN_MIXING:
-                layer = provenance.owning_layer(_owners(add, found)[:-1], add)
+                layer = provenance.owning_layer(linear_layers(found, facts), add)
                 mixers.append(Mixer(add=add, nodes=found.nodes, op=_mixing_op(found, facts), layer=layer))
     return Matches(ffns=tuple(ffns), mixers=tuple(mixers), refusals=tuple(refusals))
 
@@ -212,21 +212,22 @@ def weight_leaves(node: fx.Node, facts: GraphFacts) -> set[fx.Node]:
     return leaves
 
 
-def _refusal(refused: Refused, add: fx.Node, found: Slice) -> Refusal:
+def _refusal(refused: Refused, add: fx.Node, found: Slice, facts: GraphFacts) -> Refusal:
     node = refused.node if isinstance(refused.node, fx.Node) else add
     return Refusal(
         code=refused.code,
         message=refused.message,
         node=str(add),
-        layer=provenance.common_path(_owners(add, found)),
+        layer=provenance.common_path((*linear_layers(found, facts), add)),
         source=provenance.source_line(node) or provenance.source_line(add),
     )
 
 
-def _owners(add: fx.Node, found: Slice) -> tuple[fx.Node, ...]:
-    """The nodes that say where a branch lives: its linear layers (masks and angles are made elsewhere)."""
-    linears = tuple(node for node in found.nodes if ops.op_name(node) in LINEARS and provenance.has_provenance(node))
-    return (*linears, add)
+def linear_layers(found: Slice, facts: GraphFacts) -> tuple[fx.Node, ...]:
+    """The nodes that say where a branch lives: its linear layers. Masks and rotary angles are made elsewhere, some by
+    a product with a constant on the left, which is no linear layer."""
+    linears = [node for node in found.nodes if ops.op_name(node) in LINEARS and provenance.has_provenance(node)]
+    return tuple(node for node in linears if not mixes_tokens(node, facts))
 
 
 def _higher_order(node: fx.Node) -> Refusal:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from fxfusion.capture import capture_model
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.models.spine import Addition, follow_stream
+from fxfusion.models.traced import TracedModel
+from tests.blocks import HIDDEN, randomise
 from tests.fxfusion.models import tiny
 from tests.fxfusion.models.tiny import Layer, causal, token_ids
 
@@ -75,3 +77,32 @@ def test_a_model_without_additions_has_no_spine() -> None:
     with torch.no_grad():
         (captured,), _ = capture_model(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)), (token_ids() % 5,), {})
     assert follow_stream(GraphFacts(captured.module.graph, ()), 12) == ()
+
+
+class AnglesFirst(tiny.Causal):
+    """Makes rotary angles between the embedding and the first layer, by a product with a constant on the left."""
+
+    def __init__(self) -> None:
+        super().__init__([rotated, rotated])
+        self.register_buffer("frequencies", torch.linspace(0, 1, HIDDEN, dtype=torch.float64)[:, None])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        places = torch.arange(input_ids.shape[1], dtype=x.dtype)
+        angles = (self.frequencies @ places[None]).T.cos()
+        for layer in self.layers:
+            x = rotated(layer, x, angles)
+        return self.head(self.norm(x))
+
+
+def rotated(layer: Layer, x: Tensor, angles: Tensor | float = 1.0) -> Tensor:
+    x = x + layer.mix(x * angles)
+    return x + layer.ffn(layer.norm(x))
+
+
+def test_angles_made_after_the_embedding_do_not_hide_the_first_layer() -> None:
+    model = AnglesFirst()
+    randomise(model, 0)
+    blocks = TracedModel(model).graph(token_ids()).blocks
+    assert [block.name for block in blocks.mixers] == ["layers.0.mix", "layers.1.mix"]
+    assert [block.name for block in blocks.ffns] == ["layers.0.ffn", "layers.1.ffn"]
