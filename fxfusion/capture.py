@@ -118,11 +118,19 @@ def capture_model(
     except Exception as error:
         if not found:
             raise CaptureError(f"the model could not be captured: {type(error).__name__}: {error}") from error
-        return found, (f"capture stopped after {len(found)} graphs: {type(error).__name__}: {error}",)
+        stopped = f"capture stopped after {len(found)} graphs: {type(error).__name__}: {error}"
+        return _taken(found), (stopped,)
     if not found:
         raise CaptureError("Dynamo found no graph in the model (does it compute anything on tensors?)")
     notes = () if len(found) == 1 else (f"graph breaks cut the model into {len(found)} graphs",)
-    return found, notes
+    return _taken(found), notes
+
+
+def _taken(found: list[CapturedGraph]) -> list[CapturedGraph]:
+    """The graphs, out of the list: Dynamo keeps every backend it has seen, and with it the list and the weights."""
+    taken = list(found)
+    found.clear()
+    return taken
 
 
 def _fresh_caller(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -104,3 +107,13 @@ def test_capture_computes_nothing() -> None:
     graphs, notes = capture_model(forward, [tokens()], {})
     assert len(graphs) >= 1 and seen[0].shape == tokens().shape
     assert not seen[0].isnan().any()
+
+
+def test_a_capture_keeps_no_weight_alive() -> None:
+    model = stack()
+    weights = [weakref.ref(parameter) for parameter in model.parameters()]
+    graphs, _ = capture_model(model, (tokens(),), {})
+    assert any(ref() is value for ref in weights for value in graphs[0].values.values())
+    del model, graphs
+    gc.collect()
+    assert all(ref() is None for ref in weights)
