@@ -1,0 +1,49 @@
+"""What a config says about attention that was dropped: `config.fxfusion`, plain lists, so that it is saved with it.
+
+    {"dropped_attention": [4, 5], "cache_slots": [0, 1, 2, 3, None, None, 4, 5], "layer_types": None}
+
+Layers are numbered as in the intact model. `layer_types` is the intact model's list, which building the modules
+anew from the config needs; `config.layer_types` itself follows the cache slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fxfusion.errors import SurgeryError
+from fxfusion.models.cache_slots import set_attribute
+
+_NAME = "fxfusion"
+_KEYS = ("dropped_attention", "cache_slots", "layer_types")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropRecord:
+    """`dropped_attention`: layers, in order. `cache_slots`: for each layer, None where it has none. `layer_types`: of
+    the intact model, None where its config lists none."""
+
+    dropped_attention: list[int]
+    cache_slots: list[int | None]
+    layer_types: list[str] | None
+
+
+def read_record(config: Any) -> DropRecord | None:
+    """What was dropped so far, or None.
+
+    Raises `SurgeryError` where the record is none of ours.
+    """
+    found = getattr(config, _NAME, None)
+    if not isinstance(found, dict) or "dropped_attention" not in found:
+        return None
+    missing = [key for key in _KEYS if key not in found]
+    if missing:
+        raise SurgeryError(f"config.{_NAME} records dropped attention without {missing[0]}; was it edited?")
+    return DropRecord(**{key: found[key] for key in _KEYS})
+
+
+def write_record(config: Any, record: DropRecord) -> Callable[[], None]:
+    """Put the record into the config, beside what else is noted there. Returns what undoes it."""
+    found = getattr(config, _NAME, None)
+    return set_attribute(config, _NAME, {**(found if isinstance(found, dict) else {}), **asdict(record)})

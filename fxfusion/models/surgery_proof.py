@@ -1,0 +1,146 @@
+"""Proof that a model which lost some attention is the intact one without those mixers, and caches rightly.
+
+Two witnesses, neither of which knows the changed modules: the graph of the intact model with the mixers taken out,
+which says what the changed one must compute; and its own computation without a cache, which says what it must compute
+with one. `same_graph.py` has the proof that computes nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfusion.errors import SurgeryError
+from fxfusion.models.blocks import ResidualBlock
+from fxfusion.models.cache_slots import new_cache
+from fxfusion.models.traced import TracedGraph, evaluating, model_inputs
+
+TOKENS, PREFILL = 7, 4
+_FIRST_IDS = 256  # multimodal models keep the ids with a meaning of their own at the end
+_SAME = 32  # times the dtype's epsilon: the same operations in the same order
+_CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+_BROKEN = 0.1  # a cache that is off by this much does not work at all
+_CACHED = 8  # times what the intact model's own cache is off
+
+
+def proof_tokens(model: nn.Module) -> Tensor:
+    """A few random token ids, `[2, TOKENS]`, always the same, on the model's device."""
+    config: Any = model.config
+    decoder = config.get_text_config(decoder=True)
+    count = min(int(getattr(decoder, "vocab_size", _FIRST_IDS)), _FIRST_IDS)
+    special = {value for name, value in vars(decoder).items() if name.endswith("token_id") and isinstance(value, int)}
+    usable = torch.tensor([token for token in range(count) if token not in special] or list(range(count)))
+    places = torch.randint(len(usable), (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    weight = next(model.parameters(), None)
+    return usable[places].to(weight.device if weight is not None else "cpu")
+
+
+@dataclass(slots=True, kw_only=True)
+class Proof:
+    """What the changed model must compute. `expected`: logits `[2, TOKENS, vocabulary]`; `cached_error`: what cached
+    decoding of the intact model is off, None where it has no cache."""
+
+    ids: Tensor
+    expected: Tensor
+    cached_error: float | None
+
+    @classmethod
+    def of_intact(cls, model: nn.Module, traced: TracedGraph, removed: Sequence[ResidualBlock], ids: Tensor) -> Proof:
+        """Raises `SurgeryError` where the intact model is not causal, or its own cache does not work."""
+        intact = full_logits(model, ids)
+        _refuse_if_not_causal(model, ids, intact)
+        expected = traced.run(ids, keep=[traced.logits], removed=removed)[traced.logits]
+        error = _cached_error_of_intact(model, ids, intact)
+        return cls(ids=ids, expected=expected, cached_error=error)
+
+    def check_logits(self, model: nn.Module) -> None:
+        """Raises `SurgeryError` unless the model computes what the graph without the mixers does."""
+        error = relative(full_logits(model, self.ids), self.expected)
+        limit = _SAME * torch.finfo(self.expected.dtype).eps
+        if not error <= limit:
+            raise SurgeryError(f"the logits are off by {error:.2g} (allowed {limit:.2g})")
+
+    def check_cache(self, model: nn.Module) -> None:
+        """Raises `SurgeryError` unless decoding token by token gives the logits of the full computation."""
+        if self.cached_error is None:
+            return
+        decoded = cached_logits(model, self.ids)
+        assert decoded is not None
+        error = relative(decoded, full_logits(model, self.ids))
+        limit = _CACHED * (self.cached_error + torch.finfo(self.expected.dtype).eps)
+        if not error <= limit:
+            raise SurgeryError(f"cached decoding is off by {error:.2g} (allowed {limit:.2g})")
+
+
+@torch.no_grad()
+def full_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of all tokens at once, without a cache."""
+    with evaluating(model):
+        return _logits(model(**model_inputs(model, ids)), ids)
+
+
+@torch.no_grad()
+def cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
+    """Logits of a first part of the tokens at once and the others one by one, with a cache as `generate` makes it;
+    None where the model has none.
+
+    Raises `SurgeryError` where it keeps past tokens in another way.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "use_cache"):
+        return None
+    taken = [name for name in _CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters]
+    if not taken:
+        raise SurgeryError(f"{type(model).__name__} keeps past tokens in another way than a key-value cache")
+    cache = {taken[0]: new_cache(config)}
+    logits = []
+    with evaluating(model):
+        for part in (ids[:, :PREFILL], *ids[:, PREFILL:].split(1, dim=1)):
+            logits.append(_logits(model(input_ids=part, use_cache=True, **cache), part))
+    return torch.cat(logits, dim=1)
+
+
+def relative(value: Tensor, reference: Tensor) -> float:
+    """Root mean square of the difference over that of the reference around its mean over the vocabulary."""
+    wanted = reference.double()
+    scale = (wanted - wanted.mean(dim=-1, keepdim=True)).pow(2).mean().sqrt()
+    return float((value.double() - wanted).pow(2).mean().sqrt() / scale)
+
+
+def _cached_error_of_intact(model: nn.Module, ids: Tensor, intact: Tensor) -> float | None:
+    hint = "so nothing can be said about its cache (check=False skips this)"
+    try:
+        decoded = cached_logits(model, ids)
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise SurgeryError(f"cached decoding of the intact model fails, {hint}: {error}") from error
+    if decoded is None:
+        return None
+    off = relative(decoded, intact)
+    if not off < _BROKEN:
+        raise SurgeryError(
+            f"cached decoding of the intact model is off by {off:.2g} from its own full computation, {hint}"
+        )
+    return off
+
+
+def _refuse_if_not_causal(model: nn.Module, ids: Tensor, logits: Tensor) -> None:
+    other = ids.clone()
+    other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, 1], ids[:, 0])
+    change = relative(full_logits(model, other)[:, :-1], logits[:, :-1])
+    if not change <= _SAME * torch.finfo(logits.dtype).eps:
+        raise SurgeryError("the model is not causal: its logits depend on later tokens")
+
+
+def _logits(output: Any, ids: Tensor) -> Tensor:
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:-1] == ids.shape:
+            return value.detach().clone()
+    raise SurgeryError(f"the model returns no logits [batch, seq, vocabulary] for token ids {list(ids.shape)}")
