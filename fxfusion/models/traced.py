@@ -19,12 +19,12 @@ from torch import Tensor, fx, nn
 
 from fxfusion.capture import CapturedGraph, capture_model
 from fxfusion.errors import CaptureError, OptionError
-from fxfusion.graph import ops
 from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.blocks import Blocks, ResidualBlock, find_blocks
 from fxfusion.models.effects import Effects
+from fxfusion.models.interface import input_places, logits_node
 from fxfusion.pipeline import normalising_passes
 
 Batch = Tensor | Mapping[str, Any]
@@ -33,12 +33,17 @@ Batch = Tensor | Mapping[str, Any]
 class TracedModel:
     """Captures a model once for each shape of its inputs. The weights are the model's own, not copies.
 
-    `dropped_attention`: decoder layers whose mixers are left out of every graph; the model stays as it is.
+    `model`: may be a `TracedModel`, whose graphs are then used. `dropped_attention`: decoder layers whose
+    mixers are left out of every graph; the model stays as it is. After surgery a model must be traced anew.
     """
 
-    def __init__(self, model: nn.Module, dropped_attention: Iterable[int] = ()) -> None:
-        self.model = model
-        self.dropped_attention = tuple(sorted(set(dropped_attention)))
+    def __init__(self, model: nn.Module | TracedModel, dropped_attention: Iterable[int] = ()) -> None:
+        self._source = model if isinstance(model, TracedModel) else None
+        # What `torch.compile` returned holds the model that it was made from.
+        self.model: nn.Module = model.model if isinstance(model, TracedModel) else getattr(model, "_orig_mod", model)
+        known: tuple[int, ...] = () if self._source is None else self._source.dropped_attention
+        self._left_out = set(dropped_attention).difference(known)
+        self.dropped_attention: tuple[int, ...] = tuple(sorted(self._left_out.union(known)))
         self._graphs: dict[tuple[Any, ...], TracedGraph] = {}
 
     def graph(self, batch: Batch) -> TracedGraph:
@@ -50,21 +55,30 @@ class TracedModel:
         inputs = model_inputs(self.model, batch)
         key = tuple((name, *_look(value)) for name, value in sorted(inputs.items()))
         if key not in self._graphs:
-            graph = _trace(self.model, inputs)
-            self._graphs[key] = graph.without(self.dropped_attention) if self.dropped_attention else graph
+            graph = _trace(self.model, inputs) if self._source is None else self._source.graph(batch)
+            self._graphs[key] = graph.without(self._left_out) if self._left_out else graph
         return self._graphs[key]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run kept. `values`: by node; `removed`: the blocks that it left out."""
+    """What one run kept. `values`: by node; `removed`: the blocks that it left out.
+
+    `shared`: nodes kept because many blocks read them.
+    """
 
     values: Mapping[fx.Node, Any]
     removed: frozenset[ResidualBlock]
+    shared: frozenset[fx.Node] = frozenset()
 
     def __getitem__(self, node: fx.Node) -> Tensor:
         found: Tensor = self.values[node]
         return found
+
+    def keeping(self, nodes: Iterable[fx.Node]) -> Run:
+        """The same as a base for other runs, without the values of other nodes of blocks: they can be freed."""
+        wanted = self.shared.union(nodes)
+        return Run({node: value for node, value in self.values.items() if node in wanted}, self.removed, self.shared)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,9 +119,9 @@ class TracedGraph:
         known = self._unchanged(base, gone)
         shortcuts = _shortcuts(gone)
         needed = self._needed((*wanted, *(self._effects.side_effects if base is None else ())), known, shortcuts)
-        kept = set(wanted) | (needed.intersection(self._effects.shared) if base is None else set())
-        values = self._execute(needed, known, shortcuts, kept, self.inputs(batch))
-        return Run({node: values[node] for node in kept}, gone)
+        shared = (needed if base is None else base.shared & known.keys()) & frozenset(self._effects.shared)
+        values = self._execute(needed, known, shortcuts, {*shared, *wanted}, self.inputs(batch))
+        return Run(values, gone, frozenset(shared))
 
     def without(self, layers: Iterable[int]) -> TracedGraph:
         """The same model without the mixers of some layers: what stood beside them is matched anew."""
@@ -186,16 +200,21 @@ class TracedGraph:
         env = interpreter.env
         env.update(known)
         results = {node: known[node] for node in kept if node in known}
+        # What is written in place later on must be handed over as it was when it was made.
+        copied = {node for node in (*shortcuts.values(), *kept) if self._effects.is_written(node)}
+        copies: dict[fx.Node, Any] = {}
         for node in order:
             if node in shortcuts:
-                env[node] = env[shortcuts[node]]
+                source = shortcuts[node]
+                env[node] = copies[source].clone() if source in copies else env[source]
             else:
                 env[node] = inputs[node] if node.op == "placeholder" else interpreter.run_node(node)
-            is_written = self._effects.is_written(node)
-            if is_written and node.op in ("placeholder", "get_attr"):
+            if node.op in ("placeholder", "get_attr") and self._effects.is_written(node):
                 env[node] = env[node].clone()  # a buffer that the model updates: runs must not
+            if node in copied:
+                copies[node] = env[node].clone()
             if node in kept:
-                results[node] = env[node].clone() if is_written else env[node]
+                results[node] = copies.get(node, env[node])
             for source in (*_sources(node, shortcuts), node):
                 if last_reader.get(source, node) is node and source not in known:
                     env.pop(source, None)
@@ -227,31 +246,12 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> TracedGraph:
         raise CaptureError(f"the model must be captured as one graph to be run in parts; {'; '.join(notes)}")
     captured = found[0].copy()
     run_passes(captured.module, normalising_passes(captured.weights), History())
-    return _traced(captured, _places(captured, inputs), _logits(captured, ids), ids.numel())
+    return _traced(captured, input_places(captured, inputs), logits_node(captured, ids), ids.numel())
 
 
 def _traced(captured: CapturedGraph, places: Mapping[str, fx.Node], logits: fx.Node, tokens: int) -> TracedGraph:
     blocks = find_blocks(captured, tokens)
     return TracedGraph(captured=captured, places=places, blocks=blocks, logits=logits, tokens=tokens)
-
-
-def _places(captured: CapturedGraph, inputs: Mapping[str, Any]) -> dict[str, fx.Node]:
-    """Which placeholder takes which input: Dynamo passes the very tensors that the model was called with."""
-    nodes = [node for node in captured.module.graph.nodes if node.op == "placeholder"]
-    names = {id(value): name for name, value in inputs.items() if isinstance(value, Tensor)}
-    found = {names[id(value)]: node for node, value in zip(nodes, captured.inputs, strict=True) if id(value) in names}
-    if "input_ids" not in found:
-        raise CaptureError("the captured graph does not read the token ids")
-    return found
-
-
-def _logits(captured: CapturedGraph, ids: Tensor) -> fx.Node:
-    output = captured.module.graph.output_node()
-    for node in output.all_input_nodes:
-        value = ops.tensor_value(node)
-        if value is not None and value.is_floating_point() and value.dim() == 3 and value.shape[:2] == ids.shape:
-            return node
-    raise CaptureError(f"the model returns no logits [batch, seq, vocabulary] for token ids {list(ids.shape)}")
 
 
 def _shortcuts(gone: Iterable[ResidualBlock]) -> dict[fx.Node, fx.Node]:

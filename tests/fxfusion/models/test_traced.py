@@ -247,6 +247,25 @@ def test_a_traced_model_can_leave_attention_out_of_all_its_graphs() -> None:
         TracedModel(model, dropped_attention=[1, 3, 7]).graph(token_ids())
 
 
+def test_a_traced_model_lends_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = causal(tiny.plain, tiny.plain, tiny.plain), token_ids()
+    intact = TracedModel(model)
+    graph = intact.graph(ids)
+    monkeypatch.setattr("fxfusion.models.traced.capture_model", None)
+    assert TracedModel(intact).graph(ids) is graph and TracedModel(intact).model is model
+    without = TracedModel(TracedModel(intact, [2]), [0, 2])
+    assert without.dropped_attention == (0, 2)
+    assert [block.layer for block in without.graph(ids).blocks.mixers] == [1]
+    assert [block.layer for block in graph.blocks.mixers] == [0, 1, 2]
+
+
+def test_a_compiled_model_is_traced_like_its_own() -> None:
+    model, ids = causal(tiny.plain), token_ids()
+    graph = TracedModel(torch.compile(model, backend="eager")).graph(ids)  # type: ignore[arg-type]
+    assert [block.name for block in graph.blocks.mixers] == ["layers.0.mix"]
+    assert torch.equal(graph.run(ids, keep=[graph.logits])[graph.logits], model(ids))
+
+
 def test_all_attention_may_be_left_out() -> None:
     without = TracedModel(causal(tiny.plain, tiny.plain), dropped_attention=[0, 1]).graph(token_ids())
     assert without.blocks.mixers == () and len(without.blocks.ffns) == 2
@@ -282,6 +301,11 @@ def by_hand(model: Causal, ids: Tensor, *, mixer: int | None = None) -> list[Ten
     return [*streams, x]
 
 
+def kept_state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The state of a model of three layers without the middle one."""
+    return [(name, value) for name, value in model.state_dict().items() if not name.startswith("layers.1.")]
+
+
 @torch.no_grad()
 def test_a_stream_that_is_written_in_place_is_kept_as_it_was() -> None:
     model, ids = causal(tiny.in_place, tiny.in_place, tiny.in_place), token_ids()
@@ -292,6 +316,10 @@ def test_a_stream_that_is_written_in_place_is_kept_as_it_was() -> None:
     for node, stream in zip(nodes, expected[::2], strict=False):
         torch.testing.assert_close(base[node], stream)
     torch.testing.assert_close(base[graph.logits], model(ids))
+    layer = graph.blocks.layers[1]
+    without = Causal([tiny.plain, tiny.plain]).double()
+    without.load_state_dict({name.replace("layers.2", "layers.1"): value for name, value in kept_state(model)})
+    torch.testing.assert_close(removal(graph, ids, layer), without(ids))
     for number, block in enumerate(graph.blocks.mixers):
         run = graph.run(ids, keep=[graph.logits, *nodes], removed=[block], base=base)
         expected = by_hand(model, ids, mixer=number)
