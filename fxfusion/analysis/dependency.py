@@ -1,0 +1,204 @@
+"""How much each block depends on each earlier one: the dependency matrix of FFN Fusion.
+
+With h_j(X) = f_j(X) - X what block j adds to the stream, and h_j^i the same in the model without block i:
+
+    M[i, j] = cosine distance of h_j and h_j^i, mean over tokens          row: removed, column: measured
+
+Small means that block j does nearly the same without block i, so that the two may run in parallel.
+
+    cosine[j] = cos(X, f_j(X))     ratio[j] = |h_j(X)| / |X|     contribution_cosine[j] = cos(h_j(X), X)
+
+Cost: one run of the model, and for row i the blocks after i: about (L + 1) / 2 runs for L blocks, where a
+computation row by row takes L. Source: A. Bercovich et al., arXiv 2503.18908, sections 3 and 5.5, figure 3.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fxfusion.analysis.batches import Batch, measuring, model_device
+from fxfusion.analysis.dependency_store import MatrixState, load_matrix, save_matrix
+from fxfusion.analysis.resume import model_key, progress_bar
+from fxfusion.analysis.token_batches import TokenBatch, read_batches
+from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance, length_ratio, pick
+from fxfusion.errors import OptionError
+from fxfusion.models.blocks import ResidualBlock
+from fxfusion.models.traced import TracedGraph, TracedModel
+
+Unit = Literal["ffn", "block"]
+
+_BY_BLOCK = ("cosine", "ratio", "contribution_cosine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DependencyMatrix:
+    """What `dependency_matrix` measured.
+
+    `values`: `[L, L]`, row = removed block, column = measured block, zero on and below the diagonal. `layers`:
+    numbers of the decoder layers that hold the blocks, `names` their module paths. `cosine`, `ratio`,
+    `contribution_cosine`: `[L]`. All float32. `attention`: layers that have attention; `dropped_attention`:
+    those that had it until it was left out for this matrix. Means are over so many `tokens` and `sequences`.
+    """
+
+    values: Tensor
+    layers: tuple[int, ...]
+    names: tuple[str, ...]
+    unit: Unit
+    cosine: Tensor
+    ratio: Tensor
+    contribution_cosine: Tensor
+    attention: tuple[int, ...]
+    dropped_attention: tuple[int, ...]
+    tokens: int
+    sequences: int
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `matrix.safetensors` and `matrix.json`. Raises `OptionError` where that cannot be done."""
+        save_matrix(Path(folder), self._tensors(), self._facts())
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> DependencyMatrix:
+        """Read what `save` wrote, bit by bit. Raises `OptionError` where it is not there or not whole."""
+        tensors, facts = load_matrix(Path(folder))
+        values: dict[str, Any] = {**tensors, **facts}
+        if values.keys() != {field.name for field in fields(cls)}:
+            raise OptionError(f"{folder} holds no dependency matrix: its fields are {sorted(values)}")
+        for name, value in facts.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**self._facts(), **{name: value.tolist() for name, value in self._tensors().items()}}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("values", *_BY_BLOCK)}
+
+    def _facts(self) -> dict[str, Any]:
+        lists = {name: list(getattr(self, name)) for name in ("layers", "names", "attention", "dropped_attention")}
+        return {"unit": self.unit, "tokens": self.tokens, "sequences": self.sequences, **lists}
+
+
+def dependency_matrix(
+    model: nn.Module | TracedModel,
+    batches: Iterable[Batch],
+    *,
+    unit: Unit = "ffn",
+    dropped_attention: Iterable[int] = (),
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> DependencyMatrix:
+    """Measure how much each FFN (or whole decoder layer) depends on the earlier ones. The model is not changed.
+
+    Args:
+        model: a causal language model that `torch.compile` captures as one graph; it runs in eval mode. A
+            `TracedModel` saves capturing it again.
+        batches: `input_ids` tensors `[batch, seq]`, or dicts of model inputs. Tokens that are padding in
+            `attention_mask` or -100 in `labels` do not count. The streams of one batch are held at a time.
+        unit: "ffn" for the FFNs that could be fused, "block" for whole decoder layers.
+        dropped_attention: measure the model without the attention of these layers.
+        resume: a folder that keeps the sums after each batch; a later call with the same model and text goes
+            on from there, to the same bits, and batches may be added at the end.
+        progress: show a progress bar on the error stream.
+
+    Raises:
+        OptionError: an unknown unit, a layer without attention to drop, a folder with another measurement.
+        CaptureError: a model that is not one graph.
+        ValueError: no batches, nothing in them that counts, no such blocks, a value that is not finite, a model
+            on `meta`.
+    """
+    if unit not in get_args(Unit):
+        raise OptionError(f"unit must be one of {', '.join(get_args(Unit))}, got {unit!r}")
+    traced = TracedModel(model, dropped_attention)
+    model_device(traced.model)  # refuses a model that cannot be measured
+    read = read_batches(batches)
+    graph = traced.graph(read[0].inputs)
+    blocks = blocks_of(graph, unit)
+    facts = {"unit": unit, "dropped_attention": list(traced.dropped_attention), "layers": [b.layer for b in blocks]}
+    state = MatrixState.open(resume, lambda: {**facts, "model": model_key(traced)}, [batch.key for batch in read])
+    rows = len(read) * len(blocks)
+    with measuring(traced.model), progress_bar(progress, f"dependency matrix ({unit})", rows) as advance:
+        advance(state.done * len(blocks))
+        for batch in read[state.done :]:
+            state.add(batch.key, measure_batch(traced.graph(batch.inputs), batch, unit, advance))
+    tokens = sum(int(batch.seen.sum()) for batch in read)
+    means: dict[str, Any] = {name: (total / tokens).float() for name, total in state.sums.items()}
+    return DependencyMatrix(
+        **means,
+        layers=tuple(block.layer for block in blocks),
+        names=tuple(block.name for block in blocks),
+        unit=unit,
+        attention=tuple(sorted({block.layer for block in graph.blocks.mixers})),
+        dropped_attention=traced.dropped_attention,
+        tokens=tokens,
+        sequences=sum(int(batch.seen.any(dim=1).sum()) for batch in read),
+    )
+
+
+def blocks_of(graph: TracedGraph, unit: Unit) -> tuple[ResidualBlock, ...]:
+    """The blocks of one kind, one for each layer at most. Raises ValueError where there are none, or more."""
+    blocks = graph.blocks.ffns if unit == "ffn" else graph.blocks.layers
+    layers = [block.layer for block in blocks]
+    if not layers:
+        hint = " (beside attention, none can; see dropped_attention)" if graph.blocks.mixers else ""
+        raise ValueError(f'the model has no FFN that could be fused{hint}; unit="block" measures whole layers')
+    repeated = sorted({layer for layer in layers if layers.count(layer) > 1})
+    if repeated:
+        raise ValueError(f"layers {repeated} hold several such blocks, or run several times: a row would be ambiguous")
+    return blocks
+
+
+def measure_batch(
+    graph: TracedGraph, batch: TokenBatch, unit: Unit, advance: Callable[[int], None] = lambda steps: None
+) -> dict[str, Tensor]:
+    """Sums over the tokens of one batch, float64: `values` `[L, L]` and the others `[L]`, as in `DependencyMatrix`.
+
+    `advance(1)` is called after each row.
+    """
+    blocks = blocks_of(graph, unit)
+    nodes = [node for block in blocks for node in block_nodes(block)]
+    intact = graph.run(batch.inputs, [*nodes, *(block.before for block in blocks)])
+    own, sums = [], {name: torch.zeros(len(blocks), dtype=torch.float64) for name in _BY_BLOCK}
+    for place, block in enumerate(blocks):
+        added = contribution(intact, block, batch.seen)
+        own.append(Directions.of(added))
+        for name, total in _compare(pick(intact[block.stream], batch.seen), added, own[-1]).items():
+            _check(total, f"{name} of {block.name}", batch)
+            sums[name][place] = total
+    base = intact.keeping(block.before for block in blocks)
+    del intact
+    sums["values"] = torch.zeros(len(blocks), len(blocks), dtype=torch.float64)
+    for row, removed in enumerate(blocks[:-1]):
+        later = blocks[row + 1 :]
+        run = graph.run(batch.inputs, [node for block in later for node in block_nodes(block)], [removed], base)
+        for column, block in enumerate(later, start=row + 1):
+            distance = cosine_distance(own[column], Directions.of(contribution(run, block, batch.seen)))
+            total = distance.sum(dtype=torch.float64)
+            _check(total, f"what {block.name} adds without {removed.name}", batch)
+            sums["values"][row, column] = total
+        advance(1)
+    advance(1)
+    return sums
+
+
+def _compare(stream: Tensor, added: Tensor, direction: Directions) -> dict[str, Tensor]:
+    """Sums over tokens of what a block adds, against the stream that it reads."""
+    before = Directions.of(stream)
+    measured = {
+        "cosine": 1 - cosine_distance(before, Directions.of(stream + added)),
+        "ratio": length_ratio(added, stream),
+        "contribution_cosine": 1 - cosine_distance(before, direction),
+    }
+    return {name: value.sum(dtype=torch.float64) for name, value in measured.items()}
+
+
+def _check(total: Tensor, what: str, batch: TokenBatch) -> None:
+    if not total.isfinite():
+        raise ValueError(f"{what} is not finite in batch {batch.number}")

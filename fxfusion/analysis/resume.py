@@ -1,0 +1,121 @@
+"""What lets a long measurement stop and go on: whose numbers are in a file, and files that are never half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfusion.errors import OptionError
+from fxfusion.models.traced import TracedModel
+
+_SAMPLES = 4096  # values of each parameter that go into the digest as they are; all of them through their sum
+
+
+def model_key(traced: TracedModel) -> str:
+    """Digest over the names, shapes, types and values of all parameters and buffers, and what is left out.
+
+    Reads every weight once, like a forward pass. A change of one weight changes the sum, if it is not below
+    the float64 rounding of it.
+    """
+    model = traced.model
+    digest = hashlib.sha256(f"{type(model).__name__} without {traced.dropped_attention}".encode())
+    for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
+        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
+        flat = (torch.view_as_real(value) if value.is_complex() else value).detach().reshape(-1)
+        if not flat.numel():
+            continue
+        sample = flat[:: flat.numel() // _SAMPLES | 1].contiguous().cpu()
+        digest.update(bytes(sample.view(torch.uint8).numpy()))
+        digest.update(repr(float(flat.sum(dtype=torch.float64))).encode())
+    return digest.hexdigest()[:16]
+
+
+def check_batches(stored: Sequence[str], given: Sequence[str], where: object) -> None:
+    """Raises `OptionError` unless the digests agree as far as both go: text may be added at the end, or left out."""
+    for number, (one, other) in enumerate(zip(stored, given, strict=False)):
+        if one != other:
+            raise OptionError(f"{where} holds measurements on other text: batch {number} differs; use another place")
+
+
+def check_facts(stored: Any, given: dict[str, Any], where: object) -> None:
+    """Raises `OptionError` that names what is different."""
+    facts = stored if isinstance(stored, dict) else {}
+    wrong = [
+        f"{name} is {facts.get(name)}, here it is {value}" for name, value in given.items() if facts.get(name) != value
+    ]
+    if wrong:
+        raise OptionError(f"{where} holds another measurement ({'; '.join(wrong)}); use another place or delete it")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any] | None:
+    """The object in a file, None where there is no file. Raises `OptionError` where there is something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{path} cannot be read as {what}: {error}") from error
+    if not isinstance(found, dict):
+        raise OptionError(f"{path} is not {what}: it holds a {type(found).__name__}")
+    return found
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Replace a file by this object; it is whole at every moment. Raises `OptionError`, with the old file in place."""
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Replace a safetensors file likewise."""
+    from safetensors.torch import save
+
+    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside the target to write to, which then takes the target's place.
+
+    A full disk or a killed process leaves the target as it was. Raises `OptionError`.
+    """
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        with open(scratch, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OptionError(f"{path} cannot be written (nothing was changed): {reason}") from error
+    finally:
+        if scratch.exists():
+            scratch.unlink()
+
+
+@contextmanager
+def progress_bar(shown: bool, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """`advance(steps)` of a bar on the error stream (needs `rich`), or of nothing."""
+    if not shown:
+        yield lambda steps: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps: bar.advance(task, steps)
