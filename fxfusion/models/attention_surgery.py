@@ -117,7 +117,7 @@ class AttentionSurgery:
         mixers = {layer: self._modules(site) for layer, site in self.sites.items()}
         names = cache_slots.index_attributes(mixers, now)
         if not names:
-            caches = hasattr(self.model.config, "use_cache") if proof is None else proof.cached_error is not None
+            caches = hasattr(self.configs[0], "use_cache") if proof is None else proof.cached_error is not None
             if caches:
                 raise SurgeryError(
                     f"how the attention finds its slot of the key-value cache cannot be told: {self._facts()} has no "
@@ -126,10 +126,8 @@ class AttentionSurgery:
             return
         before = cache_slots.new_cache(self.configs[0])
         survivors = {layer: mixers[layer] for layer in self.survivors}
-        changes = cache_slots.set_slots(survivors, names, self.slots)
-        changes += cache_slots.set_config(self.configs, self.slots)
-        for change in changes:
-            undo.callback(change)
+        cache_slots.set_slots(survivors, names, self.slots, undo)
+        cache_slots.set_config(self.configs, self.slots, undo)
         cache_slots.check_slots(self.configs[0], before, self.old_slots, self.slots)
 
     def put_stubs(self, undo: ExitStack, proof: Proof | None) -> None:
@@ -148,7 +146,8 @@ class AttentionSurgery:
                     else:
                         proof.check_logits(self.model)
                 except Exception as error:
-                    tried.append(f"{nothing}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                    first_line, *_ = f"{error}".split("\n")
+                    tried.append(f"{nothing}: {type(error).__name__}: {first_line}")
                     continue
                 undo.callback(trial.pop_all().close)
                 return
@@ -171,9 +170,8 @@ class AttentionSurgery:
         owners = [self.model.config, *self.configs, getattr(self.model, "generation_config", None)]
         for owner in owners:
             if hasattr(owner, "use_cache"):
-                undo.callback(set_attribute(owner, "use_cache", False))
-        for change in cache_slots.set_config(self.configs, self.slots):
-            undo.callback(change)
+                set_attribute(owner, "use_cache", False, undo)
+        cache_slots.set_config(self.configs, self.slots, undo)
 
     def _replace(self, nothing: Nothing, undo: ExitStack) -> None:
         for layer in self.wanted:

@@ -1,18 +1,20 @@
 """Which slot of the key-value cache each surviving attention uses, and the config that builds such a cache.
 
-    layer   0     1     2     3     4     5         types by position: F S F S F S, attention of 0 and 3 dropped
+    layer   0     1     2     3     4     5         types by layer: F S F S F S, attention of 0 and 3 dropped
     slot    -     1     2     -     0     3         used slots are 0..3, of types F S F S; 4 and 5 hold nothing
 
 A cache has one slot for each decoder layer, built from `config.layer_types`; its length is read from the first
-slots, so those must be in use. A survivor that fits keeps its slot, later ones move into the slots that came free.
-A model reads `config.layer_types` by layer too, for its masks: entries of surviving layers stay, and an entry of a
-dropped layer, which no mask is made for, takes the type of the survivor that moved into that slot.
+slots, so those must be in use. Where all layers are of one type, survivors are numbered in order. A model reads
+`config.layer_types` by layer too, for its masks, so where types are mixed, entries of surviving layers stay: a
+survivor keeps its slot if it can, later ones move into the slots that came free, and the entry of a dropped layer,
+which no mask is made for, takes the type of the survivor that moved into that slot.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +54,8 @@ def plan_slots(survivors: Iterable[int], layers: int, types: Sequence[str] | Non
         for layer in kept:
             slots[layer] = layer
         return CacheSlots(tuple(slots), tuple(types))
-    free = [slot for slot in range(len(kept)) if slot not in set(kept)]
     moved = None if types is None else list(types)
-    for layer in kept:
-        slot = layer if layer < len(kept) else free.pop(0)
+    for layer, slot in _compact(kept, types).items():
         slots[layer] = slot
         if moved is not None and types is not None:
             moved[slot] = types[layer]
@@ -65,6 +65,16 @@ def plan_slots(survivors: Iterable[int], layers: int, types: Sequence[str] | Non
     for slot in set(range(len(kept), layers)) - set(kept):
         moved[slot] = moved[0]
     return CacheSlots(tuple(slots), tuple(moved))
+
+
+def _compact(kept: Sequence[int], types: Sequence[str] | None) -> dict[int, int]:
+    """Slots 0..k-1, in the order of the layers if no survivor stands where a slot of another type would have to be
+    (a cache that is moved to the host slot by slot counts on the order), else with as few moves as possible."""
+    in_order = {layer: slot for slot, layer in enumerate(kept)}
+    if types is None or all(slot not in in_order or types[slot] == types[layer] for layer, slot in in_order.items()):
+        return in_order
+    free = [slot for slot in range(len(kept)) if slot not in in_order]
+    return {layer: layer if layer < len(kept) else free.pop(0) for layer in kept}
 
 
 def index_attributes(mixers: Mapping[int, Sequence[nn.Module]], slots: Mapping[int, int]) -> tuple[str, ...]:
@@ -81,36 +91,32 @@ def index_attributes(mixers: Mapping[int, Sequence[nn.Module]], slots: Mapping[i
 
 
 def set_slots(
-    mixers: Mapping[int, Sequence[nn.Module]], names: Sequence[str], slots: CacheSlots
-) -> list[Callable[[], None]]:
-    """Tell each surviving mixer its slot. Returns what undoes it."""
-    undo: list[Callable[[], None]] = []
+    mixers: Mapping[int, Sequence[nn.Module]], names: Sequence[str], slots: CacheSlots, undo: ExitStack
+) -> None:
+    """Tell each surviving mixer its slot."""
     for layer, modules in mixers.items():
         for module in modules:
             for name in names:
                 if _is_index(name, vars(module).get(name)):
-                    undo.append(set_attribute(module, name, slots.slots[layer]))
-    return undo
+                    set_attribute(module, name, slots.slots[layer], undo)
 
 
-def set_config(configs: Iterable[Any], slots: CacheSlots) -> list[Callable[[], None]]:
-    """Make the configs build caches with these slots, unused ones empty for good. Returns what undoes it.
+def set_config(configs: Iterable[Any], slots: CacheSlots, undo: ExitStack) -> None:
+    """Make the configs build caches with these slots, unused ones empty for good.
 
     A slot that could store something and never does would make the cache look as if it was not begun.
     """
-    undo: list[Callable[[], None]] = []
     unused = set(slots.unused)
     at_end = len(slots.slots) - 1 - max(set(range(len(slots.slots))) - unused, default=-1)
     for config in configs:
         types = getattr(config, "layer_types", None)
         if slots.layer_types is not None and types is not None and tuple(types) != slots.layer_types:
-            undo.append(set_attribute(config, "layer_types", list(slots.layer_types)))
+            set_attribute(config, "layer_types", list(slots.layer_types), undo)
         if not is_computed(config, _SHARING):
             modes = ["reuse" if slot in unused else None for slot in range(len(slots.slots))]
-            undo.append(set_attribute(config, _SHARING, modes))
+            set_attribute(config, _SHARING, modes, undo)
             if at_end and _stores(new_cache(config).layers[-1]):
-                undo.append(set_attribute(config, _SHARED_AT_END, at_end))
-    return undo
+                set_attribute(config, _SHARED_AT_END, at_end, undo)
 
 
 def check_slots(config: Any, before: Any, old: Sequence[int | None], slots: CacheSlots) -> None:
@@ -179,18 +185,11 @@ def refuse_sharing(configs: Iterable[Any]) -> None:
             raise SurgeryError(f"some layers use the keys and values of others ({_SHARED_AT_END}): not supported")
 
 
-def set_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute; returns what puts the old one back."""
+def set_attribute(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
+    """Set an attribute; `undo` puts the old one back."""
     old = getattr(owner, name, _ABSENT)
+    undo.callback(*((delattr, owner, name) if old is _ABSENT else (setattr, owner, name, old)))
     setattr(owner, name, value)
-
-    def undo() -> None:
-        if old is _ABSENT:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, old)
-
-    return undo
 
 
 def is_computed(config: Any, name: str) -> bool:

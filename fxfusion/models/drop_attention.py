@@ -60,7 +60,7 @@ def drop_attention(model: Model, layers: Iterable[int], *, check: bool = True) -
         surgery.renumber_cache(undo, proof)
         surgery.put_stubs(undo, proof)
         surgery.prove_cache(undo, proof)
-        undo.callback(write_record(bare.config, surgery.record()))
+        write_record(bare.config, surgery.record(), undo)
         undo.pop_all()
     if not surgery.survivors:
         warnings.warn("no layer has attention any more: tokens cannot see each other", stacklevel=2)

@@ -8,7 +8,7 @@ anew from the config needs; `config.layer_types` itself follows the cache slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ def read_record(config: Any) -> DropRecord | None:
     return DropRecord(**{key: found[key] for key in _KEYS})
 
 
-def write_record(config: Any, record: DropRecord) -> Callable[[], None]:
-    """Put the record into the config, beside what else is noted there. Returns what undoes it."""
+def write_record(config: Any, record: DropRecord, undo: ExitStack) -> None:
+    """Put the record into the config, beside what else is noted there."""
     found = getattr(config, _NAME, None)
-    return set_attribute(config, _NAME, {**(found if isinstance(found, dict) else {}), **asdict(record)})
+    set_attribute(config, _NAME, {**(found if isinstance(found, dict) else {}), **asdict(record)}, undo)

@@ -91,8 +91,8 @@ def cached_logits(model: nn.Module, ids: Tensor) -> Tensor | None:
 
     Raises `SurgeryError` where it keeps past tokens in another way.
     """
-    config = getattr(model, "config", None)
-    if not hasattr(config, "use_cache"):
+    config: Any = model.config
+    if not hasattr(config.get_text_config(decoder=True), "use_cache"):
         return None
     taken = [name for name in _CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters]
     if not taken:
