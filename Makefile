@@ -8,7 +8,7 @@ TORCH ?=
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test test-slow bench lint venv compiler clean
+.PHONY: demo test test-slow bench results lint venv compiler clean
 
 ifeq ($(TORCH),)
 VENV := .venv
@@ -48,6 +48,10 @@ test-slow: compiler venv
 bench: compiler venv
 	$(BIN)/python -m bench
 
+# docs/results.md: the tables of the paper on the reference model. Goes on where it was stopped.
+results: compiler venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.choosing
+
 lint: venv
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -75,5 +79,5 @@ compiler:
 
 # Leaves the environments; `rm -r .venv*` removes them.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks fxfusion_debug
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks fxfusion_debug artifacts
 	find . -path './.venv*' -prune -o -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,9 +12,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxfusion.analysis.dependency import dependency_matrix
+    from fxfusion.analysis.generation import greedy_agreement
+    from fxfusion.analysis.make_plan import make_plan
     from fxfusion.analysis.quality import evaluate
+    from fxfusion.analysis.scores import attention_scores
+    from fxfusion.analysis.sweep import sweep
+    from fxfusion.analysis.texts import batches_from_text
     from fxfusion.backend import ffn_fusion, last_reports, refresh
     from fxfusion.errors import FxFusionError, Refusal, RefusalCode
+    from fxfusion.models.drop_attention import drop_attention
     from fxfusion.pipeline import explain, fuse_graph
     from fxfusion.plan import FusionPlan
     from fxfusion.policy import FusionPolicy
@@ -23,7 +30,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "attention_scores": "fxfusion.analysis.scores",
+    "batches_from_text": "fxfusion.analysis.texts",
+    "dependency_matrix": "fxfusion.analysis.dependency",
+    "drop_attention": "fxfusion.models.drop_attention",
     "evaluate": "fxfusion.analysis.quality",
+    "greedy_agreement": "fxfusion.analysis.generation",
+    "make_plan": "fxfusion.analysis.make_plan",
+    "sweep": "fxfusion.analysis.sweep",
     "ffn_fusion": "fxfusion.backend",
     "last_reports": "fxfusion.backend",
     "refresh": "fxfusion.backend",
@@ -44,12 +58,19 @@ __all__ = [
     "FxFusionError",
     "Refusal",
     "RefusalCode",
+    "attention_scores",
+    "batches_from_text",
+    "dependency_matrix",
+    "drop_attention",
     "evaluate",
     "explain",
     "ffn_fusion",
     "fuse_graph",
+    "greedy_agreement",
     "last_reports",
+    "make_plan",
     "refresh",
+    "sweep",
 ]
 
 

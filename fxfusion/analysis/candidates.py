@@ -1,8 +1,8 @@
 """Candidate plans: ways to fuse the FFNs of a model once some attention is gone, for each number of FFNs left.
 
-Three ways are tried at each depth, since no measure of dependency orders plans perfectly: the partition with the
-least sum of the matrix inside groups, the one with the least largest entry, and equal cuts of each chain without
-its ends (what the paper does by eye). Which is best is measured, not assumed.
+Three ways are tried at each depth, since no measure of dependency orders plans perfectly: even cuts of each chain
+without its ends (what the paper does by eye), and with them; the partition with the least sum of the matrix inside
+groups; and the one with the least largest entry. Which is best is measured, not assumed.
 """
 
 from __future__ import annotations
@@ -78,15 +78,15 @@ def candidates(model: DroppedModel, limits: Limits, depth: int) -> Iterator[tupl
 def _all_candidates(model: DroppedModel, limits: Limits, depth: int) -> Iterator[tuple[tuple[Member, ...], ...]]:
     if depth == model.ffns:
         yield ()
+    for ends in ((1, 1), (0, 1), (1, 0), (0, 0)):
+        groups = equal_cuts(model, depth, *ends)
+        if groups is not None and all(_allowed(model, group, limits) for group in groups):
+            yield groups
     for table in tables(model, limits):
         inside = depth - model.outside
         found = table[inside] if 1 <= inside <= table.ffns else None
         if found is not None:
             yield found.fused
-    for ends in ((1, 1), (0, 1), (1, 0), (0, 0)):
-        groups = equal_cuts(model, depth, *ends)
-        if groups is not None and all(_allowed(model, group, limits) for group in groups):
-            yield groups
 
 
 def equal_cuts(model: DroppedModel, depth: int, leading: int, last: int) -> tuple[tuple[Member, ...], ...] | None:

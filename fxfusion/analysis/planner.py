@@ -28,9 +28,11 @@ from fxfusion.errors import PlanError
 from fxfusion.plan import FusionPlan, Member
 from fxfusion.policy import NormMode
 
-# An end of a chain stays out where fusing it costs more than so many times what the other merges cost on average, and at
-# least so many nats per token: below 1 % of the perplexity, one FFN less is worth more.
+# An end of a chain stays out where fusing it costs more than so many times what the other merges cost on average, and
+# at least so many nats per token: below 1 % of the perplexity, one FFN less is worth more.
 _UNFAIR, _NOTICED = 2.0, 0.01
+# Losses [nats] that a few thousand tokens cannot tell apart: then the first proposal is taken, the plainest one.
+_SAME = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +134,14 @@ class Planner:
         return Measured(plan, model.depth(groups), model.bytes_of(groups), self.meter.quality(plan))
 
     def best_at(self, dropped: Sequence[int], depth: int) -> Measured | None:
-        """The best of all proposals that leave `depth` FFNs; None if the limits allow none."""
+        """The best of all proposals that leave `depth` FFNs; None if the limits allow none.
+
+        Of those that measurement cannot tell apart the first: even cuts without the ends of a chain come first.
+        """
         model = self.without(dropped)
         found = [self.measure(model, groups) for groups in candidates(model, self.limits, depth)]
-        return min(found, key=lambda measured: measured.cost, default=None)
+        best = min((measured.cost for measured in found), default=0.0)
+        return next((measured for measured in found if measured.cost <= best + _SAME), None)
 
     def depths(self, dropped: Sequence[int]) -> range:
         """The numbers of FFNs that can be had, from the fewest to all."""
