@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.backend import ffn_fusion, last_reports
 from fxfusion.cli import reference, surgery, timing
 from fxfusion.cli.screen import Screen
+from fxfusion.models.drop_attention import drop_attention as drop
 from fxfusion.pipeline import explain as explain_model
 from fxfusion.plan import FusionPlan
 from fxfusion.report import FusionReport
@@ -68,7 +70,7 @@ def load(settings: Settings, screen: Screen) -> Subject:
     with screen.busy("loading it and measuring its perplexity on held-out files"):
         model = reference.load(settings.folder)
         batches = reference.held_out(settings.folder, settings.sequences, _LENGTH, _BATCH)
-        subject = Subject(intact=model, dropped=surgery.without_attention(model, DROPPED), batches=batches)
+        subject = Subject(intact=model, dropped=drop(copy.deepcopy(model), DROPPED), batches=batches)
         quality = subject.measure("intact", model)
     parameters = sum(weight.numel() for weight in model.parameters())
     subject.result["model"] = {"folder": str(settings.folder), "parameters": parameters, "tokens": quality.tokens}
@@ -78,7 +80,7 @@ def load(settings: Settings, screen: Screen) -> Subject:
 
 
 def drop_attention(subject: Subject, screen: Screen) -> None:
-    text = "Where attention is gone, FFNs follow one another: a chain. Nothing is retrained here."
+    text = "fxfusion.drop_attention(model, layers): FFNs then follow one another, a chain. Nothing is retrained here."
     screen.step(2, f"Remove the attention of layers {DROPPED[0]} to {DROPPED[-1]}", text)
     with screen.busy("measuring"):
         quality = subject.measure("attention_removed", subject.dropped)

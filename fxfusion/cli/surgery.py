@@ -1,4 +1,4 @@
-"""What the demo does to its model: remove attention from layers, and the parallel form in plain modules.
+"""The parallel form of the demo's model in plain modules, and a change that a comparison must see.
 
 Private to the demo and tied to the module names of the reference model. Nothing here uses the compiler,
 so the parallel form is an independent witness of what the compiler makes.
@@ -9,17 +9,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-class NoAttention(nn.Module):
-    """Adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
 
 
 class SumOfFfns(nn.Module):
@@ -48,14 +40,6 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     layers = model.get_submodule("model.layers")
     assert isinstance(layers, nn.ModuleList)
     return layers
-
-
-def without_attention(model: nn.Module, dropped: Sequence[int]) -> nn.Module:
-    """A copy of the model whose layers `dropped` have no attention."""
-    copied = copy.deepcopy(model)
-    for number in dropped:
-        layers_of(copied)[number].self_attn = NoAttention()
-    return copied
 
 
 def parallel_form(model: nn.Module, groups: Sequence[Sequence[int]], norm: str) -> nn.Module:

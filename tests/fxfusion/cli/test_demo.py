@@ -18,6 +18,7 @@ from torch import nn
 from fxfusion import cli
 from fxfusion.cli import reference, surgery, timing
 from fxfusion.errors import FxFusionError
+from fxfusion.models.drop_attention import drop_attention
 
 VOCABULARY = 64
 
@@ -132,7 +133,7 @@ def test_the_held_out_rows_are_those_that_were_asked_for(model_folder: Path) -> 
 @pytest.mark.parametrize("norm", ["fold", "last"])
 def test_the_parallel_form_is_what_the_paper_says(model_folder: Path, norm: str) -> None:
     """Against the equation, written out over the layers."""
-    model = surgery.without_attention(reference.load(model_folder).double(), (4, 5, 6))
+    model = drop_attention(reference.load(model_folder).double(), (4, 5, 6))
     layers, x = surgery.layers_of(model), torch.randn(2, 3, 32, dtype=torch.float64)
     gains = [layers[6 if norm == "last" else i].post_attention_layernorm for i in (4, 5, 6)]
     expected = x + sum(layers[i].mlp(gain(x)) for i, gain in zip((4, 5, 6), gains, strict=True))
