@@ -16,7 +16,7 @@ from fxfusion.errors import CaptureError, OptionError
 from fxfusion.models.traced import TracedModel
 from tests.end_to_end.families import first_tensor, layers_of
 from tests.fxfusion.models import tiny
-from tests.fxfusion.models.tiny import Causal, causal, family_model, token_ids
+from tests.fxfusion.models.tiny import Causal, causal, family_model, token_ids, traced_family
 
 VOCABULARY = tiny.VOCABULARY
 
@@ -156,7 +156,7 @@ def test_blocks_of_hand_written_models(form: Callable[..., Tensor]) -> None:
 def test_blocks_of_transformers_models(name: str) -> None:
     family, model = family_model(name)
     batches = [torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(1))]
-    found = dependency_matrix(model, batches, unit="block")
+    found = dependency_matrix(traced_family(name), batches, unit="block")
     assert_equal(found, brute_force(model, batches, layers_of(model, family), use_cache=False))
     assert found.names == tuple(f"{family.layers}.{layer}" for layer in range(4))
 
@@ -174,7 +174,7 @@ def test_ffns_of_a_transformers_model_with_and_without_attention(dropped: tuple[
         zeroed=[layers[layer].self_attn for layer in dropped],
         use_cache=False,
     )
-    found = dependency_matrix(model, batches, dropped_attention=dropped)
+    found = dependency_matrix(traced_family("llama"), batches, dropped_attention=dropped)
     assert_equal(found, expected)
     assert found.dropped_attention == dropped
     assert found.attention == tuple(layer for layer in range(4) if layer not in dropped)
@@ -191,18 +191,17 @@ def test_parallel_ffns_can_be_measured_where_their_attention_is_gone() -> None:
 
 
 def test_padding_and_labels_leave_tokens_out() -> None:
-    _, model = family_model("llama")
-    family, _ = family_model("llama")
+    family, model = family_model("llama")
     ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(3))
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
     found = dependency_matrix(model, [{"input_ids": ids, "attention_mask": mask}], unit="block")
     expected = brute_force(model, [ids], layers_of(model, family), masks=[mask], use_cache=False)
     assert_equal(found, expected)
     assert found.tokens == 10
-    everywhere = dependency_matrix(model, [ids], unit="block")
+    everywhere = dependency_matrix(traced_family("llama"), [ids], unit="block")
     assert not torch.allclose(found.values, everywhere.values, rtol=0, atol=1e-3)
     labels = ids.masked_fill(mask == 0, -100)
-    labelled = dependency_matrix(model, [{"input_ids": ids, "labels": labels}], unit="block")
+    labelled = dependency_matrix(traced_family("llama"), [{"input_ids": ids, "labels": labels}], unit="block")
     assert labelled.tokens == 10 and not torch.equal(labelled.values, everywhere.values)
 
 
@@ -261,7 +260,7 @@ def stopping(batches: Sequence[Tensor], monkeypatch: pytest.MonkeyPatch, after: 
 
 
 def test_an_interrupted_measurement_goes_on_to_the_same_bits(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = causal(*[tiny.plain] * 3), [token_ids(2, 6, seed) for seed in range(4)]
+    model, batches = TracedModel(causal(*[tiny.plain] * 3)), [token_ids(2, 6, seed) for seed in range(4)]
     whole = dependency_matrix(model, batches)
     with monkeypatch.context() as patch:
         stopping(batches, patch, after=2)
@@ -279,7 +278,7 @@ def test_an_interrupted_measurement_goes_on_to_the_same_bits(tmp_path: Any, monk
     assert measured == [2, 3]
     assert resumed.to_dict() == whole.to_dict()
     assert dependency_matrix(model, batches, resume=tmp_path).to_dict() == whole.to_dict()
-    longer = [*batches, token_ids(1, 3, 9)]
+    longer = [*batches, token_ids(2, 6, 9)]
     assert dependency_matrix(model, longer, resume=tmp_path).to_dict() == dependency_matrix(model, longer).to_dict()
     assert measured[2:] == [4, 0, 1, 2, 3, 4]
 
@@ -287,7 +286,8 @@ def test_an_interrupted_measurement_goes_on_to_the_same_bits(tmp_path: Any, monk
 @pytest.mark.parametrize("change", ["weight", "text", "fewer", "unit", "dropped"])
 def test_a_folder_of_another_measurement_is_refused(change: str, tmp_path: Any) -> None:
     model, batches = causal(*[tiny.plain] * 2), [token_ids(seed=1), token_ids(seed=2)]
-    dependency_matrix(model, batches, resume=tmp_path)
+    traced = TracedModel(model)
+    dependency_matrix(traced, batches, resume=tmp_path)
     options: dict[str, Any] = {}
     if change == "weight":
         with torch.no_grad():
@@ -305,7 +305,7 @@ def test_a_folder_of_another_measurement_is_refused(change: str, tmp_path: Any) 
     else:
         options, expected = {"dropped_attention": [0]}, r"dropped_attention is \[\], here it is \[0\]"
     with pytest.raises(OptionError, match=expected):
-        dependency_matrix(model, batches, resume=tmp_path, **options)
+        dependency_matrix(traced, batches, resume=tmp_path, **options)
 
 
 # --- bad input ----------------------------------------------------------------------------------------

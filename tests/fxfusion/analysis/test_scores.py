@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from fxfusion.errors import CaptureError, OptionError
 from fxfusion.models.traced import TracedModel
 from tests.end_to_end.families import first_tensor, layers_of
 from tests.fxfusion.models import tiny
-from tests.fxfusion.models.tiny import Causal, causal, family_model, token_ids
+from tests.fxfusion.models.tiny import Causal, causal, family_model, token_ids, traced_family
 
 BATCHES = [token_ids(3, 6), token_ids(2, 8, seed=2)]
 
@@ -30,6 +31,13 @@ def model_of(layers: int = 4) -> Causal:
         for number, layer in enumerate(model.layers):
             layer.mix.out.weight.mul_(1.5 - 0.3 * number)
     return model
+
+
+@lru_cache
+def shared(layers: int = 4) -> tuple[Causal, TracedModel]:
+    """The same for tests that do not change it, captured once."""
+    model = model_of(layers)
+    return model, TracedModel(model)
 
 
 # --- the same by hooks, without graphs ----------------------------------------------------------------
@@ -87,8 +95,8 @@ def expected_turns(model: Causal, ids: Tensor, dropped: Sequence[int] = ()) -> l
 
 @pytest.mark.parametrize("method", ["loss", "kl"])
 def test_loss_and_kl_are_those_of_the_model_without_the_attention(method: Any) -> None:
-    model = model_of()
-    found = attention_scores(model, BATCHES, method)
+    model, traced = shared()
+    found = attention_scores(traced, BATCHES, method)
     which = ("loss", "kl").index(method)
     for layer in range(4):
         assert float(found[layer]) == pytest.approx(expected_costs(model, [layer])[which], rel=1e-5)
@@ -100,8 +108,8 @@ def test_loss_and_kl_are_those_of_the_model_without_the_attention(method: Any) -
 
 
 def test_cosine_is_how_far_attention_turns_the_stream() -> None:
-    model = model_of()
-    found = attention_scores(model, BATCHES)
+    model, traced = shared()
+    found = attention_scores(traced, BATCHES)
     turns = [expected_turns(model, ids) for ids in BATCHES]
     for layer in range(4):
         expected = torch.cat([turn[layer].flatten() for turn in turns]).mean()
@@ -111,7 +119,7 @@ def test_cosine_is_how_far_attention_turns_the_stream() -> None:
 
 
 def test_the_ranking_starts_with_the_cheapest() -> None:
-    found = attention_scores(model_of(), BATCHES, "kl")
+    found = attention_scores(shared()[1], BATCHES, "kl")
     values = [float(found[layer]) for layer in found.ranking]
     assert values == sorted(values) and sorted(found.ranking) == [0, 1, 2, 3]
     assert found.ranking != found.layers
@@ -122,30 +130,29 @@ def test_an_attention_that_adds_nothing_costs_nothing(method: Any) -> None:
     model = model_of(3)
     with torch.no_grad():
         model.layers[1].mix.out.weight.zero_()
-    found = attention_scores(model, BATCHES, method)
+    found = attention_scores(model, BATCHES[:1], method)
     assert found[1].value.value == found[1].value.low == found[1].value.high == found[1].error == 0.0
     assert float(found[0]) != 0.0 != float(found[2])
 
 
 def test_intervals_and_errors_come_from_sequences() -> None:
-    model = model_of(2)
+    model, traced = shared(2)
     batches = [token_ids(16, 6)]
-    found = attention_scores(model, batches, "kl")
+    found = attention_scores(traced, batches, "kl")
     intact = logits_without(model, [], batches[0])
     means = divergences(intact, logits_without(model, [model.layers[0].mix], batches[0])).mean(dim=1)
     assert found[0].error == pytest.approx(float(means.std()) / 4, rel=1e-5)
     assert found[0].value.low < float(means.mean()) < found[0].value.high
-    alone = attention_scores(model, [batches[0][:1]], "kl")
+    alone = attention_scores(traced, [batches[0][:1]], "kl")
     assert alone[0].error is None and alone[0].value.high == math.inf
-    again = attention_scores(model, batches, "kl", seed=1)
+    again = attention_scores(traced, batches, "kl", seed=1)
     assert again[0].value.value == found[0].value.value and again[0].value.low != found[0].value.low
 
 
-@lru_cache
 def padded() -> tuple[TracedModel, Tensor, Tensor]:
     """A transformers model, token ids `[2, 6]`, and a mask of the same shape."""
     ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(4))
-    return TracedModel(family_model("llama")[1]), ids, torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    return traced_family("llama"), ids, torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
 
 
 @pytest.mark.parametrize("method", ["cosine", "loss", "kl"])
@@ -167,7 +174,7 @@ def test_padding_and_labels_leave_tokens_out(method: Any) -> None:
 @pytest.mark.parametrize("name", ["gpt_neox", "gemma2"])
 def test_parallel_and_sandwich_attention(name: str) -> None:
     family, model = family_model(name)
-    traced = TracedModel(model)
+    traced = traced_family(name)
     ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(1))
     attentions = [layer.get_submodule(family.mixers[0]) for layer in layers_of(model, family)]
     intact = logits_without(model, [], ids, use_cache=False)
@@ -192,18 +199,19 @@ def test_parallel_and_sandwich_attention(name: str) -> None:
 
 def test_a_layer_with_two_mixers_has_one_score() -> None:
     model = causal(tiny.two_mixers, tiny.plain)
-    found = attention_scores(model, BATCHES, "kl")
+    traced = TracedModel(model)
+    found = attention_scores(traced, BATCHES, "kl")
     assert found.layers == (0, 1)
     intact = [logits_without(model, [], ids) for ids in BATCHES]
     without = [logits_without(model, [model.layers[0].mix], ids) for ids in BATCHES]
     parts = [divergences(one, other).flatten() for one, other in zip(intact, without, strict=True)]
     assert float(found[0]) == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
-    assert 0 < float(attention_scores(model, BATCHES)[0]) < 2
+    assert 0 < float(attention_scores(traced, BATCHES)[0]) < 2
 
 
 def test_half_precision_sums_in_float32() -> None:
     model = model_of().bfloat16().double()  # so that both have the same weights
-    exact, half = attention_scores(model, BATCHES), attention_scores(model.bfloat16(), BATCHES)
+    exact, half = (attention_scores(made, BATCHES[:1]) for made in (model, copy.deepcopy(model).bfloat16()))
     for layer in range(4):
         assert float(half[layer]) == pytest.approx(float(exact[layer]), rel=0.05)
     values = [float(half[layer]) for layer in range(4)]
@@ -211,10 +219,10 @@ def test_half_precision_sums_in_float32() -> None:
 
 
 def test_only_some_layers_may_be_scored() -> None:
-    model = model_of()
+    _, traced = shared()
     all_of_them, some = (
-        attention_scores(model, BATCHES, "loss"),
-        attention_scores(model, BATCHES, "loss", layers=[2, 0]),
+        attention_scores(traced, BATCHES, "loss"),
+        attention_scores(traced, BATCHES, "loss", layers=[2, 0]),
     )
     assert some.layers == (0, 2) and some.scores == (all_of_them[0], all_of_them[2])
     with pytest.raises(KeyError, match=r"layer 1 was not scored; \[0, 2\] were"):
@@ -226,8 +234,8 @@ def test_only_some_layers_may_be_scored() -> None:
 
 @pytest.mark.parametrize("method", ["cosine", "loss", "kl"])
 def test_greedy_dropping_takes_the_cheapest_of_what_is_left(method: Any) -> None:
-    model = model_of()
-    found = attention_scores(model, BATCHES, method, greedy=True)
+    model, traced = shared()
+    found = attention_scores(traced, BATCHES, method, greedy=True)
     dropped: list[int] = []
     for step in found.steps:
         left = [layer for layer in range(4) if layer not in dropped]
@@ -239,7 +247,7 @@ def test_greedy_dropping_takes_the_cheapest_of_what_is_left(method: Any) -> None
         score = values[step.layer] - (expected_costs(model, dropped[:-1])[0] if method == "loss" else 0.0)
         assert float(step.score) == pytest.approx(score, rel=1e-3, abs=1e-7)
     assert sorted(found.order) == [0, 1, 2, 3] and len(found.curve) == 4
-    assert found.scores == attention_scores(model, BATCHES, method).scores
+    assert found.scores == attention_scores(traced, BATCHES, method).scores
 
 
 def greedy_value(model: Causal, method: str, dropped: list[int], layer: int) -> float:
@@ -250,7 +258,7 @@ def greedy_value(model: Causal, method: str, dropped: list[int], layer: int) -> 
 
 
 def test_greedy_dropping_can_stop_early() -> None:
-    model = TracedModel(model_of())
+    _, model = shared()
     whole, two = (attention_scores(model, BATCHES, "kl", greedy=True, drop=drop) for drop in (None, 2))
     assert two.steps == whole.steps[:2] and two.scores == whole.scores
     some = attention_scores(model, BATCHES, "kl", greedy=True, layers=[1, 3])
@@ -278,9 +286,9 @@ class Counter:
         monkeypatch.setattr(TracedGraph, "run", run)
 
 
-@pytest.mark.parametrize(("method", "runs"), [("cosine", 2), ("loss", 2 * 4), ("kl", 2 * 4)])
+@pytest.mark.parametrize(("method", "runs"), [("cosine", 2), ("loss", 2 * 5), ("kl", 2 * 5)])
 def test_a_cache_makes_a_second_call_free(method: Any, runs: int, tmp_path: Path) -> None:
-    model, file = TracedModel(model_of(3)), tmp_path / "deep" / "scores.json"
+    (_, model), file = shared(), tmp_path / "deep" / "scores.json"
     with pytest.MonkeyPatch.context() as patch:
         counter = Counter(patch)
         first = attention_scores(model, BATCHES, method, cache=file)
@@ -292,7 +300,7 @@ def test_a_cache_makes_a_second_call_free(method: Any, runs: int, tmp_path: Path
 
 @pytest.mark.parametrize("method", ["cosine", "loss", "kl"])
 def test_an_interrupted_measurement_goes_on_to_the_same_numbers(method: Any, tmp_path: Path) -> None:
-    model, file = TracedModel(model_of(3)), tmp_path / "scores.json"
+    (_, model), file = shared(), tmp_path / "scores.json"
     with pytest.MonkeyPatch.context() as patch:
         counter = Counter(patch)
         whole = attention_scores(model, BATCHES, method, greedy=True)
@@ -310,13 +318,13 @@ def test_an_interrupted_measurement_goes_on_to_the_same_numbers(method: Any, tmp
 
 
 def test_methods_batches_and_layers_share_a_cache(tmp_path: Path) -> None:
-    model, file = TracedModel(model_of(3)), tmp_path / "scores.json"
+    (_, model), file = shared(), tmp_path / "scores.json"
     attention_scores(model, BATCHES, "loss", layers=[1], cache=file)
     attention_scores(model, BATCHES, "kl", layers=[1], cache=file)
     with pytest.MonkeyPatch.context() as patch:
         counter = Counter(patch)
         found = attention_scores(model, BATCHES, "loss", cache=file)
-        assert counter.count == 2 * (1 + 2)
+        assert counter.count == 2 * (1 + 3)
     assert found == attention_scores(model, BATCHES, "loss")
     longer = [*BATCHES, token_ids(1, 5, seed=7)]
     assert attention_scores(model, longer, "loss", cache=file) == attention_scores(model, longer, "loss")
@@ -327,7 +335,8 @@ def test_methods_batches_and_layers_share_a_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["weight", "text", "folder", "broken", "other"])
 def test_a_cache_of_something_else_is_refused(change: str, tmp_path: Path) -> None:
     model, file, batches = model_of(2), tmp_path / "scores.json", list(BATCHES)
-    attention_scores(model, batches, cache=file)
+    traced = TracedModel(model)
+    attention_scores(traced, batches, cache=file)
     before = file.read_bytes()
     expected = "holds another measurement .model is"
     if change == "weight":
@@ -342,7 +351,7 @@ def test_a_cache_of_something_else_is_refused(change: str, tmp_path: Path) -> No
         file.write_text("{" if change == "broken" else "[]")
         before, expected = file.read_bytes(), "as a cache of attention scores" if change == "broken" else "holds a list"
     with pytest.raises(OptionError, match=expected):
-        attention_scores(model, batches, cache=file)
+        attention_scores(traced, batches, cache=file)
     assert (tmp_path / "scores.json").read_bytes() == before
 
 
@@ -350,7 +359,7 @@ def test_a_cache_of_something_else_is_refused(change: str, tmp_path: Path) -> No
 
 
 def test_to_dict_is_plain_json() -> None:
-    found = attention_scores(model_of(2), [token_ids(1, 4)], "loss", greedy=True)
+    found = attention_scores(shared(2)[1], [token_ids(1, 6)], "loss", greedy=True)
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["method"] == "loss" and data["ranking"] == list(found.ranking)
     assert [score["layer"] for score in data["scores"]] == [0, 1]
@@ -360,7 +369,7 @@ def test_to_dict_is_plain_json() -> None:
 
 
 def test_progress_goes_to_the_error_stream(capsys: pytest.CaptureFixture[str]) -> None:
-    model = model_of(2)
+    _, model = shared(2)
     attention_scores(model, BATCHES, "kl")
     assert capsys.readouterr() == ("", "")
     for method, total in (("kl", 2 * (2 + 1)), ("cosine", 2 * 3)):
@@ -370,7 +379,7 @@ def test_progress_goes_to_the_error_stream(capsys: pytest.CaptureFixture[str]) -
 
 
 def scored(**options: Any) -> AttentionScores:
-    model = options.pop("model", None) or model_of(2)
+    model = options.pop("model", None) or shared(2)[1]
     return attention_scores(model, options.pop("batches", BATCHES), **options)
 
 
@@ -411,20 +420,21 @@ def test_models_that_cannot_be_scored_are_errors(
 
 def test_a_scaled_parallel_attention_can_be_scored_by_what_it_does() -> None:
     model = causal(tiny.scaled_parallel, tiny.plain)
-    found = attention_scores(model, BATCHES, "kl")
-    assert float(found[0]) == pytest.approx(expected_costs(model, [0])[1], rel=1e-5)
+    found = attention_scores(model, BATCHES[:1], "kl")
+    assert float(found[0]) == pytest.approx(expected_costs(model, [0], BATCHES[:1])[1], rel=1e-5)
 
 
 @pytest.mark.parametrize(("method", "words"), [("cosine", r"the stream at layers\.1\.mix"), ("loss", "the loss")])
 def test_values_that_are_not_finite_name_block_and_batch(method: Any, words: str) -> None:
     model = model_of(2)
+    traced = TracedModel(model)
     batches = [token_ids(2, 6) % 7, token_ids(2, 6) * 0 + 7]
-    attention_scores(model, batches, method)
+    attention_scores(traced, batches, method)
     with torch.no_grad():
         model.embed.weight[7] = math.nan
     words = words.replace("1", "0")
     with pytest.raises(ValueError, match=f"{words}.* is not finite in batch 1"):
-        attention_scores(model, batches, method)
+        attention_scores(traced, batches, method)
 
 
 def test_an_attention_without_which_the_model_fails_is_named() -> None:

@@ -15,7 +15,7 @@ from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import TracedGraph, TracedModel, evaluating, model_inputs
 from tests.end_to_end.families import Family, layers_of
 from tests.fxfusion.models import tiny
-from tests.fxfusion.models.tiny import FAMILIES, Causal, causal, family_model, token_ids, traced
+from tests.fxfusion.models.tiny import FAMILIES, Causal, causal, family_model, token_ids, traced, traced_family
 
 HALF_LAYERS = ((0,), (3,), (1, 2), (0, 1, 2, 3))
 
@@ -191,7 +191,7 @@ def test_padding_is_passed_on(name: str) -> None:
     ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(2))
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 1]])
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
-    graph = TracedModel(model).graph(batch)
+    graph = traced_family(name).graph(batch)
     seen = mask != 0  # what stands at padding is not defined
     found = graph.run(batch, keep=[graph.logits])[graph.logits]
     assert torch.equal(found[seen], logits(model, input_ids=ids, attention_mask=mask)[seen])

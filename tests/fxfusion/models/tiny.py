@@ -36,11 +36,16 @@ def family_model(name: str) -> tuple[Family, nn.Module]:
 
 
 @lru_cache
+def traced_family(name: str) -> TracedModel:
+    """The same, captured once for each shape of inputs."""
+    return TracedModel(family_model(name)[1])
+
+
 def traced(name: str) -> tuple[Family, nn.Module, Tensor, TracedGraph]:
     """The same with token ids `[2, 6]` and its graph for them."""
     family, model = family_model(name)
     ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(1))
-    return family, model, ids, TracedModel(model).graph(ids)
+    return family, model, ids, traced_family(name).graph(ids)
 
 
 class Mixing(nn.Module):
