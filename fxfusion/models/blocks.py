@@ -209,7 +209,7 @@ def _output(last: Addition, facts: GraphFacts) -> fx.Node:
         for node in facts.graph.nodes
         if facts.order[node] > facts.order[last.add]
         and _is_in(node, last.layer)
-        and _same_shape(node, last.add)
+        and _same_channels(node, last.add)
         and any(not _is_in(user, last.layer) for user in node.users)
     ]
     return outputs[-1] if outputs else last.add
@@ -223,5 +223,20 @@ def _is_in(node: fx.Node, layer: str) -> bool:
 def _branches(run: Sequence[Addition], end: fx.Node) -> tuple[fx.Node, ...]:
     """What the layer adds, one value for each addition; none where the additions do not follow each other."""
     expected = [*(addition.stream for addition in run[1:]), end]
-    follows = all(addition.add is node and _adds_plainly(node) for addition, node in zip(run, expected, strict=True))
+    follows = all(
+        addition.add is _before_views(node) and _adds_plainly(addition.add)
+        for addition, node in zip(run, expected, strict=True)
+    )
     return tuple(addition.branch for addition in run) if follows else ()
+
+
+def _before_views(node: fx.Node) -> fx.Node:
+    """The value that a stream was before it was reshaped between `[batch, seq, hidden]` and `[tokens, hidden]`."""
+    while ops.op_name(node) in ("view", "reshape") and _same_channels(node, node.all_input_nodes[0]):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _same_channels(node: fx.Node, other: fx.Node) -> bool:
+    one, two = ops.tensor_value(node), ops.tensor_value(other)
+    return one is not None and two is not None and one.numel() == two.numel() and one.shape[-1] == two.shape[-1]

@@ -142,7 +142,7 @@ def test_ffns_of_a_hand_written_model() -> None:
     assert found.values.dtype is found.ratio.dtype is torch.float32
 
 
-@pytest.mark.parametrize("form", [tiny.plain, tiny.parallel, tiny.scaled_output, tiny.in_place, tiny.two_mixers])
+@pytest.mark.parametrize("form", [tiny.parallel, tiny.scaled_output, tiny.in_place, tiny.two_mixers, tiny.flat_ffn])
 def test_blocks_of_hand_written_models(form: Callable[..., Tensor]) -> None:
     model, ids = causal(*[form] * 3), token_ids()
     # Hooks on a stream that is written in place would see it as it becomes, so its twin is watched.

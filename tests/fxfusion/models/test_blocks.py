@@ -66,8 +66,8 @@ def test_branches_add_up_to_the_contribution(name: str) -> None:
     for block in (*graph.blocks.mixers, *graph.blocks.ffns, *graph.blocks.layers):
         assert len(block.branches) == (2 if block.kind == "layer" and name not in SUMMED_FIRST else 1)
         run = graph.run(ids, keep=[*block.branches, block.before, block.after])
-        total = sum((run[branch] for branch in block.branches), torch.zeros(()))
-        difference = run[block.after] - run[block.before]
+        total = sum((run[branch].flatten() for branch in block.branches), torch.zeros(()))
+        difference = run[block.after].flatten() - run[block.before].flatten()
         limit = 1e-12 if run[block.after].dtype is torch.float64 else 1e-5
         assert float((total - difference).abs().max() / difference.abs().max()) < limit
         assert float(difference.abs().max()) > 1e-3
@@ -150,6 +150,19 @@ def test_a_layer_ends_after_what_it_does_to_the_sum() -> None:
     torch.testing.assert_close(run[first.after], model.layers[0](run[first.stream]))
     torch.testing.assert_close(run[last.after], model.layers[1](run[last.stream]))
     assert first.branches == last.branches == ()
+
+
+def test_a_stream_may_be_reshaped_within_a_layer() -> None:
+    model = causal(tiny.flat_ffn, tiny.flat_ffn)
+    ids = token_ids()
+    graph = TracedModel(model).graph(ids)
+    for block in graph.blocks.layers:
+        run = graph.run(ids, keep=[block.stream, block.after, *block.branches])
+        assert run[block.after].shape == (2, 6, 8)
+        torch.testing.assert_close(run[block.after], model.layers[block.layer](run[block.stream]))
+        first, second = (run[branch] for branch in block.branches)
+        total = run[block.stream] + first + second.view(2, 6, 8)
+        torch.testing.assert_close(run[block.after], total)
 
 
 def test_a_scaled_embedding_is_where_the_stream_begins() -> None:

@@ -142,6 +142,13 @@ def scaled_parallel(layer: Layer, x: Tensor) -> Tensor:
     return x + 0.5 * (layer.mix(x) + layer.ffn(layer.norm(x)))
 
 
+def flat_ffn(layer: Layer, x: Tensor) -> Tensor:
+    """The FFN sees the stream as `[tokens, hidden]`, and so does the addition after it."""
+    x = x + layer.mix(x)
+    flat = x.reshape(-1, HIDDEN)
+    return (flat + layer.ffn(layer.norm(flat))).view(x.shape)
+
+
 def in_place(layer: Layer, x: Tensor) -> Tensor:
     """Writes the stream itself, which other parts of the layer read."""
     x += layer.mix(x)
