@@ -1,0 +1,202 @@
+"""What commands work on: models and tokenizers from local folders, text as batches, a device. Imported when it is used.
+
+Whatever is wrong with any of them is an `FxFusionError` of one line that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from fxfusion.analysis.texts import batches_from_text
+from fxfusion.cli.options import check_folder
+from fxfusion.errors import FxFusionError, OptionError
+
+_PROBE = 8  # tokens
+_CAUSAL_TOLERANCE = 1e-2  # relative; later tokens change a causal model's logits by rounding at most
+
+
+def load_config(folder: Path) -> Any:
+    check_folder(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise FxFusionError(f"{folder}/config.json cannot be used: {_reason(error)}") from error
+
+
+def causal_config(folder: Path) -> Any:
+    """The config of a causal language model, with no use for a key-value cache."""
+    config = load_config(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise FxFusionError(
+            f"{folder}: a model of type {config.model_type!r} is no causal language model; nothing here can measure it"
+        )
+    config.use_cache = False
+    return config
+
+
+def build_without_weights(folder: Path) -> PreTrainedModel:
+    """The model of a config on the meta device, in eval mode, without a key-value cache. Need not be causal."""
+    config = load_config(folder)
+    config.use_cache = False
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    builder: Any = AutoModelForCausalLM if causal else AutoModel
+    with torch.device("meta"):
+        model: PreTrainedModel = builder.from_config(config, trust_remote_code=False)
+    if model.main_input_name != "input_ids":
+        raise FxFusionError(
+            f"{folder}: the model's input is {model.main_input_name}, not token ids; use fxfusion.explain from Python"
+        )
+    model.eval()
+    return model
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: an accelerator if there is one. Raises `OptionError` for a device that cannot be used here."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(f"--device {name}: cannot be used here: {_reason(error)}") from None
+    return device
+
+
+def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+    """The trained model in eval mode. `dtype` auto: float32 on a CPU, elsewhere as it is stored.
+
+    Raises `FxFusionError` where weights are missing or do not fit, or where tokens see later ones.
+    """
+    config = causal_config(folder)
+    wanted: Any = dtype if dtype != "auto" else ("float32" if device.type == "cpu" else "auto")
+    try:
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=wanted,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            model: PreTrainedModel = loaded[0]
+            model.to(device)  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise FxFusionError(f"{folder}: the model cannot be loaded: {_reason(error)}") from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise FxFusionError(f"{folder}: its weights are broken: {_reason(error)}; copy the folder anew") from error
+    absent = sorted(str(name) for what in ("missing_keys", "mismatched_keys") for name in loaded[1][what])
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise FxFusionError(f"{folder}: the weights of {absent[0]}{more} are missing or of another shape")
+    model.eval()
+    _require_causal(model, folder)
+    return model
+
+
+def _require_causal(model: PreTrainedModel, folder: Path) -> None:
+    """An encoder may be loaded as a language model too: its tokens see what comes after them."""
+    ids = torch.arange(_PROBE, device=model.device)[None] % vocabulary(model.config)
+    other = ids.clone()
+    other[:, -1] = ids[:, 0]
+    with torch.no_grad():
+        one, two = (model(input_ids=each).logits[:, :-1].float() for each in (ids, other))
+    if float((one - two).abs().max()) > _CAUSAL_TOLERANCE * float(one.abs().max()):
+        raise FxFusionError(
+            f"{folder}: {type(model).__name__} is not causal (logits change with later tokens), so it has no perplexity"
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each kind of tokenizer fails in its own way
+        raise FxFusionError(
+            f"{folder}: no tokenizer can be loaded from it ({_reason(error)}); add its tokenizer files, or give --text"
+            " token ids as a .safetensors file"
+        ) from error
+
+
+def read_batches(
+    sources: Sequence[Path],
+    tokenizer: Any,
+    *,
+    length: int,
+    batch: int,
+    sequences: int,
+    seed: int,
+    suffixes: Sequence[str] = (),
+    progress: bool = False,
+) -> list[Tensor]:
+    """`int64 [batch, length]` each, `sequences` rows at most; several sources take turns."""
+    rows = min(batch, sequences)
+    limit = sequences // rows
+    more: dict[str, Any] = {"suffixes": tuple(suffixes)} if suffixes else {}
+    found = []
+    for source in sources:
+        try:
+            one = batches_from_text(
+                source, tokenizer, length=length, batch=rows, limit=limit, seed=seed, progress=progress, **more
+            )
+        except OptionError as error:
+            raise OptionError(f"--text: {str(error).replace('suffixes=', '--suffix')}") from error
+        found.append(one)
+    return [each for each in chain.from_iterable(zip_longest(*found)) if each is not None][:limit]
+
+
+def check_ids(batches: Sequence[Tensor], config: Any) -> None:
+    """Raises `OptionError` where the model has no such tokens."""
+    known, largest = vocabulary(config), max(int(each.max()) for each in batches)
+    if largest >= known:
+        raise OptionError(
+            f"--text: it holds token {largest}, and the model knows {known} tokens: made by another tokenizer?"
+        )
+
+
+def check_length(length: int, config: Any) -> None:
+    """Raises `OptionError` where the model has no room for so many tokens."""
+    room = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(room, int) and 0 < room < length:
+        raise OptionError(f"--length {length}: the model reads {room} tokens at most")
+
+
+def vocabulary(config: Any) -> int:
+    """How many tokens the model knows."""
+    return int(config.get_text_config().vocab_size)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and advice of transformers: commands have their own."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

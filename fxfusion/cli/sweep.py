@@ -1,0 +1,112 @@
+"""`fxfusion sweep MODEL_DIR`: what every depth costs, as a table and a plot with its Pareto front."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fxfusion.cli import options
+from fxfusion.cli.options import Method, Norm, check_folder, read, read_bytes, read_layers, show_layers, show_members
+from fxfusion.cli.plan import tried_work
+from fxfusion.cli.results_folder import PLANS, SWEEP, SWEEP_PLOT, SWEEP_TABLE, replacing
+from fxfusion.cli.score import work as score_work
+from fxfusion.cli.session import Session, Work, measuring
+from fxfusion.errors import OptionError
+
+if TYPE_CHECKING:
+    from fxfusion.analysis.sweep import Sweep
+
+Drops = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBERS",
+        help="Numbers of attention layers to drop, such as 0,2,4 or 0-6.",
+        show_default="six, up to half of them",
+    ),
+]
+
+
+@measuring
+def command(
+    run: Session,
+    drops: Drops = None,
+    max_members: options.MaxMembers = None,
+    max_width: options.MaxWidth = None,
+    max_bytes: options.MaxBytes = None,
+    max_dependency: options.MaxDependency = None,
+    norm: options.NormOption = Norm.fold,
+    method: options.MethodOption = Method.loss,
+) -> dict[str, Any]:
+    """Measure the best plan for every depth and several numbers of dropped attentions.
+
+    Plans that no other beats in both depth and loss form the front. Every plan is kept as soon as it is measured.
+    """
+    check_folder(run.common.model_dir)
+    run.require_text()
+    numbers = read(drops, partial(read_layers, option="--drops"))
+    room = read(max_bytes, partial(read_bytes, option="--max-bytes"))
+    if run.common.dry_run:
+        return run.plan_dry_run(_work(run, method.value), [SWEEP, SWEEP_TABLE, SWEEP_PLOT, PLANS])
+
+    from fxfusion.analysis.sweep import sweep
+
+    model = run.model  # first: then the folder knows its layers
+    most, there = max(numbers or [0]), len(run.folder.attention_layers())
+    if most > there:
+        raise OptionError(f"--drops: {most} attention layers are to go, the model has {there}")
+    found = sweep(
+        model,
+        run.batches,
+        drops=numbers,
+        max_members=max_members,
+        max_width=max_width,
+        max_bytes=room,
+        max_dependency=max_dependency,
+        norm=norm.value,
+        method=method.value,
+        cache=run.folder.path,
+        progress=True,
+    )
+    _save(run, found)
+    _show(run, found)
+    return found.to_dict()
+
+
+def _work(run: Session, method: str) -> list[Work]:
+    return [
+        score_work(run, method, greedy=False),
+        score_work(run, method, greedy=True),
+        Work("dependency matrix of each set of dropped layers"),
+        tried_work(run),
+    ]
+
+
+def _save(run: Session, found: Sweep) -> None:
+    run.folder.write(SWEEP, {"text": run.text_facts, **found.to_dict()})
+    for name, write in ((SWEEP_TABLE, found.to_csv), (SWEEP_PLOT, found.plot)):
+        with replacing(run.folder.file(name)) as beside:
+            write(beside)
+
+
+def _show(run: Session, found: Sweep) -> None:
+    rows = []
+    for point in found.points:
+        plan, quality = point.measured.plan, point.measured.quality
+        groups = " ".join(f"[{show_members(group)}]" for group in plan.groups)
+        rows.append(
+            (
+                f"{point.measured.depth}{' *' if point.on_front else ''}",
+                show_layers(plan.dropped_attention) or "none",
+                groups or "none",
+                f"{point.measured.fused_bytes / 2**20:.1f}",
+                f"{float(quality.perplexity):.2f}",
+                f"{float(quality.loss_increase or 0):+.4f}",
+            )
+        )
+    heads = ("FFNs in a row", "attention dropped", "groups", "fused MiB", "perplexity", "loss increase")
+    run.screen.table(heads, rows)
+    run.screen.line(f"* on the front. The intact model has {found.intact} FFNs in a row.", "dim")
+    files = ", ".join(str(run.folder.file(name)) for name in (SWEEP, SWEEP_TABLE, SWEEP_PLOT))
+    run.screen.line(f"written: {files}", "dim")

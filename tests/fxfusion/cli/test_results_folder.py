@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxfusion.cli.results_folder import ResultsFolder, contents, digest, replacing
+from fxfusion.errors import FxFusionError
+from fxfusion.plan import FusionPlan, MadeBy
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path / "new" / "results")
+    assert folder.read("a.json") is None
+    folder.write("a.json", {"loss": 1.5, "layers": [1, 2]})
+    assert folder.read("a.json") == {"loss": 1.5, "layers": [1, 2]}
+    assert os.listdir(folder.path) == ["a.json"]
+
+
+@pytest.mark.parametrize("step", ["write_text", "replace", "fsync"])
+def test_on_a_full_disk_the_old_file_stays_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    folder = ResultsFolder(tmp_path)
+    folder.write("a.json", {"old": 1})
+    monkeypatch.setattr(Path if step == "write_text" else os, step, full)
+    with pytest.raises(FxFusionError, match=r"a\.json: cannot be written \(nothing was changed\): No space left"):
+        folder.write("a.json", {"new": 2})
+    monkeypatch.undo()
+    assert folder.read("a.json") == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+    folder.write("a.json", {"new": 2})
+    assert folder.read("a.json") == {"new": 2}
+
+
+def test_a_half_written_file_never_takes_the_place(tmp_path: Path) -> None:
+    target = tmp_path / "plot.svg"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(target) as beside:
+        assert beside.suffix == ".svg" and beside.parent == tmp_path
+        beside.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["plot.svg"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b""])
+def test_a_broken_file_is_named_with_what_to_do(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(FxFusionError, match=r"a\.json is broken \(.*\): remove it"):
+        ResultsFolder(tmp_path).read("a.json")
+
+
+def test_numbers_that_json_lacks_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        ResultsFolder(tmp_path).write("a.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FxFusionError, match=re.escape(f"--results {tmp_path}/file/results: cannot be made")):
+        ResultsFolder(tmp_path / "file" / "results").make()
+
+
+def test_a_folder_is_about_one_model(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path)
+    facts = {"architecture": "A", "weights": "1", "dtype": "float32"}
+    folder.check_model(facts, lambda: {"name": "first", "layers": []})
+    folder.check_model(dict(facts), lambda: pytest.fail("described twice"))
+    for other in ({"weights": "2"}, {"dtype": "bfloat16"}):
+        with pytest.raises(FxFusionError, match=r"another model or precision \(first, float32\).*--results"):
+            folder.check_model(facts | other, dict)
+    assert (folder.read("model.json") or {})["name"] == "first"
+
+
+def test_a_digest_tells_values_apart_and_not_orders_of_keys() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_contents_leave_out_how_a_plan_was_made() -> None:
+    plan = FusionPlan(groups=[[4, 5]], dropped_attention=[5])
+    assert contents(plan) == contents(plan.replace(made_by=MadeBy.now("fxfusion plan")))
+    assert contents(plan) != contents(plan.replace(norm="last"))
+    assert FusionPlan(**contents(plan)) == plan

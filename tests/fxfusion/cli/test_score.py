@@ -1,0 +1,214 @@
+"""`fxfusion score`, and with it what all measuring commands share: errors, JSON, dry runs, going on after Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from fxfusion.cli.score import show
+from fxfusion.cli.screen import Screen
+from tests.fxfusion.cli.conftest import LAYERS, SMALL, Run, make_model, make_text
+
+
+@pytest.fixture
+def args(model: Path, text: Path, results: Path) -> list[object]:
+    """A command whose scores are there already."""
+    return ["score", model, "--text", text, "--results", results, *SMALL]
+
+
+def test_scores_are_shown_by_layer_with_bars_and_kept(run: Run, args: list[object], results: Path) -> None:
+    ran = run(*args)
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert [line.split()[0] for line in lines[1 : LAYERS + 1]] == [str(layer) for layer in range(LAYERS)]
+    kept = json.loads((results / "scores_loss.json").read_text())
+    values = {score["layer"]: score["value"] for score in kept["scores"]}
+    cheapest, dearest = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    assert "cheapest" in lines[1 + cheapest] and ran.out.count("cheapest") == 1
+    assert f" {LAYERS} " in lines[1 + dearest] and f"{values[dearest]:.5f}" in lines[1 + dearest]
+    assert "\x1b" not in ran.out + ran.err
+    assert kept["text"]["tokens"] == 8 * 16
+
+
+def test_bars_are_as_long_as_scores_are_high(capsys: pytest.CaptureFixture[str]) -> None:
+    from fxfusion.analysis.intervals import Estimate
+    from fxfusion.analysis.scores import AttentionScores, LayerScore
+
+    def lines(*values: float) -> list[str]:
+        scores = tuple(LayerScore(n, "", Estimate(value, value, value), None) for n, value in enumerate(values))
+        show(AttentionScores("loss", scores, 100, 10), Screen())
+        return capsys.readouterr().out.splitlines()[1 : len(values) + 1]
+
+    assert [line.count("█") for line in lines(1.0, 0.5, -0.2, 2.0)] == [12, 6, 0, 24]
+    assert [line.count("█") for line in lines(-1.0, -2.0)] == [0, 0]
+
+
+def test_a_second_run_measures_nothing_again(run: Run, args: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxfusion.models.traced import TracedGraph
+
+    monkeypatch.setattr(TracedGraph, "run", lambda *_, **__: pytest.fail("the model was run again"))
+    monkeypatch.setenv("FXFUSION_DEBUG", "2")  # prints lines, which must not get between those of the JSON
+    ran = run(*args, "--json")
+    assert ran.json["method"] == "loss" and "fxfusion: " in ran.err
+    with pytest.raises(pytest.fail.Exception):
+        run(*args, "--greedy")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cosine", "kl"])
+def test_greedy_runs_tell_what_the_drops_cost_together(run: Run, args: list[object], method: str) -> None:
+    ran = run(*args, "--method", method, "--greedy")
+    assert "greedy turn" in ran.out and "cost of all so far" in ran.out
+    found = run(*args, "--json", "--method", method, "--greedy").json
+    assert found["method"] == method and len(found["steps"]) == LAYERS
+
+
+def test_a_dry_run_measures_and_writes_nothing(run: Run, args: list[object], results: Path, tmp_path: Path) -> None:
+    before = contents_of(results)
+    for more, passes, known in (
+        ((), LAYERS + 1, "known"),
+        (("--results", tmp_path / "new", "--method", "cosine"), 1, ""),
+    ):
+        ran = run(*args, "--dry-run", "--json", *more)
+        assert ran.code == 0 and [(part["passes"], part["known"]) for part in ran.json["work"]] == [(passes, known)]
+    assert ran.json["text"]["sequences"] == 8 and ran.json["text"]["tokens"] == 128
+    assert contents_of(results) == before and not (tmp_path / "new").exists()
+    ran = run(*args, "--dry-run", "--seed", 1)  # other text than that of the scores
+    assert "nothing is measured or written" in ran.out and "begun" in ran.out
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "named"),
+    [
+        (["--text", "none.txt"], 2, "--text: there is no file or folder none.txt"),
+        (["--length", 500], 2, "smaller length or batch"),
+        (["--length", 5000], 2, "--length 5000: the model reads 2048 tokens at most"),
+        (["--device", "tpu9"], 2, "--device tpu9"),
+        (["--results", "/dev/null/x"], 1, "--results /dev/null/x: cannot be made"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(
+    run: Run, args: list[object], change: list[object], code: int, named: str
+) -> None:
+    ran = run(*args, *change)
+    assert ran.code == code and named in ran.error and ran.out == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--method", "magic"], "--method"),
+        (["--batch", 0], "--batch"),
+        (["--dtype", "int8"], "--dtype"),
+        (["-x"], "-x"),
+    ],
+)
+def test_what_typer_refuses_is_exit_code_2(run: Run, model: Path, args: list[object], named: str) -> None:
+    ran = run("score", model, *args)
+    assert ran.code == 2 and named in ran.err and ran.out == "" and "Traceback" not in ran.err
+
+
+def test_no_text_and_no_model_are_errors_that_say_what_to_do(run: Run, model: Path, text: Path) -> None:
+    ran = run("score", model)
+    assert ran.code == 2 and "--text: name a text file" in ran.error
+    ran = run("score", "/nowhere", "--text", text)
+    assert ran.code == 1 and "/nowhere: no such folder" in ran.error
+
+
+def test_results_of_another_model_or_text_are_left_alone(
+    run: Run, args: list[object], results: Path, tmp_path: Path
+) -> None:
+    before = contents_of(results)
+    other = make_model(tmp_path / "other", seed=1)
+    for ran in (run("score", other, *args[2:]), run(*args, "--dtype", "bfloat16")):
+        assert ran.code == 1 and "another model or precision" in ran.error and "--results" in ran.error
+    ran = run(*args, "--seed", 1)
+    assert ran.code == 2 and "other text" in ran.error
+    assert contents_of(results) == before
+
+
+@pytest.mark.parametrize("name", ["scores.json", "model.json"])
+def test_a_broken_file_is_named(run: Run, args: list[object], results: Path, name: str) -> None:
+    (results / name).write_text("{")
+    ran = run(*args)
+    assert ran.code in (1, 2) and name in ran.error
+
+
+def test_a_full_disk_leaves_what_was_there(
+    run: Run, args: list[object], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = contents_of(results)
+    monkeypatch.setattr(os, "fsync", full)
+    ran = run(*args, "--method", "cosine")
+    assert ran.code == 1 and "No space left on device" in ran.error
+    assert contents_of(results) == before
+
+
+@pytest.mark.slow
+def test_weights_that_give_no_finite_loss_are_an_error(run: Run, text: Path, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "wild")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1e30  # too much for half precision
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    args = ["score", folder, "--text", text, *SMALL, "--results", tmp_path / "results"]
+    ran = run(*args, "--dtype", "float16")
+    assert ran.code == 1 and "finite" in ran.error and ran.out == ""
+    assert not (tmp_path / "results" / "scores_loss.json").exists()
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------
+
+
+def child(args: list[object]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fxfusion.cli", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def values_in(cache: Path) -> dict[str, Any]:
+    """What is measured so far; the file is whole at every moment."""
+    return dict(json.loads(cache.read_text())["values"]) if cache.exists() else {}
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_the_same_command_goes_on_to_the_same_numbers(run: Run, model: Path, tmp_path: Path) -> None:
+    """A child process is interrupted in the middle of the measurement, twice."""
+    text = make_text(tmp_path / "text.txt", words=40_000)
+    args: list[object] = ["score", model, "--text", text, "--length", 128, "--batch", 4, "--sequences", 256, "--greedy"]
+    results = tmp_path / "results"
+    cache = results / "scores.json"
+    sizes = []
+    for _ in range(2):
+        started = child([*args, "--results", results])
+        deadline, before = time.monotonic() + 100, sum(map(len, values_in(cache).values()))
+        while sum(map(len, values_in(cache).values())) <= before and started.poll() is None:
+            assert time.monotonic() < deadline, "nothing was measured"
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        out, err = started.communicate(timeout=60)
+        assert started.returncode == 1 and out == "", err
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("fxfusion: error: interrupted") and str(results) in last
+        assert "Traceback" not in err and not (results / "scores_loss_greedy.json").exists()
+        assert not [name for name in os.listdir(results) if name.startswith(".")]
+        sizes.append(sum(map(len, values_in(cache).values())))
+    assert 0 < sizes[0] < sizes[1]
+    resumed, anew = (run(*args, "--json", "--results", where).json for where in (results, tmp_path / "anew"))
+    assert sizes[1] < sum(map(len, values_in(cache).values()))
+    assert resumed == anew
