@@ -49,7 +49,7 @@ def test_the_digest_tells_all_inputs_apart() -> None:
     ("batches", "error", "message"),
     [
         ([], ValueError, "batches is empty"),
-        (iter([]), ValueError, "used up only once"),
+        pytest.param(iter([]), ValueError, "used up only once", id="used-up"),
         (IDS, TypeError, "wrap a single batch in a list"),
         ([IDS, IDS[0]], ValueError, r"batch 1 must hold integer `input_ids` \[batch, seq\], got torch.int64 \[4\]"),
         ([IDS.float()], ValueError, "got torch.float32"),
