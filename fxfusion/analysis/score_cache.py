@@ -21,12 +21,13 @@ Address = tuple[str, tuple[int, ...], int | None]
 
 FORMAT = 1
 _SECONDS_BETWEEN_WRITES = 1.0
+_SHARE_OF_TIME = 20  # and at least so many times what the last write took: a long file must not slow the measuring
 
 
 class ScoreCache:
     """Used as a context: whatever ends it, an interruption too, what was measured is in the file.
 
-    While it is open the file is written at most once a second, so that a killed process loses little.
+    While it is open the file is written about once a second, so that a killed process loses little.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
@@ -34,7 +35,7 @@ class ScoreCache:
         self._header: dict[str, Any] = {}
         self._values: dict[str, list[list[float] | None]] = {}
         self._is_changed = False
-        self._written_at = 0.0
+        self._write_at = 0.0
 
     def open(self, model: Callable[[], str], batches: Sequence[str]) -> None:
         """Read the file. `model`: makes the digest of the model; `batches`: digests of the text.
@@ -69,7 +70,7 @@ class ScoreCache:
         known.extend([None] * (batch + 1 - len(known)))
         known[batch] = sums
         self._is_changed = True
-        if time.monotonic() - self._written_at > _SECONDS_BETWEEN_WRITES:
+        if time.monotonic() >= self._write_at:
             self._write()
 
     def __enter__(self) -> ScoreCache:
@@ -82,9 +83,11 @@ class ScoreCache:
 
     def _write(self) -> None:
         if self.path is not None and self._is_changed:
+            start = time.monotonic()
             write_json(self.path, self._header | {"values": self._values})
             self._is_changed = False
-            self._written_at = time.monotonic()
+            end = time.monotonic()
+            self._write_at = end + max(_SECONDS_BETWEEN_WRITES, _SHARE_OF_TIME * (end - start))
 
 
 def _key(address: Address) -> str:

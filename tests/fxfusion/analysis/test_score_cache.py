@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fxfusion.analysis import score_cache
 from fxfusion.analysis.score_cache import Address, ScoreCache
 from fxfusion.errors import OptionError
 
@@ -52,15 +53,28 @@ def test_what_was_put_is_written_when_an_interruption_ends_it(tmp_path: Path) ->
     assert opened(path).get(ADDRESSES[1], 0) == [2.0]
 
 
-def test_the_file_is_written_once_a_second_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([10.0, 10.0, 10.5, 11.5, 11.5, 12.0, 12.0])
-    monkeypatch.setattr("fxfusion.analysis.score_cache.time.monotonic", lambda: next(times))
-    cache, path = opened(tmp_path / "cache.json"), tmp_path / "cache.json"
-    sizes = []
-    for batch in range(4):
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.0, [1, 1, 3, 3, 5]), (0.1, [1, 1, 1, 4, 4])])
+def test_the_file_is_written_once_a_second_or_less_often_if_that_takes_long(
+    seconds: float, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 10.0
+    monkeypatch.setattr("fxfusion.analysis.score_cache.time.monotonic", lambda: now)
+    write = score_cache.write_json
+
+    def slowly(path: Path, data: dict[str, object]) -> None:
+        nonlocal now
+        write(path, data)
+        now += seconds
+
+    monkeypatch.setattr(score_cache, "write_json", slowly)
+    path = tmp_path / "cache.json"
+    cache = opened(path)
+    found = []
+    for batch, moment in enumerate((10.0, 10.9, 11.5, 12.4, 12.6)):
+        now = moment
         cache.put(ADDRESSES[0], batch, [float(batch)])
-        sizes.append(len(json.loads(path.read_text())["values"]["loss"]))
-    assert sizes == [1, 1, 3, 3]
+        found.append(len(json.loads(path.read_text())["values"]["loss"]))
+    assert found == sizes
 
 
 def test_text_may_be_added_or_left_out(tmp_path: Path) -> None:
