@@ -27,7 +27,7 @@ from fxfusion.analysis.batches import Batch, measuring, model_device
 from fxfusion.analysis.dependency_store import MatrixState, load_matrix, save_matrix
 from fxfusion.analysis.resume import model_key, progress_bar
 from fxfusion.analysis.token_batches import TokenBatch, read_batches
-from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance, length_ratio, pick
+from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance, pick
 from fxfusion.errors import OptionError
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import TracedGraph, TracedModel
@@ -169,7 +169,7 @@ def measure_batch(
     for place, block in enumerate(blocks):
         added = contribution(intact, block, batch.seen)
         own.append(Directions.of(added))
-        for name, total in _compare(pick(intact[block.stream], batch.seen), added, own[-1]).items():
+        for name, total in _compare(pick(intact[block.stream], batch.seen), added).items():
             _check(total, f"{name} of {block.name}", batch)
             sums[name][place] = total
     base = intact.keeping(block.before for block in blocks)
@@ -188,15 +188,21 @@ def measure_batch(
     return sums
 
 
-def _compare(stream: Tensor, added: Tensor, direction: Directions) -> dict[str, Tensor]:
+def _compare(stream: Tensor, added: Tensor) -> dict[str, Tensor]:
     """Sums over tokens of what a block adds, against the stream that it reads."""
-    before = Directions.of(stream)
+    xx, hh, xh = (torch.linalg.vecdot(*pair).double() for pair in ((stream, stream), (added, added), (stream, added)))
+    after = (xx + 2 * xh + hh).clamp_min(0.0)  # |x + h|^2
     measured = {
-        "cosine": 1 - cosine_distance(before, Directions.of(stream + added)),
-        "ratio": length_ratio(added, stream),
-        "contribution_cosine": 1 - cosine_distance(before, direction),
+        "cosine": _cosine(xx + xh, xx * after),
+        "ratio": torch.where(hh == 0, 0.0, (hh / xx).sqrt()),
+        "contribution_cosine": _cosine(xh, xx * hh),
     }
-    return {name: value.sum(dtype=torch.float64) for name, value in measured.items()}
+    return {name: value.sum() for name, value in measured.items()}
+
+
+def _cosine(product: Tensor, squares: Tensor) -> Tensor:
+    """u . v / |u| |v|, 0 where a vector is zero. `squares`: |u|^2 |v|^2."""
+    return torch.where(squares == 0, 0.0, product / squares.sqrt())
 
 
 def _check(total: Tensor, what: str, batch: TokenBatch) -> None:

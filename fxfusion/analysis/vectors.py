@@ -67,13 +67,6 @@ def cosine_distance(one: Directions, other: Directions) -> Tensor:
     return distance.masked_fill(one.is_zero ^ other.is_zero, 1.0)
 
 
-def length_ratio(one: Tensor, other: Tensor) -> Tensor:
-    """|one| / |other|: `[tokens]`. Zero where both are zero."""
-    length: Tensor = torch.linalg.vector_norm(one, dim=-1)
-    ratio: Tensor = length / torch.linalg.vector_norm(other, dim=-1)
-    return ratio.masked_fill(length == 0, 0.0)
-
-
 def sums_by_sequence(values: Tensor, seen: Tensor) -> Tensor:
     """Sums over each sequence's tokens: values `[tokens]`, picked by `seen` `[batch, seq]`, to float64 `[batch]`."""
     rows = seen.nonzero()[:, 0].to(values.device)

@@ -397,6 +397,15 @@ def test_a_layer_that_runs_twice_is_an_error() -> None:
             dependency_matrix(Looped().eval(), [token_ids()], unit=unit)  # type: ignore[arg-type]
 
 
+def test_a_block_that_adds_nothing_has_no_length_and_no_direction() -> None:
+    model = causal(*[tiny.plain] * 3)
+    with torch.no_grad():
+        model.layers[1].ffn.down.weight.zero_()
+    found = dependency_matrix(model, [token_ids()])
+    assert found.ratio[1] == found.contribution_cosine[1] == found.values[0, 1] == found.values[1, 2] == 0
+    assert found.cosine[1] == 1 and float(found.values[0, 2]) > 0
+
+
 def test_one_block_gives_a_matrix_of_zero() -> None:
     found = dependency_matrix(causal(tiny.plain), [token_ids()], progress=True)
     assert torch.equal(found.values, torch.zeros(1, 1)) and float(found.ratio) > 0

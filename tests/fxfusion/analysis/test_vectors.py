@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxfusion.analysis.vectors import Directions, cosine_distance, length_ratio, pick, sums_by_sequence
+from fxfusion.analysis.vectors import Directions, cosine_distance, pick, sums_by_sequence
 from fxfusion.errors import CaptureError
 
 ALL = torch.ones(2, 3, dtype=torch.bool)
@@ -45,11 +45,6 @@ def test_zero_vectors_are_equal_to_each_other_and_far_from_all_else() -> None:
 def test_values_that_are_not_finite_stay_so() -> None:
     vectors = torch.tensor([[1.0, float("nan")], [1.0, float("inf")]])
     assert distance(vectors, torch.ones(2, 2)).isnan().all()
-
-
-def test_the_ratio_of_lengths() -> None:
-    one, other = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]]), torch.tensor([[10.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    assert length_ratio(one, other).tolist() == [0.5, 0.0, float("inf")]
 
 
 def test_tokens_are_picked_from_both_shapes_of_a_stream() -> None:
