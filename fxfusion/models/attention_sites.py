@@ -54,8 +54,8 @@ def find_sites(traced: TracedGraph, layers: Iterable[int]) -> dict[int, Attentio
     where other layers read what it computes.
     """
     wanted = sorted(set(layers))
-    blocks = _one_block_each(traced, wanted)
     prefix = layer_list_path(traced)
+    blocks = _one_block_each(traced, wanted)
     before = traced.needed([traced.logits])
     # The addition that brings the result in goes too; some attention modules hold it.
     dead = before - traced.needed([traced.logits], blocks.values()) | {block.after for block in blocks.values()}
