@@ -67,7 +67,7 @@ def decoded(model: Any, ids: Tensor, cache: Any, prefill: int = PREFILL, mask: T
     """Logits of the first tokens at once and the others one by one. `mask`: 0 where a token is padding."""
     logits = []
     done = 0
-    for part in (ids[:, :prefill], *ids[:, prefill:].split(1, dim=1)):
+    for part in (ids[:, :prefill], *(ids[:, place : place + 1] for place in range(prefill, ids.shape[1]))):
         end = done + part.shape[1]
         given: dict[str, Any] = {}
         if mask is not None:
