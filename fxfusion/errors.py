@@ -30,6 +30,11 @@ class SurgeryError(FxFusionError, ValueError):
     """A model's modules cannot be changed as asked. The model is as it was; the message says what was found in it."""
 
 
+class CheckpointError(FxFusionError, ValueError):
+    """A checkpoint folder that cannot be read or written; the message names the file or tensor. What was there before
+    is as it was."""
+
+
 class PassError(FxFusionError, RuntimeError):
     """A pass broke an invariant of the graph; the message names the pass and those that ran before it."""
 
