@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fxfusion.backend import ffn_fusion, last_reports, refresh
     from fxfusion.errors import FxFusionError, Refusal, RefusalCode
     from fxfusion.models.drop_attention import drop_attention
+    from fxfusion.models.ffn_surgery.fuse import fuse
+    from fxfusion.models.ffn_surgery.unfuse import unfuse
     from fxfusion.pipeline import explain, fuse_graph
     from fxfusion.plan import FusionPlan
     from fxfusion.policy import FusionPolicy
@@ -35,9 +37,11 @@ _HOME = {
     "dependency_matrix": "fxfusion.analysis.dependency",
     "drop_attention": "fxfusion.models.drop_attention",
     "evaluate": "fxfusion.analysis.quality",
+    "fuse": "fxfusion.models.ffn_surgery.fuse",
     "greedy_agreement": "fxfusion.analysis.generation",
     "make_plan": "fxfusion.analysis.make_plan",
     "sweep": "fxfusion.analysis.sweep",
+    "unfuse": "fxfusion.models.ffn_surgery.unfuse",
     "ffn_fusion": "fxfusion.backend",
     "last_reports": "fxfusion.backend",
     "refresh": "fxfusion.backend",
@@ -65,12 +69,14 @@ __all__ = [
     "evaluate",
     "explain",
     "ffn_fusion",
+    "fuse",
     "fuse_graph",
     "greedy_agreement",
     "last_reports",
     "make_plan",
     "refresh",
     "sweep",
+    "unfuse",
 ]
 
 

@@ -63,10 +63,10 @@ class LiftWeights(Pass):
                 tagged.setdefault(node.meta[PACK_TAG], []).append(node)
         packs = []
         for index, roots in tagged.items():
-            sources, inner = _needs(roots, facts)
+            sources, inner = constant_needs(roots, facts)
             if self.into == "get_attr" and any(source.op != "get_attr" for source in sources):
                 continue
-            module = _pack_graph(sources, inner, roots)
+            module = constant_graph(sources, inner, roots)
             values = [self._replace(graph, root, f"packed_{index}_{place}") for place, root in enumerate(roots)]
             names = tuple(source.name for source in sources)
             packs.append(Pack(index=index, module=module, sources=names, values=tuple(values)))
@@ -89,8 +89,8 @@ class LiftWeights(Pass):
         return value.name
 
 
-def _needs(roots: Sequence[fx.Node], facts: GraphFacts) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The weights that the roots are computed from, and the nodes in between, both in graph order."""
+def constant_needs(roots: Sequence[fx.Node], facts: GraphFacts) -> tuple[list[fx.Node], list[fx.Node]]:
+    """The weights that constant values are computed from, and the nodes in between, both in graph order."""
     seen: set[fx.Node] = set()
     pending = list(roots)
     while pending:
@@ -103,8 +103,9 @@ def _needs(roots: Sequence[fx.Node], facts: GraphFacts) -> tuple[list[fx.Node], 
     return sources, [node for node in ordered if node not in set(sources)]
 
 
-def _pack_graph(sources: Sequence[fx.Node], inner: Sequence[fx.Node], roots: Sequence[fx.Node]) -> fx.GraphModule:
-    """A graph of its own, with names that depend on the computation alone (it is a cache key)."""
+def constant_graph(sources: Sequence[fx.Node], inner: Sequence[fx.Node], roots: Sequence[fx.Node]) -> fx.GraphModule:
+    """A graph of its own from the weights to the values, with names that depend on the computation alone (it is a
+    cache key)."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for place, source in enumerate(sources):

@@ -16,7 +16,7 @@ from fxfusion.models import cache_slots
 from fxfusion.models.attention_sites import AttentionSite, find_sites, layer_list_path
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.cache_slots import CacheSlots, set_attribute
-from fxfusion.models.drop_record import DropRecord, read_record
+from fxfusion.models.drop_record import DropRecord, fused_entry, read_record
 from fxfusion.models.no_attention import NoAttention, NoNorm, Nothing, Returned, candidates, watch
 from fxfusion.models.same_graph import check_same_graph
 from fxfusion.models.surgery_proof import Proof, full_logits, proof_tokens
@@ -51,7 +51,10 @@ class AttentionSurgery:
 
         Raises `SurgeryError` where the model is no decoder that can be looked into, or lacks a wanted layer.
         """
-        record = read_record(_decoder_config(model))
+        config = _decoder_config(model)
+        if fused_entry(config) is not None:
+            raise SurgeryError("FFNs of the model are fused, so its layers have other numbers: `unfuse` it first")
+        record = read_record(config)
         ids = proof_tokens(model)
         try:
             traced = TracedModel(model).graph(ids)

@@ -25,6 +25,7 @@ from fxfusion.errors import SurgeryError
 _INDEX_NAME = re.compile("layer|idx|index")
 _SHARING = "kv_sharing_modes"  # "reuse" makes a slot that stores nothing, in all caches built from the config
 _SHARED_AT_END = "num_kv_shared_layers"  # before there was that: a cache without the last so many slots
+SHARING_NAMES = (_SHARING, _SHARED_AT_END)
 _ABSENT = object()
 
 
@@ -183,6 +184,13 @@ def refuse_sharing(configs: Iterable[Any]) -> None:
         modes = getattr(config, _SHARING, None) or ()
         if (getattr(config, _SHARED_AT_END, None) or 0) > 0 or any(mode is not None for mode in modes):
             raise SurgeryError(f"some layers use the keys and values of others ({_SHARED_AT_END}): not supported")
+
+
+def forget_sharing(configs: Iterable[Any]) -> None:
+    """Take back what `set_config` said of slots without use; intact models share none (`refuse_sharing`)."""
+    for config in configs:
+        if getattr(config, _SHARED_AT_END, None):
+            setattr(config, _SHARED_AT_END, 0)
 
 
 def set_attribute(owner: Any, name: str, value: Any, undo: ExitStack) -> None:

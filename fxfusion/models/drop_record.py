@@ -1,6 +1,7 @@
 """What a config says about attention that was dropped: `config.fxfusion`, plain lists, so that it is saved with it.
 
-    {"dropped_attention": [4, 5], "cache_slots": [0, 1, 2, 3, None, None, 4, 5], "layer_types": None}
+    {"dropped_attention": [4, 5], "cache_slots": [0, 1, 2, 3, None, None, 4, 5], "layer_types": None,
+     "fused": {...} of ffn_surgery/record.py}
 
 Layers are numbered as in the intact model. `layer_types` is the intact model's list, which building the modules
 anew from the config needs; `config.layer_types` itself follows the cache slots.
@@ -15,7 +16,7 @@ from typing import Any
 from fxfusion.errors import SurgeryError
 from fxfusion.models.cache_slots import set_attribute
 
-_NAME = "fxfusion"
+NAME = "fxfusion"
 _KEYS = ("dropped_attention", "cache_slots", "layer_types")
 
 
@@ -34,16 +35,23 @@ def read_record(config: Any) -> DropRecord | None:
 
     Raises `SurgeryError` where the record is none of ours.
     """
-    found = getattr(config, _NAME, None)
+    found = getattr(config, NAME, None)
     if not isinstance(found, dict) or "dropped_attention" not in found:
         return None
     missing = [key for key in _KEYS if key not in found]
     if missing:
-        raise SurgeryError(f"config.{_NAME} records dropped attention without {missing[0]}; was it edited?")
+        raise SurgeryError(f"config.{NAME} records dropped attention without {missing[0]}; was it edited?")
     return DropRecord(**{key: found[key] for key in _KEYS})
+
+
+def fused_entry(config: Any) -> dict[str, Any] | None:
+    """What the config says of fused groups, or None."""
+    found = getattr(config, NAME, None)
+    entry = found.get("fused") if isinstance(found, dict) else None
+    return dict(entry) if isinstance(entry, dict) else None
 
 
 def write_record(config: Any, record: DropRecord, undo: ExitStack) -> None:
     """Put the record into the config, beside what else is noted there."""
-    found = getattr(config, _NAME, None)
-    set_attribute(config, _NAME, {**(found if isinstance(found, dict) else {}), **asdict(record)}, undo)
+    found = getattr(config, NAME, None)
+    set_attribute(config, NAME, {**(found if isinstance(found, dict) else {}), **asdict(record)}, undo)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfusion.errors import PlanError
+from fxfusion.models.drop_record import fused_entry
 from fxfusion.plan import FusionPlan, ModelFacts
 from fxfusion.plan_file import located
 
@@ -51,12 +52,14 @@ def facts_of(model: nn.Module) -> ModelFacts:
     path, layers = decoder_layers(model)
     outside = {name: value for name, value in model.named_parameters() if not _is_inside(name, path)}
     described: dict[str, Any] = {name: list(value.shape) for name, value in sorted(outside.items())}
-    described["layers"] = [path, len(layers)]
+    fused = fused_entry(getattr(model, "config", None))
+    count = len(layers) if fused is None else int(fused["layers"])
+    described["layers"] = [path, count]
     described |= {name: _config_value(model, name) for name in _CONFIG_FACTS}
     hidden, vocabulary = _sizes(model, path)
     return ModelFacts(
         architecture=type(model).__name__,
-        layers=len(layers),
+        layers=count,
         hidden=hidden,
         vocabulary=vocabulary,
         fingerprint=_digest(json.dumps(described, sort_keys=True).encode()),

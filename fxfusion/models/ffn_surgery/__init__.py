@@ -1,0 +1,1 @@
+"""Module surgery: a group of FFNs becomes one wider FFN in stock modules, and back."""

@@ -1,0 +1,168 @@
+"""`fuse`: groups of FFNs become one wider FFN each, in a model's own modules, in place.
+
+Before:  layers 4 5 6 7, each x + ffn(norm(x)), no attention between their FFNs
+After:   layer 4 alone, its FFN as wide as all four; layers 5 6 7 are gone, config and cache follow
+
+Exact relative to the parallel form of the groups (arXiv 2503.18908, theorem 3.1); that form is an approximation of
+the model. Members are freed group by group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from fxfusion.errors import CaptureError, SurgeryError
+from fxfusion.models.attention_sites import find_sites
+from fxfusion.models.drop_attention import drop_attention
+from fxfusion.models.drop_record import fused_entry, read_record
+from fxfusion.models.ffn_surgery.depth import DepthEditor
+from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
+from fxfusion.models.ffn_surgery.proof import CacheProof, ParallelForm, check_widths
+from fxfusion.models.ffn_surgery.recipe import FuseRecipe
+from fxfusion.models.ffn_surgery.record import FusedState, set_fused_state, write_entry
+from fxfusion.models.ffn_surgery.residue import Residue, residue_of
+from fxfusion.models.ffn_surgery.unfuse import give_back
+from fxfusion.models.ffn_surgery.widen import empty, set_parameter, set_width, tensor_of
+from fxfusion.models.fingerprint import check_fits
+from fxfusion.models.surgery_proof import proof_tokens
+from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.plan import FusionPlan
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse(model: Model, plan: Any, *, check: bool = True) -> Model:
+    """Make each group of a plan one FFN, in place: stock modules of the same classes, wider.
+
+    The first member's own modules take the weights of all, the layers of the other members go, and the config and
+    the key-value cache follow. Attention that the plan drops is dropped first, where the model still has it.
+    `config.fxfusion` records both; `unfuse` gives the members back.
+
+    Args:
+        model: a decoder of `transformers` on any device, the meta device included; trainable or not.
+        plan: a `FusionPlan`, a dict of its fields, or a plan file. Layers are numbered as in the model as loaded.
+        check: prove on a few tokens, group by group, that the logits are those of the parallel form, and that cached
+            decoding equals the full computation. On the meta device the FFNs of the changed model are compared.
+
+    Returns:
+        The same model. Peak memory is the model and the widest group; every freed member is freed at once.
+
+    Raises:
+        PlanError: the plan is for another model, or names what cannot be one group.
+        SurgeryError: modules cannot hold the result, or a proof fails. The model is then as it was; where a later
+            group fails with `norm="fold"`, the weights of the groups before it are, to rounding.
+    """
+    bare = getattr(model, "_orig_mod", model)
+    chosen = FusionPlan.resolve(plan)
+    if fused_entry(getattr(bare, "config", None)) is not None:
+        raise SurgeryError("the model is fused already: `unfuse` it first, then fuse by one plan for all groups")
+    check_fits(chosen, bare)
+    surgery = _Surgery.plan(bare, chosen, check)
+    missing = missing_drops(bare, chosen)
+    if missing:
+        drop_attention(bare, missing, check=check)
+    if surgery.recipe.groups:
+        surgery.run()
+    return model
+
+
+def missing_drops(model: nn.Module, plan: FusionPlan) -> list[int]:
+    """Layers whose attention the plan drops and the model still has, by its own record."""
+    record = read_record(getattr(model, "config", None))
+    done = () if record is None else record.dropped_attention
+    return [layer for layer in plan.dropped_attention if layer not in done]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Surgery:
+    """What was found before anything is changed. `paths`: modules of each surviving attention, by layer."""
+
+    model: Any
+    plan_: FusionPlan
+    recipe: FuseRecipe
+    ids: Tensor
+    paths: Mapping[int, Sequence[str]]
+    form: ParallelForm | None
+    before: TracedGraph | None
+    residue: Residue = field(default_factory=dict)
+
+    @classmethod
+    def plan(cls, model: nn.Module, plan: FusionPlan, check: bool) -> _Surgery:
+        """Find out everything. Holds no reference to a parameter afterwards, so that members can be freed."""
+        ids = proof_tokens(model)
+        try:
+            traced = TracedModel(model, missing_drops(model, plan)).graph(ids)
+        except CaptureError as error:
+            raise SurgeryError(f"{type(model).__name__} cannot be looked into: {error}") from error
+        recipe, _ = FuseRecipe.read(model, traced, plan)
+        survivors = sorted({block.layer for block in traced.blocks.mixers})
+        sites = find_sites(traced, survivors)
+        computes = check and not ids.is_meta
+        return cls(
+            model=model,
+            plan_=plan,
+            recipe=recipe,
+            ids=ids,
+            paths={layer: site.attention for layer, site in sites.items()},
+            form=ParallelForm.of(traced, plan, ids) if computes else None,
+            before=traced if check and ids.is_meta else None,
+        )
+
+    def run(self) -> None:
+        cache = CacheProof.of(self.model, self.ids) if self.form is not None else None
+        mixers = {layer: self._modules(paths) for layer, paths in self.paths.items()}
+        depth = DepthEditor.of(self.model, self.recipe.path, mixers)
+        done: list[GroupRecipe] = []
+        try:
+            for recipe in self.recipe.groups:
+                self._fuse_group(recipe, depth, [*done, recipe])
+                done.append(recipe)
+            if cache is not None:
+                cache.check(self.model)
+            elif self.before is not None:
+                check_widths(self.model, self.before, self.recipe, self.ids)
+        except BaseException:
+            give_back(self.model, depth, depth.changes(), done, self.residue)
+            raise
+        self._remember(depth)
+
+    def _fuse_group(self, recipe: GroupRecipe, depth: DepthEditor, groups: Sequence[GroupRecipe]) -> None:
+        """Widen the first member, take the others' layers out, prove it, and only then let their weights go."""
+        depth.put(depth.layers)  # names are those of the model with all its layers
+        old = {name: tensor_of(self.model, name) for name in recipe.reads}
+        home = {name: tensor_of(self.model, name) for name in recipe.writes}
+        given = {name: value for name, value in old.items() if value is not None}
+        try:
+            for name, value in recipe.pack(given):
+                set_parameter(self.model, name, value)
+            layer_path = f"{self.recipe.path}.{recipe.home.layer}"
+            set_width(self.model, recipe.home, layer_path, recipe.home.width, recipe.width)
+            self.residue |= residue_of(recipe, given)
+            depth.without(layer for group in groups for layer in group.layers[1:])
+            if self.form is not None:
+                self.form.check(self.model, len(groups))
+        except BaseException:
+            depth.put(depth.layers)
+            for name, before in home.items():
+                set_parameter(self.model, name, before)
+            raise
+        for layer in recipe.layers[1:]:
+            empty(depth.layers[layer])
+
+    def _remember(self, depth: DepthEditor) -> None:
+        state = FusedState(
+            recipe=self.recipe,
+            plan=self.plan_,
+            shells={layer: depth.layers[layer] for layer in self.recipe.removed},
+            residue=self.residue,
+            changes=depth.changes(),
+        )
+        set_fused_state(self.model, state)
+        write_entry(self.model.config, self.recipe, self.plan_.norm)
+
+    def _modules(self, paths: Sequence[str]) -> list[nn.Module]:
+        return [module for path in paths for module in self.model.get_submodule(path).modules()]

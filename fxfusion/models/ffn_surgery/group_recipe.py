@@ -1,0 +1,228 @@
+"""How one group's parameters become those of one wide FFN.
+
+Before:  Wg_i [width_i, hidden], g_i [hidden], Wd_i [hidden, width_i], scale_i [hidden]      in layers i, i + 1, ...
+After:   Wg = rows of all Wg_i * g_i;  Wd = columns of all scale_i * Wd_i                    in the first member's layer
+         its gain 1 (norm="fold"), or the last member's (norm="last")
+
+Exact: the same fold as `fxfusion.passes.pack_weights`, for parameters instead of graph nodes.
+Source: arXiv 2503.18908, theorem 3.1 and section 5.5; issue 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxfusion.models.ffn_surgery.layout import Constant, Matrix, Member, Tensors, offsets, wide_dtype
+from fxfusion.policy import NormMode
+
+_CHUNK = 1 << 22  # numbers that are folded at a time: bounds what is needed beside the wide weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRecipe:
+    """`fills`: parameters of the first member that become one number; `copies`: those that take another parameter's
+    values (first member's name, source). `in_bias`, `down_bias`: whether the wide layers have biases.
+
+    All names are those of the unfused model; the wide parameters take the first member's.
+    """
+
+    members: tuple[Member, ...]
+    norm: NormMode
+    fills: tuple[tuple[str, float], ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
+    in_bias: bool = False
+    down_bias: bool = False
+    _offsets: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_offsets", offsets(self.members))
+
+    @property
+    def home(self) -> Member:
+        """The member whose modules become wider: the first."""
+        return self.members[0]
+
+    @property
+    def width(self) -> int:
+        return sum(member.width for member in self.members)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(member.layer for member in self.members)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Every parameter that goes into the wide FFN."""
+        return tuple(name for member in self.members for name in (*member.large, *member.small))
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Parameters of the first member that get new values, some of them a new shape."""
+        home = self.home
+        biases = [matrix.own_bias for matrix in home.projections if self.in_bias]
+        biases += [home.down.own_bias] if self.down_bias else []
+        middle = [constant.names[0] for constant in home.middle if constant is not None]
+        names = [*home.large, *biases, *middle, *(name for name, _ in self.fills), *(name for name, _ in self.copies)]
+        return tuple(dict.fromkeys(names))
+
+    @torch.no_grad()
+    def pack(self, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+        """The values of `writes`, one after the other. Each of `reads` is taken from `tensors` when it is needed."""
+        for number, matrix in enumerate(self.home.projections):
+            yield matrix.weight, self._projection(tensors, number)
+            if self.in_bias:
+                yield matrix.own_bias, self._projection_bias(tensors, number)
+        yield self.home.down.weight, self._down(tensors)
+        if self.down_bias:
+            yield (
+                self.home.down.own_bias,
+                self.down_bias_of(tensors, self.home.down.out_in(tensors[self.home.down.weight])),
+            )
+        yield from self._small(tensors)
+
+    def _small(self, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+        for index, constant in enumerate(self.home.middle):
+            if constant is not None:
+                yield constant.names[0], self._middle(tensors, index)
+        for name, fill in self.fills:
+            yield name, torch.full_like(tensors[name], fill)
+        for name, source in self.copies:
+            yield name, tensors[source].detach().clone()
+
+    def _projection(self, tensors: Tensors, number: int) -> Tensor:
+        """Rows of every member, gains folded in: `[pieces * width, hidden]`, stored as the first member's is."""
+        matrix = self.home.projections[number]
+        stored = _empty_like(tensors[matrix.weight], matrix, self._rows(number))
+        wide = matrix.out_in(stored)
+        for place, member in enumerate(self.members):
+            weight = member.projections[number].out_in(tensors[member.projections[number].weight])
+            gains = [constant.value(tensors).reshape(-1) for constant in member.with_role("gain")]
+            for target, source in self._slices(number, place):
+                _fold(wide[target], weight[source], gains)
+        return stored
+
+    def _projection_bias(self, tensors: Tensors, number: int) -> Tensor:
+        example = tensors[self.home.projections[number].weight]
+        wide = example.new_zeros(self._rows(number))
+        for place, member in enumerate(self.members):
+            matrix = member.projections[number]
+            weight = matrix.out_in(tensors[matrix.weight])
+            for target, source in self._slices(number, place):
+                wide[target] = _shifted(member, matrix, weight[source], source, tensors)
+        return wide
+
+    def _down(self, tensors: Tensors) -> Tensor:
+        matrix = self.home.down
+        example = tensors[matrix.weight]
+        hidden = matrix.out_in(example).shape[0]
+        size = (self.width, hidden) if matrix.transposed else (hidden, self.width)
+        stored = example.new_empty(size)
+        wide = matrix.out_in(stored)
+        for place, member in enumerate(self.members):
+            start = self._offsets[place]
+            weight = member.down.out_in(tensors[member.down.weight])
+            _scale_rows(wide[:, start : start + member.width], weight, self.scale(member, tensors, weight))
+        return stored
+
+    def scale(self, member: Member, tensors: Tensors, down: Tensor) -> Tensor | None:
+        """What the rows of a member's down projection `[hidden, width]` are multiplied by: `[hidden]`, or None."""
+        if not member.tail and not self.home.tail:
+            return None
+        factor, _ = member.affine(tensors, wide_dtype(down))
+        if not isinstance(factor, Tensor):
+            if factor == self.home.kept_scale:
+                return None
+            factor = torch.tensor([factor], dtype=wide_dtype(down), device=down.device)
+        return (factor / self.home.kept_scale).expand(down.shape[0])
+
+    def down_bias_of(self, tensors: Tensors, down: Tensor) -> Tensor:
+        """The sum of the members' biases and shifts, `[hidden]`, for a down projection `[hidden, width]`."""
+        dtype = wide_dtype(down)
+        total = torch.zeros(down.shape[0], dtype=dtype, device=down.device)
+        for member in self.members:
+            scale, shift = member.affine(tensors, dtype)
+            if member.down.bias is not None:
+                total = total + tensors[member.down.bias].to(dtype) * scale
+            total = total + shift
+        return (total / self.home.kept_scale).to(down.dtype)
+
+    def _middle(self, tensors: Tensors, index: int) -> Tensor:
+        """One value per wide channel."""
+        parts = []
+        for member in self.members:
+            constant = member.middle[index]
+            assert constant is not None
+            parts.append(tensors[constant.names[0]].reshape(-1).expand(member.width))
+        return torch.cat(parts)
+
+    def _rows(self, number: int) -> int:
+        pieces = [cut for cut in self.home.cuts if cut.projection == number]
+        return len(pieces) * self.width
+
+    def _slices(self, number: int, place: int) -> Iterator[tuple[slice, slice]]:
+        """For each piece of a projection: where a member's channels go in the wide one, and where they come from."""
+        member, start = self.members[place], self._offsets[place]
+        for own, cut in zip(self.home.cuts, member.cuts, strict=True):
+            if cut.projection == number:
+                whole = own.widened(self.home.width, self.width)
+                first = whole.start + start * own.step
+                yield slice(first, first + member.width * own.step, own.step), cut.channels
+
+    def slices(self, number: int, place: int) -> list[tuple[slice, slice]]:
+        """Where a member's channels of a projection stand in the wide one, and in its own."""
+        return list(self._slices(number, place))
+
+    def columns(self, place: int) -> slice:
+        """Where a member's channels stand in the wide down projection."""
+        return slice(self._offsets[place], self._offsets[place] + self.members[place].width)
+
+
+def _empty_like(example: Tensor, matrix: Matrix, rows: int) -> Tensor:
+    hidden = matrix.out_in(example).shape[1]
+    return example.new_empty((hidden, rows) if matrix.transposed else (rows, hidden))
+
+
+def _fold(target: Tensor, rows: Tensor, gains: list[Tensor]) -> None:
+    if not gains:
+        target.copy_(rows)
+        return
+    dtype, step = wide_dtype(rows), max(1, _CHUNK // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step].to(dtype)
+        for gain in gains:
+            part = part * gain.to(dtype)
+        target[start : start + step] = part.to(target.dtype)
+
+
+def _scale_rows(target: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    if scale is None:
+        target.copy_(weight)
+        return
+    step = max(1, _CHUNK // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        part = weight[start : start + step].to(scale.dtype) * scale[start : start + step, None]
+        target[start : start + step] = part.to(target.dtype)
+
+
+def _shifted(member: Member, matrix: Matrix, rows: Tensor, channels: slice, tensors: Tensors) -> Tensor:
+    """A projection's bias with the norm's shift moved through its rows."""
+    dtype = wide_dtype(rows)
+    total = torch.zeros(rows.shape[0], dtype=dtype, device=rows.device)
+    if matrix.bias is not None:
+        total = tensors[matrix.bias][channels].to(dtype)
+    for constant in member.with_role("shift"):
+        total = total + through(rows, constant, tensors)
+    return total.to(rows.dtype)
+
+
+def through(rows: Tensor, shift: Constant, tensors: Tensors) -> Tensor:
+    """`rows @ shift`, `[rows]`, as the compiler computes it."""
+    dtype = wide_dtype(rows)
+    vector = shift.value(tensors).reshape(-1).to(dtype)
+    step = max(1, _CHUNK // rows.shape[1])
+    parts = [(rows[start : start + step].to(dtype) * vector).sum(-1) for start in range(0, rows.shape[0], step)]
+    return torch.cat(parts)

@@ -1,0 +1,123 @@
+"""What a fused model must compute: the parallel form of the groups, taken from the graph before anything was changed.
+
+The parallel form is run operation by operation on the members' own weights, so it owes nothing to how the wide
+weights are made. On the meta device nothing can be computed; there the changed model is captured anew, and its FFNs
+must be as many and as wide as the recipe says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxfusion.errors import SurgeryError
+from fxfusion.graph.pass_base import History
+from fxfusion.graph.pass_manager import run_passes
+from fxfusion.models.ffn_surgery.recipe import FuseRecipe
+from fxfusion.models.surgery_proof import cached_logits, full_logits, relative
+from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.passes.parallelise import Parallelise
+from fxfusion.pipeline import analyse
+from fxfusion.plan import FusionPlan
+
+_ROUNDING = 128  # times the dtype's epsilon: sums in another order, gains folded; a lost member is off by much more
+_CACHED = 8  # times what the unfused model's own cache is off
+_NORM_IN_FLOAT32 = 1e-6  # what float64 models are off by that compute their norms in float32
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelForm:
+    """`expected`: logits `[2, tokens, vocabulary]` with the first one, two, ... groups in parallel."""
+
+    ids: Tensor
+    expected: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, traced: TracedGraph, plan: FusionPlan, ids: Tensor) -> ParallelForm:
+        """Run the graph once for each group."""
+        logits = [_parallel_logits(traced, plan.replace(groups=plan.groups[: end + 1]), ids) for end in _ends(plan)]
+        return cls(ids, tuple(logits))
+
+    def check(self, model: nn.Module, groups: int) -> float:
+        """The relative error of the logits with so many groups fused. Raises `SurgeryError` where it is no rounding."""
+        wanted = self.expected[groups - 1]
+        error = relative(full_logits(model, self.ids), wanted)
+        limit = max(_ROUNDING * torch.finfo(wanted.dtype).eps, _NORM_IN_FLOAT32)
+        if not error <= limit:
+            raise SurgeryError(f"the fused model's logits are off by {error:.2g} (allowed {limit:.2g})")
+        return error
+
+
+@dataclass(frozen=True, slots=True)
+class CacheProof:
+    """`error`: what cached decoding of the unfused model is off its own full computation; None without a cache."""
+
+    ids: Tensor
+    error: float | None
+
+    @classmethod
+    def of(cls, model: nn.Module, ids: Tensor) -> CacheProof:
+        """Raises `SurgeryError` where the unfused model cannot decode with a cache."""
+        return cls(ids, _cached_error(model, ids))
+
+    def check(self, model: nn.Module) -> None:
+        """Raises `SurgeryError` unless the fused model decodes as well as the unfused one."""
+        error = _cached_error(model, self.ids)
+        if self.error is None or error is None:
+            return
+        limit = _CACHED * (self.error + torch.finfo(next(model.parameters()).dtype).eps)
+        if not error <= limit:
+            raise SurgeryError(f"cached decoding of the fused model is off by {error:.2g} (allowed {limit:.2g})")
+
+
+def _cached_error(model: nn.Module, ids: Tensor) -> float | None:
+    try:
+        decoded = cached_logits(model, ids)
+    except SurgeryError:
+        raise
+    except Exception as error:
+        raise SurgeryError(f"cached decoding fails (check=False skips this): {error}") from error
+    return None if decoded is None else relative(decoded, full_logits(model, ids))
+
+
+def _ends(plan: FusionPlan) -> range:
+    return range(len(plan.groups))
+
+
+@torch.no_grad()
+def _parallel_logits(traced: TracedGraph, plan: FusionPlan, ids: Tensor) -> Tensor:
+    work = traced.captured.copy()
+    by_name = {node.name: node for node in work.module.graph.nodes}
+    work.module.graph.output_node().args = (by_name[traced.logits.name],)
+    groups = analyse(work, plan.replace(model=None, scores=None)).groups
+    run_passes(work.module, [Parallelise(groups)], History())
+    logits: Tensor = fx.Interpreter(work.module).run(*traced.inputs(ids).values())
+    return logits.detach().clone()
+
+
+def check_widths(model: nn.Module, before: TracedGraph, recipe: FuseRecipe, ids: Tensor) -> None:
+    """Raises `SurgeryError` unless the model's FFNs, captured anew, are those that the recipe leaves."""
+    widths = _widths(before)
+    for group in recipe.groups:
+        widths[group.home.layer] = [group.width]
+    wanted = [widths.get(layer, []) for layer in recipe.kept]
+    after = TracedModel(model).graph(ids)
+    found = _widths(after)
+    if [found.get(layer, []) for layer in range(len(recipe.kept))] != wanted:
+        raise SurgeryError(f"the changed model has FFNs of widths {found}, where {wanted} were expected")
+    mixers = len(before.blocks.mixers)
+    if len(after.blocks.mixers) != mixers:
+        raise SurgeryError(f"the changed model has {len(after.blocks.mixers)} attentions instead of {mixers}")
+
+
+def _widths(traced: TracedGraph) -> dict[int, list[int]]:
+    from fxfusion.policy import FusionPolicy
+
+    found: dict[int, list[int]] = {}
+    layer_of = {block.after: block.layer for block in traced.blocks.ffns}
+    for ffn in analyse(traced.captured, FusionPolicy()).matches.ffns:
+        if ffn.add in layer_of:
+            found.setdefault(layer_of[ffn.add], []).append(ffn.width)
+    return found

@@ -1,0 +1,184 @@
+"""Read off a captured graph which parameters make up each member of a group, and whether modules can hold the result.
+
+Raises `SurgeryError` where they cannot: the graph may compute a weight, the modules hold only parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxfusion.errors import SurgeryError
+from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
+from fxfusion.models.ffn_surgery.layout import Constant, Cut, Matrix, Member, TailStep
+from fxfusion.models.traced import TracedGraph
+from fxfusion.passes.ffn import FfnNode, Group, Linear
+from fxfusion.passes.lift_weights import constant_graph, constant_needs
+from fxfusion.passes.match_residual import weight_leaves
+
+
+@dataclass(slots=True)
+class LayoutReader:
+    """Answers for one captured model. `names`: of each parameter or buffer, by identity, several where it is tied."""
+
+    model: nn.Module
+    traced: TracedGraph
+    facts: GraphFacts
+    names: Mapping[int, list[str]]
+
+    @classmethod
+    def of(cls, model: nn.Module, traced: TracedGraph) -> LayoutReader:
+        graph, weights = traced.captured.module.graph, traced.captured.weights
+        names: dict[int, list[str]] = {}
+        for name, value in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+            names.setdefault(id(value), []).append(name)
+        return cls(model, traced, GraphFacts(graph, (node for node in graph.nodes if node.name in weights)), names)
+
+    def recipe(self, group: Group, layers: Sequence[int]) -> GroupRecipe:
+        """How the group's parameters become wide ones. `layers`: the decoder layer of each member."""
+        shared = [
+            len({ffn.middle_constants[index] for ffn in group.members}) == 1
+            for index in range(len(group.members[0].middle_constants))
+        ]
+        members = tuple(
+            self._member(ffn, layer, group, shared) for ffn, layer in zip(group.members, layers, strict=True)
+        )
+        home = group.members[0]
+        fills = [self._fill(home, constant, 1.0) for constant in members[0].with_role("gain")]
+        fills += [self._fill(home, constant, 0.0) for constant in members[0].with_role("shift")]
+        for kind, step in members[0].tail:
+            if isinstance(step, Constant):
+                fills.append(self._fill(home, step, 1.0 if kind == "mul" else 0.0))
+        has_shift = bool(members[0].with_role("shift"))
+        recipe = GroupRecipe(
+            members=members,
+            norm=group.norm,
+            fills=tuple(fills),
+            copies=self._copies(group, members) if group.norm == "last" else (),
+            in_bias=has_shift or any(matrix.bias is not None for member in members for matrix in member.projections),
+            down_bias=any(
+                member.down.bias is not None or any(kind == "add" for kind, _ in member.tail) for member in members
+            ),
+        )
+        self._check_biases(recipe)
+        self._check_readers(home, recipe)
+        return recipe
+
+    def _member(self, ffn: FfnNode, layer: int, group: Group, shared_middle: Sequence[bool]) -> Member:
+        middle = [
+            None if shared else self._constant(ffn, node)
+            for shared, node in zip(shared_middle, ffn.middle_constants, strict=True)
+        ]
+        for constant in middle:
+            if constant is not None and len(constant.names) != 1:
+                raise SurgeryError(f"{ffn.name}: a constant of its activation is computed from {len(constant.names)}")
+        tail: tuple[TailStep, ...] = tuple(
+            (kind, self._constant(ffn, step) if isinstance(step, fx.Node) else step) for kind, step in ffn.tail
+        )
+        return Member(
+            layer=layer,
+            name=ffn.name,
+            width=ffn.width,
+            projections=tuple(self._matrix(ffn, linear) for linear in ffn.projections),
+            cuts=self._cuts(ffn),
+            down=self._matrix(ffn, ffn.down),
+            prologue=tuple(self._constant(ffn, node) for node in ffn.prologue_constants),
+            roles=group.roles,
+            middle=tuple(middle),
+            tail=tail,
+        )
+
+    def _cuts(self, ffn: FfnNode) -> tuple[Cut, ...]:
+        """The pieces that the activation reads, which must be all channels of each projection, each once."""
+        found = tuple(Cut(piece.projection, piece.start, piece.stop, piece.step) for piece in ffn.pieces)
+        for number, linear in enumerate(ffn.projections):
+            own = [range(cut.start, cut.stop, cut.step) for cut in found if cut.projection == number]
+            in_place = all(
+                channels.start % ffn.width == 0 if channels.step == 1 else channels.step == len(own) for channels in own
+            )
+            if not in_place or sorted(channel for part in own for channel in part) != list(range(linear.out_features)):
+                raise SurgeryError(f"{ffn.name}: its activation does not read {linear.node} in whole pieces, each once")
+        return found
+
+    def _matrix(self, ffn: FfnNode, linear: Linear) -> Matrix:
+        weight = self._parameter(ffn, linear.weight)
+        bias = None if linear.bias is None else self._parameter(ffn, linear.bias)
+        return Matrix(weight, linear.transposed, bias)
+
+    def _parameter(self, ffn: FfnNode, node: fx.Node) -> str:
+        name = self._name(ffn, node)
+        if name is None:
+            raise SurgeryError(f"{ffn.name}: {node} is computed, not a parameter that could become wider")
+        return name
+
+    def _name(self, ffn: FfnNode, node: fx.Node) -> str | None:
+        value = self.traced.captured.values.get(node.name)
+        found = [] if value is None else self.names.get(id(value), [])
+        if len(found) > 1:
+            raise SurgeryError(f"{ffn.name}: a weight of it is used in several places: {', '.join(found)}")
+        return found[0] if found else None
+
+    def _constant(self, ffn: FfnNode, node: fx.Node) -> Constant:
+        name = self._name(ffn, node)
+        if name is not None:
+            return Constant((name,))
+        sources, inner = constant_needs([node], self.facts)
+        names = tuple(self._parameter(ffn, source) for source in sources)
+        return Constant(names, constant_graph(sources, inner, [node]))
+
+    def _fill(self, ffn: FfnNode, constant: Constant, wanted: float) -> tuple[str, float]:
+        example = self.tensor(constant.names[0])
+        fill = constant.fill_for(wanted, example)
+        if fill is None:
+            raise SurgeryError(f"{ffn.name}: {', '.join(constant.names)} cannot be set so that it does nothing")
+        return constant.names[0], fill
+
+    def _copies(self, group: Group, members: Sequence[Member]) -> tuple[tuple[str, str], ...]:
+        """The first member's norm takes the last member's parameters."""
+        first, last = group.members[0], group.members[-1]
+        pairs: list[tuple[str, str]] = []
+        for index, node in enumerate(first.prologue_constants):
+            if node is not last.prologue_constants[index]:
+                pairs += zip(members[0].prologue[index].names, members[-1].prologue[index].names, strict=True)
+        return tuple(pairs)
+
+    def tensor(self, name: str) -> Tensor:
+        owner, _, attribute = name.rpartition(".")
+        found: Any = getattr(self.model.get_submodule(owner), attribute)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _check_biases(self, recipe: GroupRecipe) -> None:
+        """A bias that appears needs a module that can hold one."""
+        wanted = [(matrix, recipe.in_bias) for matrix in recipe.home.projections]
+        for matrix, needed in [*wanted, (recipe.home.down, recipe.down_bias)]:
+            owner = self.model.get_submodule(matrix.weight.rpartition(".")[0])
+            if needed and matrix.bias is None and not isinstance(owner, nn.Linear):
+                raise SurgeryError(f"{recipe.home.name}: the fused FFN needs a bias that {type(owner).__name__} lacks")
+
+    def _check_readers(self, ffn: FfnNode, recipe: GroupRecipe) -> None:
+        """What is set to other values must be read by this FFN alone."""
+        changed = set(recipe.writes)
+        own = set(ffn.nodes)
+        constants = (*ffn.prologue_constants, *ffn.middle_constants, *(step for _, step in ffn.tail))
+        for node in constants:
+            if not isinstance(node, fx.Node):
+                continue
+            for leaf in weight_leaves(node, self.facts):
+                reader = self._foreign_reader(leaf, own)
+                if self._name(ffn, leaf) in changed and reader is not None:
+                    raise SurgeryError(f"{ffn.name}: {self._name(ffn, leaf)} is also read by {reader}")
+
+    def _foreign_reader(self, leaf: fx.Node, own: set[fx.Node]) -> fx.Node | None:
+        pending = [leaf]
+        while pending:
+            for user in pending.pop().users:
+                if user in self.facts.constants:
+                    pending.append(user)
+                elif user not in own:
+                    return user
+        return None

@@ -1,0 +1,129 @@
+"""What a plan does to a model's parameters, by name: which become wide ones, which go, which only change layer.
+
+    model, plan  ->  FuseRecipe: groups, layers that go, new number of each layer that stays
+
+Works on the meta device, so the parameters of a checkpoint can be fused while they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxfusion.errors import PlanError, RefusalCode, SurgeryError
+from fxfusion.models.attention_sites import layer_list_path
+from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
+from fxfusion.models.ffn_surgery.read_layout import LayoutReader
+from fxfusion.models.surgery_proof import proof_tokens
+from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.passes.ffn import Group
+from fxfusion.pipeline import analyse
+from fxfusion.plan import FusionPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FuseRecipe:
+    """All names are those of the unfused model. `path`: of the list of decoder layers; `count`: how many there are."""
+
+    groups: tuple[GroupRecipe, ...]
+    path: str
+    count: int
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: FusionPlan) -> FuseRecipe:
+        """Read the recipe off a model, on any device, that may still have the attention which the plan drops.
+
+        Raises `PlanError` where the plan does not fit the model, `SurgeryError` where modules cannot hold the result.
+        """
+        dropped = [layer for layer in plan.dropped_attention if has_mixer(model, layer)]
+        traced = TracedModel(model, dropped).graph(proof_tokens(model))
+        return cls.read(model, traced, plan)[0]
+
+    @classmethod
+    def read(cls, model: nn.Module, traced: TracedGraph, plan: FusionPlan) -> tuple[FuseRecipe, tuple[Group, ...]]:
+        """The same from the graph of the model without the attention that the plan drops; with the graph's groups."""
+        found = analyse(traced.captured, plan)
+        unmet = [
+            refusal.message
+            for refusal in found.refusals
+            if refusal.code in (RefusalCode.PLAN_UNMATCHED, RefusalCode.PLAN_ABSENT)
+        ]
+        if unmet or len(found.groups) < len(plan.groups):
+            raise PlanError(f"the plan does not fit this model: {'; '.join(unmet) or 'it has no FFN'}")
+        path = layer_list_path(traced)
+        count = len(list(model.get_submodule(path).children()))
+        reader = LayoutReader.of(model, traced)
+        groups = tuple(reader.recipe(group, _layers_of(group, traced)) for group in found.groups)
+        recipe = cls(groups=groups, path=path, count=count)
+        recipe._check_layers(traced)
+        return recipe, found.groups
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Layers that go: those of every member but the first of its group."""
+        return tuple(sorted(layer for group in self.groups for layer in group.layers[1:]))
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Layers that stay, in order: the number of each in the fused model is its place here."""
+        gone = set(self.removed)
+        return tuple(layer for layer in range(self.count) if layer not in gone)
+
+    def fused_name(self, name: str) -> str | None:
+        """The name of a parameter in the fused model; None where its layer goes."""
+        layer, rest = self._split(name)
+        if layer is None:
+            return name
+        return None if layer in self.removed else f"{self.path}.{self.kept.index(layer)}.{rest}"
+
+    def unfused_name(self, name: str) -> str:
+        """The name that a parameter of the fused model has in the unfused one."""
+        place, rest = self._split(name)
+        return name if place is None else f"{self.path}.{self.kept[place]}.{rest}"
+
+    def renamed(self, names: Iterable[str]) -> dict[str, str]:
+        """For names of the unfused model that stay as they are: the fused model's name of each -> its own."""
+        written = {name for group in self.groups for name in group.writes}
+        pairs = [(self.fused_name(name), name) for name in names if name not in written]
+        return {new: old for new, old in pairs if new is not None}
+
+    def _split(self, name: str) -> tuple[int | None, str]:
+        start = f"{self.path}." if self.path else ""
+        head, _, rest = name.removeprefix(start).partition(".")
+        return (int(head), rest) if name.startswith(start) and head.isdigit() else (None, name)
+
+    def _check_layers(self, traced: TracedGraph) -> None:
+        """A layer can go if its FFN was all that it did, and its number is its place in the list."""
+        seen: set[int] = set()
+        for group in self.groups:
+            for member in group.members:
+                layer, _ = self._split(member.large[0])
+                if layer != member.layer or layer in seen:
+                    raise SurgeryError(f"{member.name} is not the one FFN of its decoder layer in {self.path}")
+                seen.add(layer)
+        for block in traced.blocks.mixers_of(self.removed):
+            raise SurgeryError(
+                f"layer {block.layer} still has attention ({block.name}), so its FFN cannot move to another layer"
+            )
+        alone = {layer: [block for block in traced.blocks.ffns if block.layer == layer] for layer in self.removed}
+        for layer, blocks in alone.items():
+            if len(blocks) != 1:
+                raise SurgeryError(f"layer {layer} has {len(blocks)} FFNs, so it cannot go with one of them")
+
+
+def has_mixer(model: nn.Module, layer: int) -> bool:
+    """Whether the layer has attention to drop, by the model's own record of what was dropped."""
+    from fxfusion.models.drop_record import read_record
+
+    record = read_record(getattr(model, "config", None))
+    return record is None or layer not in record.dropped_attention
+
+
+def _layers_of(group: Group, traced: TracedGraph) -> Sequence[int]:
+    numbers: Mapping[object, int] = {block.after: block.layer for block in traced.blocks.ffns}
+    missing = [ffn.name for ffn in group.members if ffn.add not in numbers]
+    if missing:
+        raise SurgeryError(f"{missing[0]} belongs to no numbered decoder layer")
+    return [numbers[ffn.add] for ffn in group.members]

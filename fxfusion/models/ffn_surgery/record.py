@@ -1,0 +1,87 @@
+"""What a fused model knows of its members: in `config.fxfusion` for readers, on the model for `unfuse`.
+
+    config.fxfusion["fused"] = {"groups": [[4, 5, 6]], "norm": "fold", "layers": 12, "kept": [0, 1, 2, 3, 4, 7, ...]}
+
+Layers are numbered as in the model that was loaded; `kept` are those that are left, in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fxfusion.errors import SurgeryError
+from fxfusion.models.drop_record import fused_entry, read_record
+from fxfusion.models.ffn_surgery.recipe import FuseRecipe
+from fxfusion.models.ffn_surgery.residue import Residue
+from fxfusion.models.ffn_surgery.snapshot import Changes
+from fxfusion.plan import FusionPlan
+from fxfusion.policy import NormMode
+
+_ENTRY, _FUSED = "fxfusion", "fused"
+_STATE = "_fxfusion_fused"
+
+
+@dataclass(slots=True, kw_only=True)
+class FusedState:
+    """`shells`: the layers that went, by number, their parameters on the meta device. `changes`: of configs and
+    modules. `residue`: what the wide weights do not tell."""
+
+    recipe: FuseRecipe
+    plan: FusionPlan
+    shells: dict[int, nn.Module]
+    residue: Residue
+    changes: Changes
+
+
+def fused_state(model: nn.Module) -> FusedState | None:
+    """What `fuse` left on the model; None where it is not fused in this process."""
+    found = vars(model).get(_STATE)
+    return found if isinstance(found, FusedState) else None
+
+
+def set_fused_state(model: nn.Module, state: FusedState | None) -> None:
+    if state is None:
+        vars(model).pop(_STATE, None)
+    else:
+        object.__setattr__(model, _STATE, state)
+
+
+def write_entry(config: Any, recipe: FuseRecipe, norm: NormMode) -> None:
+    """Note the groups in the config, beside the attention that was dropped."""
+    found = getattr(config, _ENTRY, None)
+    entry = {
+        "groups": [list(group.layers) for group in recipe.groups],
+        "norm": norm,
+        "layers": recipe.count,
+        "kept": list(recipe.kept),
+    }
+    setattr(config, _ENTRY, {**(found if isinstance(found, dict) else {}), _FUSED: entry})
+
+
+def forget_entry(config: Any) -> None:
+    """Take the note of fused groups out of the config."""
+    rest = {key: value for key, value in getattr(config, _ENTRY).items() if key != _FUSED}
+    if rest:
+        setattr(config, _ENTRY, rest)
+    else:
+        delattr(config, _ENTRY)
+
+
+def plan_of(model: nn.Module) -> FusionPlan:
+    """The attention that was dropped from a model, and the groups that were fused, as a plan for the model as it was
+    loaded. Empty where nothing was."""
+    state = fused_state(model)
+    config = getattr(model, "config", None)
+    record, entry = read_record(config), fused_entry(config)
+    dropped = () if record is None else tuple(record.dropped_attention)
+    if state is not None:
+        return state.plan.replace(dropped_attention=dropped)
+    if entry is None:
+        return FusionPlan(dropped_attention=dropped)
+    try:
+        return FusionPlan(dropped_attention=dropped, groups=entry["groups"], norm=entry["norm"])
+    except KeyError as error:
+        raise SurgeryError(f"config.fxfusion records fused groups without {error}; was it edited?") from None

@@ -1,0 +1,59 @@
+"""The little that a fused model must remember so that its members can be given back.
+
+    residue   gains, shifts, biases and scales of all members; weight columns whose gain is zero, rows whose scale is
+
+Kept on the model by `fuse`; a checkpoint that keeps the fused form writes it to a small file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
+from fxfusion.models.ffn_surgery.layout import Member, Tensors
+
+Residue = dict[str, Tensor]
+_COLUMNS, _ROWS = ":columns", ":rows"
+
+
+@torch.no_grad()
+def residue_of(recipe: GroupRecipe, tensors: Tensors) -> Residue:
+    """What one group loses. `tensors`: the members' parameters. Names are theirs, those of columns and rows longer."""
+    kept: Residue = {}
+    for member in recipe.members:
+        kept |= {name: tensors[name].detach().clone() for name in member.small}
+        columns = zero_columns(member, tensors)
+        if columns is not None:
+            for matrix in member.projections:
+                kept[matrix.weight + _COLUMNS] = matrix.out_in(tensors[matrix.weight])[:, columns].detach().clone()
+        rows = zero_rows(recipe, member, tensors)
+        if rows is not None:
+            kept[member.down.weight + _ROWS] = member.down.out_in(tensors[member.down.weight])[rows].detach().clone()
+    return kept
+
+
+def zero_columns(member: Member, tensors: Tensors) -> Tensor | None:
+    """Which channels of the stream a gain of the norm takes out, `bool [hidden]`; None where none is."""
+    gains = [constant.value(tensors).reshape(-1) for constant in member.with_role("gain")]
+    if not gains or gains[0].is_meta:
+        return None
+    flags = torch.stack(torch.broadcast_tensors(*(gain == 0 for gain in gains))).any(0)
+    hidden = member.projections[0].out_in(tensors[member.projections[0].weight]).shape[1]
+    return flags.expand(hidden) if bool(flags.any()) else None
+
+
+def zero_rows(recipe: GroupRecipe, member: Member, tensors: Tensors) -> Tensor | None:
+    """Which channels a scale after the down projection takes out, `bool [hidden]`; None where none is."""
+    scale = recipe.scale(member, tensors, member.down.out_in(tensors[member.down.weight]))
+    if scale is None or scale.is_meta or not bool((scale == 0).any()):
+        return None
+    return scale == 0
+
+
+def kept_columns(residue: Tensors, weight: str) -> Tensor | None:
+    return residue.get(weight + _COLUMNS)
+
+
+def kept_rows(residue: Tensors, weight: str) -> Tensor | None:
+    return residue.get(weight + _ROWS)
