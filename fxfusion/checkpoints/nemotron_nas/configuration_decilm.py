@@ -2,8 +2,9 @@
 
     "block_configs": [{"attention": {"no_op": false, "n_heads_in_group": 4, ...}, "ffn": {"ffn_mult": 4.0, ...}}, ...]
 
-One entry for each layer. `n_heads_in_group`: query heads for each key-value head; `ffn_mult`: 1.5 * width / hidden_size,
-where the width is a multiple of 256. This file is copied into checkpoint folders: it needs transformers and nothing else.
+One entry for each layer. `n_heads_in_group`: query heads for each key-value head; `ffn_mult`: 1.5 * width /
+hidden_size, where the width is a multiple of 256. This file is copied into checkpoint folders: it needs transformers
+and nothing else.
 """
 
 import warnings
@@ -74,7 +75,7 @@ class DeciLMConfig(LlamaConfig):
             self.num_key_value_heads = self.num_attention_heads // groups[0]
         if self.intermediate_size is None:
             self.intermediate_size = max((self.ffn_width(layer) for layer in range(len(self.block_configs))), default=0)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     def ffn_width(self, layer: int) -> int:
         """Intermediate channels of a layer's FFN; 0 where it has none."""
@@ -154,10 +155,10 @@ def _check(where: str, block: Block, heads: int) -> None:
         raise ValueError(f"{where}.attention.n_heads_in_group = {group!r} must divide the {heads} attention heads")
     if ffn.no_op or ffn.replace_with_linear:
         ffn.ffn_mult = None
-    elif isinstance(ffn.ffn_mult, bool) or not isinstance(ffn.ffn_mult, (int, float)) or not 0 < ffn.ffn_mult < 2**20:
+    elif type(ffn.ffn_mult) not in (int, float) or not 0 < ffn.ffn_mult < 2**20:  # type: ignore[operator]
         raise ValueError(f"{where}.ffn.ffn_mult = {ffn.ffn_mult!r} must be a positive number")
     else:
-        ffn.ffn_mult = float(ffn.ffn_mult)
+        ffn.ffn_mult = float(ffn.ffn_mult)  # type: ignore[arg-type]
 
 
 __all__ = ["DeciLMConfig"]

@@ -7,8 +7,6 @@ A layer holds only the modules that it uses. Attention is numbered in the key-va
 that the slots in use are the first ones. This file is copied into checkpoint folders: it needs torch and transformers.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -80,7 +78,7 @@ class DeciLMModel(LlamaModel):
         used = sum(not block.attention.no_op for block in blocks)
         # Caches built from the config get no storage for the slots that no attention uses.
         config.kv_sharing_modes = [None] * used + ["reuse"] * (len(blocks) - used)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
 
 class DeciLMForCausalLM(LlamaForCausalLM):
@@ -94,7 +92,7 @@ class DeciLMForCausalLM(LlamaForCausalLM):
         self.model = DeciLMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
 
 def _cache_slots(blocks: list[Any]) -> list[int | None]:

@@ -1,0 +1,126 @@
+"""Write a decoder as a nemotron-nas folder, which other engines load; or say what would be written.
+
+config.json, configuration_decilm.py, modeling_decilm.py, generation_config.json, tokenizer files, README.md
+model-00001-of-00002.safetensors, ..., model.safetensors.index.json
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxfusion.checkpoints import disk
+from fxfusion.checkpoints.folder import replacing
+from fxfusion.checkpoints.nemotron_nas.engines import engines_that_load
+from fxfusion.checkpoints.nemotron_nas.layout import Layout
+from fxfusion.checkpoints.nemotron_nas.proof import prove
+from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, ShardLayout, TensorFacts, write_shards
+from fxfusion.errors import CheckpointError
+
+CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """What would be written.
+
+    `config`: the content of config.json. `tensors`: names, shapes and dtypes. `shards`: in which files. `engines`: for
+    each, None if it can load the folder, else why not. `proof`: what was checked.
+    """
+
+    config: dict[str, Any]
+    tensors: list[TensorFacts]
+    shards: ShardLayout
+    engines: dict[str, str | None]
+    proof: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.shards.nbytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        tensors = [
+            {"name": one.name, "shape": list(one.shape), "dtype": str(one.dtype).removeprefix("torch."), "file": file}
+            for file, group in self.shards.files.items()
+            for one in group
+        ]
+        return {
+            "config": self.config,
+            "tensors": tensors,
+            "index": self.shards.index(),
+            "bytes": self.nbytes,
+            "engines": self.engines,
+            "proof": self.proof,
+        }
+
+
+def plan_export(model: nn.Module, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE, check: bool = True) -> ExportPlan:
+    """What `save` would write, without writing. Works on the meta device, without any weight.
+
+    Args:
+        model: a causal language model of transformers: intact, without some attention, or fused.
+        max_shard_size: bytes, or text such as `"500MB"`.
+        check: compare what the layout computes with the model, by logits or, on the meta device, by graphs.
+
+    Raises:
+        CheckpointError: what the layout cannot say, by the name of the module, tensor or setting.
+    """
+    return _plan(model, max_shard_size, check)[0]
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    progress: bool = False,
+    card: str | None = None,
+    check: bool = True,
+) -> ExportPlan:
+    """Write a causal language model as a nemotron-nas folder, all of it or nothing. The model stays as it is.
+
+    Args:
+        model, max_shard_size, check: as of `plan_export`.
+        directory: a new or empty folder, or a checkpoint, which is replaced.
+        tokenizer: one of transformers, written beside the model; None writes none.
+        progress: show a progress bar.
+        card: the content of README.md.
+
+    Raises:
+        CheckpointError: what the layout cannot say, or a folder that cannot be written. Nothing was changed then.
+    """
+    plan, layout = _plan(model, max_shard_size, check)
+    bare: Any = getattr(model, "_orig_mod", model)
+    if any(value.is_meta for value in layout.state.values()):
+        raise CheckpointError("the model is on the meta device: there are no weights to write (plan_export needs none)")
+    with replacing(directory) as folder:
+        disk.write_file(folder / "config.json", json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
+        for name in CODE_FILES:
+            disk.write_file(folder / name, (resources.files(__package__) / name).read_text("utf-8"))
+        if card is not None:
+            disk.write_file(folder / "README.md", card)
+        if getattr(bare, "generation_config", None) is not None:
+            disk.write_file(folder / "generation_config.json", bare.generation_config.to_json_string())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        values = ((piece.facts.name, piece.take(layout.state)) for piece in layout.pieces)
+        write_shards(folder, plan.tensors, values, max_shard_size, progress)
+    return plan
+
+
+def _plan(model: nn.Module, max_shard_size: int | str, check: bool) -> tuple[ExportPlan, Layout]:
+    bare: nn.Module = getattr(model, "_orig_mod", model)
+    layout = Layout.of(bare)
+    proof = prove(bare, layout) if check else "not checked"
+    config = layout.config.to_diff_dict()
+    config["torch_dtype"] = config["dtype"]  # what engines with an older transformers read
+    facts = [piece.facts for piece in layout.pieces]
+    shards = ShardLayout.of(facts, max_shard_size)
+    return ExportPlan(config, facts, shards, engines_that_load(config), proof), layout

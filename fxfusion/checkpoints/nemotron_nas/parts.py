@@ -1,0 +1,169 @@
+"""Which tensors of a decoder are which of the layout's, found by structure; what has no place in it is refused.
+
+    model.layers.3.mlp.gate_up_proj.weight [2000, 512]   ->  model.layers.3.mlp.gate_proj.weight [1024, 512]
+                                                             model.layers.3.mlp.up_proj.weight   [1024, 512]
+
+Rows 0-999 and 1000-1999, with zeros up to the next multiple of 256, which change nothing: silu(0) * 0 = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxfusion.errors import CheckpointError, PlanError
+from fxfusion.models.fingerprint import decoder_layers
+
+ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+ATTENTION_NORM, FFN_NORM = "input_layernorm", "post_attention_layernorm"
+_PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_LINEARS = {name: (name,) for name in (*ATTENTION, *FFN)} | _PACKED
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Rows `begin` to `end` of one of the model's tensors (of one with one dimension: entries)."""
+
+    name: str
+    begin: int
+    end: int
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor itself where that is all of it, else a view."""
+        tensor = tensors[self.name]
+        return tensor if self.end - self.begin == tensor.shape[0] else tensor[self.begin : self.end]
+
+
+@dataclass(slots=True)
+class LayerParts:
+    """One decoder layer. `tensors`: by the layout's name without the layer, such as `q_proj.weight`; `modules`: paths
+    of what holds attention, FFN and norms, by `attention`, `ffn` and the norms' names."""
+
+    path: str
+    tensors: dict[str, Source] = field(default_factory=dict)
+    modules: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_attention(self) -> bool:
+        return "attention" in self.modules
+
+    @property
+    def has_ffn(self) -> bool:
+        return "ffn" in self.modules
+
+
+@dataclass(slots=True)
+class DecoderParts:
+    """The whole decoder. `state`: its parameters and persistent buffers by name. `head`: None where it is tied."""
+
+    state: dict[str, Tensor]
+    embedding: str
+    norm: str
+    head: str | None
+    layers: list[LayerParts]
+
+
+def find_parts(model: nn.Module, query_rows: int) -> DecoderParts:
+    """Look through a causal language model. `query_rows`: heads times head_dim, to split a packed qkv projection.
+
+    Raises `CheckpointError` that names the first thing that has no place in the layout, or that is missing.
+    """
+    state = dict(model.state_dict(keep_vars=True))
+    for name, value in state.items():
+        if type(value) not in (Tensor, nn.Parameter):
+            kind = type(value).__name__
+            raise CheckpointError(f"{name} is a {kind}: write the model first, then quantise or distribute it")
+    try:
+        path, modules = decoder_layers(model)
+    except PlanError as error:
+        raise CheckpointError(f"the layout holds decoders only: {error}") from None
+    layers = [_layer(model, state, f"{path}.{number}", query_rows) for number in range(len(modules))]
+    outside = {name: value for name, value in state.items() if not name.startswith(f"{path}.")}
+    embedding, head = _embeddings(model, outside)
+    others = [name for name in outside if name not in (embedding, head) and outside[name] is not outside[embedding]]
+    norms = [name for name in others if name.endswith(".weight") and outside[name].dim() == 1]
+    for name in others:
+        if name not in norms[:1]:
+            raise CheckpointError(f"the layout has no place for {name}")
+    if not norms:
+        raise CheckpointError("the layout needs a norm with a gain after the last layer, and the model has none")
+    return DecoderParts(state, embedding, norms[0], head, layers)
+
+
+def _embeddings(model: Any, outside: Mapping[str, Tensor]) -> tuple[str, str | None]:
+    """Names of the embedding and of the head, None where it is the embedding."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+        raise CheckpointError(f"{type(model).__name__} has no token embedding and language-model head")
+    names = {id(value): name for name, value in reversed(list(outside.items()))}
+    found = names[id(embedding.weight)]
+    if head.bias is not None:
+        raise CheckpointError(f"the layout has no bias in the head ({names[id(head.bias)]})")
+    return found, None if head.weight is embedding.weight else names[id(head.weight)]
+
+
+def _layer(model: nn.Module, state: Mapping[str, Tensor], path: str, query_rows: int) -> LayerParts:
+    parts = LayerParts(path)
+    for name in [name for name in state if name.startswith(f"{path}.")]:
+        module, _, leaf = name.removeprefix(f"{path}.").rpartition(".")
+        parent, _, own = module.rpartition(".")
+        if own in _LINEARS and parent and type(model.get_submodule(f"{path}.{module}")) is nn.Linear:
+            kind = "ffn" if own in FFN or own == "gate_up_proj" else "attention"
+            parts.modules[kind] = f"{path}.{parent}"
+            rows = state[name].shape[0]
+            for role, begin, end in _split(own, rows, query_rows):
+                parts.tensors[f"{role}.{leaf}"] = Source(name, begin, end)
+        elif module in (ATTENTION_NORM, FFN_NORM) and leaf == "weight":
+            parts.modules[module] = f"{path}.{module}"
+            parts.tensors[name.removeprefix(f"{path}.")] = Source(name, 0, state[name].shape[0])
+        else:
+            raise CheckpointError(_no_place(name, state[name], module, leaf, state))
+    _check_complete(parts)
+    return parts
+
+
+def _split(own: str, rows: int, query_rows: int) -> Iterator[tuple[str, int, int]]:
+    """Which rows of a projection are which."""
+    roles = _LINEARS[own]
+    sizes = [rows] if len(roles) == 1 else [rows // 2] * 2
+    if own == "qkv_proj":
+        sizes = [query_rows, (rows - query_rows) // 2, (rows - query_rows) // 2]
+    begin = 0
+    for role, size in zip(roles, sizes, strict=True):
+        yield role, begin, begin + size
+        begin += size
+
+
+def _no_place(name: str, value: Tensor, module: str, leaf: str, state: Mapping[str, Tensor]) -> str:
+    """Why a tensor of a layer has no place in the layout."""
+    where = name.removesuffix(f".{leaf}")
+    beside = name.removesuffix(f".{module}.{leaf}") + "." + module.rpartition(".")[0]
+    in_attention = any(f"{beside}.{role}.weight" in state for role in (*ATTENTION, "qkv_proj"))
+    if value.dim() == 1 and module in (ATTENTION_NORM, FFN_NORM):
+        return f"the layout has no {leaf} in norms, they are RMSNorms ({name})"
+    if value.dim() == 1 and in_attention and leaf == "weight":
+        return f"the layout has no q/k norm or other norm inside attention ({where})"
+    if value.dim() == 1 and leaf == "weight" and "." not in module:
+        norms = f"{ATTENTION_NORM} and {FFN_NORM}"
+        return f"the layout has two norms in a layer, {norms}, and no place for {where}"
+    if value.dim() > 2 or "expert" in module:
+        return f"the layout has no experts ({where})"
+    if value.dim() == 2:
+        known = ", ".join((*ATTENTION, *FFN))
+        return f"the layout has no place for {name} {list(value.shape)}: its linear layers are {known}"
+    return f"the layout has no place for {name} {list(value.shape)}"
+
+
+def _check_complete(parts: LayerParts) -> None:
+    for kind, roles, norm in (("attention", ATTENTION, ATTENTION_NORM), ("ffn", FFN, FFN_NORM)):
+        missing = [role for role in roles if f"{role}.weight" not in parts.tensors]
+        if kind in parts.modules and missing:
+            raise CheckpointError(f"the layout needs {', '.join(roles)}: {parts.modules[kind]} has no {missing[0]}")
+        if (kind in parts.modules) != (norm in parts.modules):
+            here, there = (kind, norm) if kind in parts.modules else (norm, kind)
+            raise CheckpointError(
+                f"the layout has {norm} where there is {kind}: {parts.path} has {here}, but no {there}"
+            )
