@@ -1,0 +1,214 @@
+"""Read a checkpoint folder that nobody vouches for: everything is checked before memory is taken for it.
+
+    folder -> index and headers (names, shapes, dtypes, sizes) -> compared with what the model expects -> values
+
+Only safetensors files are read, never a pickle and never code. Files lie in the folder itself; a link may only lead
+to a place inside it, or to the `blobs` of the hub's cache that the folder is a snapshot in.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfusion.checkpoints.folder import existing
+from fxfusion.checkpoints.shards import DTYPES, INDEX, SINGLE, TensorFacts
+from fxfusion.errors import CheckpointError
+
+_MAX_CONFIG, _MAX_INDEX, _MAX_HEADER = 2**22, 2**26, 2**25  # bytes; the largest known ones have a tenth of that
+_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
+_CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+
+
+@dataclass(frozen=True, slots=True)
+class SafeFolder:
+    """A folder whose files are read by plain names. `roots`: where their content may lie, links resolved."""
+
+    path: Path
+    roots: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, directory: str | os.PathLike[str]) -> SafeFolder:
+        """Raises `CheckpointError` where there is no folder."""
+        path = existing(directory)
+        root = Path(os.path.realpath(path))
+        blobs = root.parent.parent / "blobs"
+        is_snapshot = root.parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink()
+        return cls(path, (root, blobs) if is_snapshot else (root,))
+
+    def has(self, name: str) -> bool:
+        return os.path.lexists(self.path / name)
+
+    def file(self, name: str) -> Path:
+        """The path of a file. Raises `CheckpointError` where it is missing, no file, or outside the folder."""
+        if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
+            raise CheckpointError(f"{self.path} names the file {name!r}, which is not one in the folder")
+        path = self.path / name
+        if not os.path.lexists(path):
+            raise CheckpointError(f"{path} is missing: the folder is no checkpoint, or was not written to its end")
+        real = Path(os.path.realpath(path))
+        if not any(real.is_relative_to(root) for root in self.roots):
+            raise CheckpointError(f"{path} is a link that leads out of the folder, to {real}")
+        try:
+            is_file = stat.S_ISREG(os.stat(real).st_mode)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        if not is_file:
+            raise CheckpointError(f"{path} is no file")
+        return real
+
+    def json(self, name: str, limit: int = _MAX_CONFIG) -> dict[str, Any]:
+        """The object in a JSON file of at most `limit` bytes. Raises `CheckpointError`."""
+        path = self.file(name)
+        try:
+            with open(path, "rb") as file:
+                content = file.read(limit + 1)
+            if len(content) > limit:
+                raise CheckpointError(f"{self.path / name} is larger than {limit} bytes: not read")
+            found = json.loads(content)
+        except (OSError, ValueError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{self.path / name} cannot be read as JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.path / name} holds a {type(found).__name__}, not an object")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointReader:
+    """The tensors of a folder. `stored`: what the headers say of each, by name; `files`: where it lies."""
+
+    folder: SafeFolder
+    stored: Mapping[str, TensorFacts]
+    files: Mapping[str, str]
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> CheckpointReader:
+        """Read index and headers, and no value.
+
+        Raises `CheckpointError` that names file and tensor: nothing but pickles, a file that is missing, truncated,
+        outside the folder or no safetensors file, a tensor that is not where the index says or that is there twice.
+        """
+        folder = SafeFolder.of(directory)
+        placed = _placed(folder)
+        stored: dict[str, TensorFacts] = {}
+        files: dict[str, str] = {}
+        for file in placed or [SINGLE]:
+            for facts in _header(folder, file):
+                if facts.name in files:
+                    raise CheckpointError(f"{facts.name} is both in {files[facts.name]} and in {folder.path / file}")
+                stored[facts.name], files[facts.name] = facts, file
+        for file, names in placed.items():
+            lost = next((name for name in names if files.get(name) != file), None)
+            if lost is not None:
+                raise CheckpointError(f"{folder.path / file} lacks {lost}, which {INDEX} says is there")
+        return cls(folder, stored, files)
+
+    def check(self, expected: Iterable[TensorFacts], optional: Iterable[str] = ()) -> None:
+        """Compare with what the model expects; `optional`: names that may be there too.
+
+        A floating-point tensor may have another precision. Raises `CheckpointError` that names the tensor.
+        """
+        wanted = {facts.name: facts for facts in expected}
+        unexpected = self.stored.keys() - wanted.keys() - set(optional)
+        for name, facts in wanted.items():
+            found = self.stored.get(name)
+            if found is None:
+                hint = f"; it has {min(unexpected)}, which the model lacks" if unexpected else ""
+                raise CheckpointError(f"{self.folder.path} lacks the tensor {name}{hint}")
+            if found.shape != facts.shape:
+                raise CheckpointError(f"{self._place(name)} is {list(found.shape)}, the model's is {list(facts.shape)}")
+            if found.dtype != facts.dtype and not {found.dtype, facts.dtype} <= _CASTABLE:
+                raise CheckpointError(f"{self._place(name)} is {found.dtype}, the model's is {facts.dtype}")
+        if unexpected:
+            raise CheckpointError(f"{self._place(min(unexpected))} is no tensor of the model")
+
+    def read(self, name: str) -> Tensor:
+        """The values of one tensor, on the CPU, in memory of their own."""
+        path = self.folder.file(self.files[name])
+        with _naming(self._place(name)), _opened(path) as file:
+            found: Tensor = file.get_tensor(name)
+        if TensorFacts.of(name, found) != self.stored[name]:
+            raise CheckpointError(f"{self._place(name)} changed while it was read")
+        return found
+
+    def _place(self, name: str) -> str:
+        return f"{self.folder.path / self.files[name]}: {name}"
+
+
+def _placed(folder: SafeFolder) -> dict[str, list[str]]:
+    """The files of an index with the names that it puts there; empty where there is one file without an index."""
+    if folder.has(SINGLE):
+        return {}
+    if not folder.has(INDEX):
+        pickles = sorted(path.name for path in folder.path.iterdir() if _PICKLES.fullmatch(path.name))
+        if pickles:
+            raise CheckpointError(
+                f"{folder.path / pickles[0]} is a pickle, which can run code and is never read; convert the model to "
+                "safetensors first (save_pretrained of transformers does so)"
+            )
+        raise CheckpointError(
+            f"{folder.path} has neither {SINGLE} nor {INDEX}: no checkpoint, or not written to its end"
+        )
+    places = folder.json(INDEX, _MAX_INDEX).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{folder.path / INDEX} has no weight_map")
+    found: dict[str, list[str]] = {}
+    for name, file in places.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{folder.path / INDEX} puts {name} into {file!r}, which is no safetensors file")
+        found.setdefault(file, []).append(name)
+    for file in found:
+        folder.file(file)
+    return found
+
+
+def _header(folder: SafeFolder, name: str) -> Iterator[TensorFacts]:
+    """What a file says about its tensors. The library checks that sizes and offsets agree with the file's length."""
+    path = folder.file(name)
+    with _naming(folder.path / name):
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        size = os.stat(path).st_size
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            what = "cannot be" if length <= size - 8 else "is cut off, or no safetensors file: it cannot have"
+            raise CheckpointError(f"{folder.path / name} {what} a header of {length} bytes in {size}")
+        with _opened(path) as tensors:
+            for tensor in tensors.keys():  # noqa: SIM118  (no mapping)
+                part = tensors.get_slice(tensor)
+                code = part.get_dtype()
+                if code not in DTYPES:
+                    raise CheckpointError(
+                        f"{folder.path / name}: {tensor} has the dtype {code}, which is not supported"
+                    )
+                yield TensorFacts(tensor, tuple(part.get_shape()), DTYPES[code])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt", backend="pread") as file:  # mapped pages would count as memory until it is closed
+        yield file
+
+
+@contextmanager
+def _naming(what: object) -> Iterator[None]:
+    """Errors of the library and the system, with the name of the file."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{what} cannot be read: {error}") from error
