@@ -46,8 +46,8 @@ class AttentionSurgery:
     earlier: list[int]
 
     @classmethod
-    def plan(cls, model: nn.Module, wanted: list[int]) -> AttentionSurgery:
-        """Find out everything without touching the model.
+    def plan(cls, model: nn.Module, wanted: list[int], traced: TracedGraph | None = None) -> AttentionSurgery:
+        """Find out everything without touching the model. `traced`: its graph for the tokens of the proof, if known.
 
         Raises `SurgeryError` where the model is no decoder that can be looked into, or lacks a wanted layer.
         """
@@ -57,7 +57,7 @@ class AttentionSurgery:
         record = read_record(config)
         ids = proof_tokens(model)
         try:
-            traced = TracedModel(model).graph(ids)
+            traced = traced or TracedModel(model).graph(ids)
         except CaptureError as error:
             raise SurgeryError(f"{type(model).__name__} cannot be looked into: {error}") from error
         path = layer_list_path(traced)

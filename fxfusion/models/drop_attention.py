@@ -21,6 +21,7 @@ from fxfusion.errors import SurgeryError
 from fxfusion.models.attention_surgery import AttentionSurgery
 from fxfusion.models.drop_record import write_record
 from fxfusion.models.surgery_proof import Proof
+from fxfusion.models.traced import TracedGraph
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,7 +51,22 @@ def drop_attention(model: Model, layers: Iterable[int], *, check: bool = True) -
             The model is then as it was.
     """
     bare = getattr(model, "_orig_mod", model)  # inside of what `torch.compile` returned, which compiles anew then
-    surgery = AttentionSurgery.plan(bare, _layer_numbers(layers))
+    drop_traced(bare, _layer_numbers(layers), check)
+    return model
+
+
+def drop_traced(
+    bare: nn.Module,
+    layers: list[int],
+    check: bool,
+    traced: TracedGraph | None = None,
+    whole: ExitStack | None = None,
+) -> None:
+    """`drop_attention` for a model whose graph, for the tokens of the proof, may be known already.
+
+    `whole`: a larger operation that may have to take this one back, and holds what is dropped until it closes.
+    """
+    surgery = AttentionSurgery.plan(bare, layers, traced)
     proof = None
     if check and not surgery.ids.is_meta:
         proof = Proof.of_intact(bare, surgery.traced, surgery.removed, surgery.ids)
@@ -61,10 +77,11 @@ def drop_attention(model: Model, layers: Iterable[int], *, check: bool = True) -
         surgery.put_stubs(undo, proof)
         surgery.prove_cache(undo, proof)
         write_record(bare.config, surgery.record(), undo)
-        undo.pop_all()
+        done = undo.pop_all()
+    if whole is not None:
+        whole.callback(done.close)
     if not surgery.survivors:
-        warnings.warn("no layer has attention any more: tokens cannot see each other", stacklevel=2)
-    return model
+        warnings.warn("no layer has attention any more: tokens cannot see each other", stacklevel=3)
 
 
 def _layer_numbers(layers: Iterable[int]) -> list[int]:

@@ -22,7 +22,8 @@ from fxfusion.models.traced import TracedGraph, evaluating, model_inputs
 
 TOKENS, PREFILL = 7, 4
 _FIRST_IDS = 256  # multimodal models keep the ids with a meaning of their own at the end
-_SAME = 32  # times the dtype's epsilon: the same operations in the same order
+_SAME = 4  # times the dtype's epsilon: the same operations in the same order, so mostly no difference at all
+_NOISE = 32  # times it: experts see the tokens in another grouping
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")
 _BROKEN = 0.1  # a cache that is off by this much does not work at all
 _CACHED = 8  # times what the intact model's own cache is off
@@ -72,7 +73,7 @@ class Proof:
         decoded = cached_logits(model, self.ids)
         assert decoded is not None
         error = relative(decoded, full_logits(model, self.ids))
-        limit = _CACHED * (self.cached_error + torch.finfo(self.expected.dtype).eps)
+        limit = _CACHED * self.cached_error + _SAME * torch.finfo(self.expected.dtype).eps
         if not error <= limit:
             raise SurgeryError(f"cached decoding is off by {error:.2g} (allowed {limit:.2g})")
 
@@ -134,7 +135,7 @@ def _refuse_if_not_causal(model: nn.Module, ids: Tensor, logits: Tensor) -> None
     other = ids.clone()
     other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, 1], ids[:, 0])
     change = relative(full_logits(model, other)[:, :-1], logits[:, :-1])
-    if not change <= _SAME * torch.finfo(logits.dtype).eps:
+    if not change <= _NOISE * torch.finfo(logits.dtype).eps:
         raise SurgeryError("the model is not causal: its logits depend on later tokens")
 
 

@@ -10,6 +10,7 @@ the model. Members are freed group by group.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from fxfusion.errors import CaptureError, SurgeryError
 from fxfusion.models.attention_sites import find_sites
-from fxfusion.models.drop_attention import drop_attention
+from fxfusion.models.drop_attention import drop_traced
 from fxfusion.models.drop_record import fused_entry, read_record
 from fxfusion.models.ffn_surgery.depth import DepthEditor
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
@@ -61,12 +62,11 @@ def fuse(model: Model, plan: Any, *, check: bool = True) -> Model:
     if fused_entry(getattr(bare, "config", None)) is not None:
         raise SurgeryError("the model is fused already: `unfuse` it first, then fuse by one plan for all groups")
     check_fits(chosen, bare)
-    surgery = _Surgery.plan(bare, chosen, check)
-    missing = missing_drops(bare, chosen)
-    if missing:
-        drop_attention(bare, missing, check=check)
-    if surgery.recipe.groups:
-        surgery.run()
+    with ExitStack() as undo:
+        surgery = _prepare(bare, chosen, check, undo)
+        if surgery.recipe.groups:
+            surgery.run()
+        undo.pop_all()
     return model
 
 
@@ -77,9 +77,29 @@ def missing_drops(model: nn.Module, plan: FusionPlan) -> list[int]:
     return [layer for layer in plan.dropped_attention if layer not in done]
 
 
+def _prepare(model: nn.Module, plan: FusionPlan, check: bool, undo: ExitStack) -> _Surgery:
+    """Plan the surgery on the intact model's graph, and drop what attention must go; one capture serves both.
+
+    No graph is left behind: it would hold the members' weights.
+    """
+    ids = proof_tokens(model)
+    missing = missing_drops(model, plan)
+    traced = TracedModel(model)
+    try:
+        intact = traced.graph(ids)
+        without = TracedModel(traced, missing).graph(ids)
+    except CaptureError as error:
+        raise SurgeryError(f"{type(model).__name__} cannot be looked into: {error}") from error
+    surgery = _Surgery.plan(model, plan, check, without, ids)
+    if missing:
+        drop_traced(model, missing, check, intact, undo)
+    return surgery
+
+
 @dataclass(slots=True, kw_only=True)
 class _Surgery:
-    """What was found before anything is changed. `paths`: modules of each surviving attention, by layer."""
+    """What was found before anything is changed. `paths`: modules of each surviving attention, by layer. `before`:
+    the graph where nothing can be computed (it holds no weights then)."""
 
     model: Any
     plan_: FusionPlan
@@ -91,13 +111,8 @@ class _Surgery:
     residue: Residue = field(default_factory=dict)
 
     @classmethod
-    def plan(cls, model: nn.Module, plan: FusionPlan, check: bool) -> _Surgery:
-        """Find out everything. Holds no reference to a parameter afterwards, so that members can be freed."""
-        ids = proof_tokens(model)
-        try:
-            traced = TracedModel(model, missing_drops(model, plan)).graph(ids)
-        except CaptureError as error:
-            raise SurgeryError(f"{type(model).__name__} cannot be looked into: {error}") from error
+    def plan(cls, model: nn.Module, plan: FusionPlan, check: bool, traced: TracedGraph, ids: Tensor) -> _Surgery:
+        """Find out everything from the graph without the attention that goes."""
         recipe, _ = FuseRecipe.read(model, traced, plan)
         survivors = sorted({block.layer for block in traced.blocks.mixers})
         sites = find_sites(traced, survivors)
