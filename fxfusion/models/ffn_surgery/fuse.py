@@ -36,7 +36,7 @@ from fxfusion.plan import FusionPlan
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model, plan: Any, *, check: bool = True) -> Model:
+def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1) -> Model:
     """Make each group of a plan one FFN, in place: stock modules of the same classes, wider.
 
     The first member's own modules take the weights of all, the layers of the other members go, and the config and
@@ -48,6 +48,8 @@ def fuse(model: Model, plan: Any, *, check: bool = True) -> Model:
         plan: a `FusionPlan`, a dict of its fields, or a plan file. Layers are numbered as in the model as loaded.
         check: prove on a few tokens, group by group, that the logits are those of the parallel form, and that cached
             decoding equals the full computation. On the meta device the FFNs of the changed model are compared.
+        shards: order the channels so that each of so many equal parts of a wide FFN holds a slice of every member:
+            for tensor parallelism over as many devices. 1: one member after the other. Results do not depend on it.
 
     Returns:
         The same model. Peak memory is the model and the widest group; every freed member is freed at once.
@@ -61,9 +63,11 @@ def fuse(model: Model, plan: Any, *, check: bool = True) -> Model:
     chosen = FusionPlan.resolve(plan)
     if fused_entry(getattr(bare, "config", None)) is not None:
         raise SurgeryError("the model is fused already: `unfuse` it first, then fuse by one plan for all groups")
+    if type(shards) is not int or shards < 1:
+        raise SurgeryError(f"shards must be a whole number of at least 1, not {shards!r}")
     check_fits(chosen, bare)
     with ExitStack() as undo:
-        surgery = _prepare(bare, chosen, check, undo)
+        surgery = _prepare(bare, chosen, check, shards, undo)
         if surgery.recipe.groups:
             surgery.run()
         undo.pop_all()
@@ -77,7 +81,7 @@ def missing_drops(model: nn.Module, plan: FusionPlan) -> list[int]:
     return [layer for layer in plan.dropped_attention if layer not in done]
 
 
-def _prepare(model: nn.Module, plan: FusionPlan, check: bool, undo: ExitStack) -> _Surgery:
+def _prepare(model: nn.Module, plan: FusionPlan, check: bool, shards: int, undo: ExitStack) -> _Surgery:
     """Plan the surgery on the intact model's graph, and drop what attention must go; one capture serves both.
 
     No graph is left behind: it would hold the members' weights.
@@ -90,7 +94,7 @@ def _prepare(model: nn.Module, plan: FusionPlan, check: bool, undo: ExitStack) -
         without = TracedModel(traced, missing).graph(ids)
     except CaptureError as error:
         raise SurgeryError(f"{type(model).__name__} cannot be looked into: {error}") from error
-    surgery = _Surgery.plan(model, plan, check, without, ids)
+    surgery = _Surgery.plan(model, plan, check, shards, without, ids)
     if missing:
         drop_traced(model, missing, check, intact, undo)
     return surgery
@@ -111,9 +115,11 @@ class _Surgery:
     residue: Residue = field(default_factory=dict)
 
     @classmethod
-    def plan(cls, model: nn.Module, plan: FusionPlan, check: bool, traced: TracedGraph, ids: Tensor) -> _Surgery:
+    def plan(
+        cls, model: nn.Module, plan: FusionPlan, check: bool, shards: int, traced: TracedGraph, ids: Tensor
+    ) -> _Surgery:
         """Find out everything from the graph without the attention that goes."""
-        recipe, _ = FuseRecipe.read(model, traced, plan)
+        recipe, _ = FuseRecipe.read(model, traced, plan, shards)
         survivors = sorted({block.layer for block in traced.blocks.mixers})
         sites = find_sites(traced, survivors)
         computes = check and not ids.is_meta

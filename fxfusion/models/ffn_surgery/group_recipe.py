@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fxfusion.models.ffn_surgery.layout import Constant, Matrix, Member, Tensors, offsets, wide_dtype
+from fxfusion.models.ffn_surgery.channels import Run, spread
+from fxfusion.models.ffn_surgery.layout import Constant, Matrix, Member, Tensors, wide_dtype
 from fxfusion.policy import NormMode
 
 _CHUNK = 1 << 22  # numbers that are folded at a time: bounds what is needed beside the wide weights
@@ -25,7 +26,8 @@ _CHUNK = 1 << 22  # numbers that are folded at a time: bounds what is needed bes
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRecipe:
     """`fills`: parameters of the first member that become one number; `copies`: those that take another parameter's
-    values (first member's name, source). `in_bias`, `down_bias`: whether the wide layers have biases.
+    values (first member's name, source). `in_bias`, `down_bias`: whether the wide layers have biases. `shards`: into
+    how many equal parts the wide FFN can be cut, each with a slice of every member.
 
     All names are those of the unfused model; the wide parameters take the first member's.
     """
@@ -36,10 +38,11 @@ class GroupRecipe:
     copies: tuple[tuple[str, str], ...] = ()
     in_bias: bool = False
     down_bias: bool = False
-    _offsets: list[int] = field(init=False)
+    shards: int = 1
+    _runs: list[tuple[Run, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_offsets", offsets(self.members))
+        object.__setattr__(self, "_runs", spread([member.width for member in self.members], self.shards))
 
     @property
     def home(self) -> Member:
@@ -101,7 +104,7 @@ class GroupRecipe:
         for place, member in enumerate(self.members):
             weight = member.projections[number].out_in(tensors[member.projections[number].weight])
             gains = [constant.value(tensors).reshape(-1) for constant in member.with_role("gain")]
-            for target, source in self._slices(number, place):
+            for target, source in self.slices(number, place):
                 _fold(wide[target], weight[source], gains)
         return stored
 
@@ -111,7 +114,7 @@ class GroupRecipe:
         for place, member in enumerate(self.members):
             matrix = member.projections[number]
             weight = matrix.out_in(tensors[matrix.weight])
-            for target, source in self._slices(number, place):
+            for target, source in self.slices(number, place):
                 wide[target] = _shifted(member, matrix, weight[source], source, tensors)
         return wide
 
@@ -123,9 +126,10 @@ class GroupRecipe:
         stored = example.new_empty(size)
         wide = matrix.out_in(stored)
         for place, member in enumerate(self.members):
-            start = self._offsets[place]
             weight = member.down.out_in(tensors[member.down.weight])
-            _scale_rows(wide[:, start : start + member.width], weight, self.scale(member, tensors, weight))
+            scale = self.scale(member, tensors, weight)
+            for target, source in self.columns(place):
+                _scale_rows(wide[:, target], weight[:, source], scale)
         return stored
 
     def scale(self, member: Member, tensors: Tensors, down: Tensor) -> Tensor | None:
@@ -152,33 +156,42 @@ class GroupRecipe:
 
     def _middle(self, tensors: Tensors, index: int) -> Tensor:
         """One value per wide channel."""
-        parts = []
-        for member in self.members:
+        first = self.home.middle[index]
+        assert first is not None
+        wide = tensors[first.names[0]].new_empty(self.width)
+        for place, member in enumerate(self.members):
             constant = member.middle[index]
             assert constant is not None
-            parts.append(tensors[constant.names[0]].reshape(-1).expand(member.width))
-        return torch.cat(parts)
+            values = tensors[constant.names[0]].reshape(-1).expand(member.width)
+            for target, source in self.columns(place):
+                wide[target] = values[source]
+        return wide
 
     def _rows(self, number: int) -> int:
         pieces = [cut for cut in self.home.cuts if cut.projection == number]
         return len(pieces) * self.width
 
-    def _slices(self, number: int, place: int) -> Iterator[tuple[slice, slice]]:
-        """For each piece of a projection: where a member's channels go in the wide one, and where they come from."""
-        member, start = self.members[place], self._offsets[place]
-        for own, cut in zip(self.home.cuts, member.cuts, strict=True):
-            if cut.projection == number:
-                whole = own.widened(self.home.width, self.width)
-                first = whole.start + start * own.step
-                yield slice(first, first + member.width * own.step, own.step), cut.channels
-
     def slices(self, number: int, place: int) -> list[tuple[slice, slice]]:
         """Where a member's channels of a projection stand in the wide one, and in its own."""
-        return list(self._slices(number, place))
+        found = []
+        for home, cut in zip(self.home.cuts, self.members[place].cuts, strict=True):
+            if cut.projection == number:
+                whole = home.widened(self.home.width, self.width)
+                for run in self._runs[place]:
+                    first, own = whole.start + run.wide * home.step, cut.start + run.own * cut.step
+                    target = slice(first, first + run.length * home.step, home.step)
+                    found.append((target, slice(own, own + run.length * cut.step, cut.step)))
+        return found
 
-    def columns(self, place: int) -> slice:
-        """Where a member's channels stand in the wide down projection."""
-        return slice(self._offsets[place], self._offsets[place] + self.members[place].width)
+    def columns(self, place: int) -> list[tuple[slice, slice]]:
+        """Where a member's channels stand in the wide down projection, and in its own."""
+        return [
+            (slice(run.wide, run.wide + run.length), slice(run.own, run.own + run.length)) for run in self._runs[place]
+        ]
+
+    def own_columns(self, place: int, wide: Tensor) -> Tensor:
+        """A member's channels of `[..., width of all]`, a copy."""
+        return torch.cat([wide[..., target] for target, _ in self.columns(place)], dim=-1)
 
 
 def _empty_like(example: Tensor, matrix: Matrix, rows: int) -> Tensor:

@@ -7,7 +7,7 @@ member of layer 5:  projections  model.layers.5.mlp.gate_proj.weight, ...up_proj
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,12 +149,3 @@ class Member:
 def wide_dtype(tensor: Tensor) -> torch.dtype:
     """Products and sums of weights are taken in float32 or wider, and rounded once."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def offsets(members: Sequence[Member]) -> list[int]:
-    """Where each member's channels begin in the wide FFN."""
-    found, total = [], 0
-    for member in members:
-        found.append(total)
-        total += member.width
-    return found

@@ -8,7 +8,7 @@ Works on the meta device, so the parameters of a checkpoint can be fused while t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -32,17 +32,20 @@ class FuseRecipe:
     count: int
 
     @classmethod
-    def of(cls, model: nn.Module, plan: FusionPlan) -> FuseRecipe:
+    def of(cls, model: nn.Module, plan: FusionPlan, shards: int = 1) -> FuseRecipe:
         """Read the recipe off a model, on any device, that may still have the attention which the plan drops.
+        `shards`: see `fuse`.
 
         Raises `PlanError` where the plan does not fit the model, `SurgeryError` where modules cannot hold the result.
         """
         dropped = [layer for layer in plan.dropped_attention if has_mixer(model, layer)]
         traced = TracedModel(model, dropped).graph(proof_tokens(model))
-        return cls.read(model, traced, plan)[0]
+        return cls.read(model, traced, plan, shards)[0]
 
     @classmethod
-    def read(cls, model: nn.Module, traced: TracedGraph, plan: FusionPlan) -> tuple[FuseRecipe, tuple[Group, ...]]:
+    def read(
+        cls, model: nn.Module, traced: TracedGraph, plan: FusionPlan, shards: int = 1
+    ) -> tuple[FuseRecipe, tuple[Group, ...]]:
         """The same from the graph of the model without the attention that the plan drops; with the graph's groups."""
         found = analyse(traced.captured, plan)
         unmet = [
@@ -55,9 +58,11 @@ class FuseRecipe:
         path = layer_list_path(traced)
         count = len(list(model.get_submodule(path).children()))
         reader = LayoutReader.of(model, traced)
-        groups = tuple(reader.recipe(group, _layers_of(group, traced)) for group in found.groups)
+        read = (reader.recipe(group, _layers_of(group, traced)) for group in found.groups)
+        groups = tuple(replace(group, shards=shards) for group in read)
         recipe = cls(groups=groups, path=path, count=count)
         recipe._check_layers(traced)
+        recipe._check_shards(shards)
         return recipe, found.groups
 
     @property
@@ -93,6 +98,11 @@ class FuseRecipe:
         start = f"{self.path}." if self.path else ""
         head, _, rest = name.removeprefix(start).partition(".")
         return (int(head), rest) if name.startswith(start) and head.isdigit() else (None, name)
+
+    def _check_shards(self, shards: int) -> None:
+        for member in (member for group in self.groups for member in group.members):
+            if member.width < shards:
+                raise SurgeryError(f"{member.name} has {member.width} channels, too few for {shards} shards")
 
     def _check_layers(self, traced: TracedGraph) -> None:
         """A layer can go if its FFN was all that it did, and its number is its place in the list."""

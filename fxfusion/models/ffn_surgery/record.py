@@ -2,7 +2,8 @@
 
     config.fxfusion["fused"] = {"groups": [[4, 5, 6]], "norm": "fold", "layers": 12, "kept": [0, 1, 2, 3, 4, 7, ...]}
 
-Layers are numbered as in the model that was loaded; `kept` are those that are left, in order.
+Layers are numbered as in the model that was loaded; `kept` are those that are left, in order. `shards` is there where
+the channels are ordered for tensor parallelism.
 """
 
 from __future__ import annotations
@@ -52,12 +53,14 @@ def set_fused_state(model: nn.Module, state: FusedState | None) -> None:
 def write_entry(config: Any, recipe: FuseRecipe, norm: NormMode) -> None:
     """Note the groups in the config, beside the attention that was dropped."""
     found = getattr(config, _ENTRY, None)
-    entry = {
+    entry: dict[str, Any] = {
         "groups": [list(group.layers) for group in recipe.groups],
         "norm": norm,
         "layers": recipe.count,
         "kept": list(recipe.kept),
     }
+    if recipe.groups[0].shards > 1:
+        entry["shards"] = recipe.groups[0].shards
     setattr(config, _ENTRY, {**(found if isinstance(found, dict) else {}), _FUSED: entry})
 
 

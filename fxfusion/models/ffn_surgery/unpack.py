@@ -64,9 +64,9 @@ class Unpacking:
     def _rows(self, place: int, number: int) -> Tensor:
         member, home = self.recipe.members[place], self.recipe.home.projections[number]
         whole = home.out_in(self.wide[home.weight])
-        slices = self.recipe.slices(number, place)
-        rows = whole.new_empty(len(slices) * member.width, whole.shape[1])
-        for target, source in slices:
+        pieces = sum(cut.projection == number for cut in member.cuts)
+        rows = whole.new_empty(pieces * member.width, whole.shape[1])
+        for target, source in self.recipe.slices(number, place):
             rows[source] = whole[target]
         gains = [constant.value(self.recorded).reshape(-1) for constant in member.with_role("gain")]
         for gain in gains:
@@ -97,7 +97,7 @@ class Unpacking:
 
     def _down(self, place: int) -> Tensor:
         member, home = self.recipe.members[place], self.recipe.home.down
-        columns = home.out_in(self.wide[home.weight])[:, self.recipe.columns(place)].clone()
+        columns = self.recipe.own_columns(place, home.out_in(self.wide[home.weight]))
         scale = self.recipe.scale(member, self.recorded, columns)
         if scale is None:
             return columns
@@ -129,7 +129,7 @@ class Unpacking:
         for place, member in enumerate(self.recipe.members):
             constant = member.middle[index]
             assert constant is not None
-            name, own = constant.names[0], values.reshape(-1)[self.recipe.columns(place)]
+            name, own = constant.names[0], self.recipe.own_columns(place, values.reshape(-1))
             if self.recorded[name].numel() == 1:
                 if not bool((own == own[0]).all()):
                     raise SurgeryError(f"{name} was one number, and training since has made it one per channel")
