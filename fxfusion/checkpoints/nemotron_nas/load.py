@@ -1,0 +1,115 @@
+"""Read a nemotron-nas folder, ours or a published one, without running any code that lies in it.
+
+config.json -> `DeciLMConfig` -> decoder without memory -> names and shapes compared with the files -> values
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from fxfusion.checkpoints.nemotron_nas.configuration_decilm import Block, DeciLMConfig
+from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
+from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder, finish, give_angles, put
+from fxfusion.checkpoints.progress import byte_bar
+from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
+from fxfusion.checkpoints.shards import TensorFacts
+from fxfusion.errors import CheckpointError
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+MODEL_TYPE = "nemotron-nas"
+# Settings that name code or devices of the machine where the folder was written.
+_NOT_OURS = ("auto_map", "attn_implementation", "fxfusion", "kv_sharing_modes", "use_flash_attention_2")
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> DeciLMForCausalLM:
+    """The model of a folder, in eval mode. Names, shapes and sizes are checked before memory is taken for them.
+
+    Args:
+        directory: a folder with config.json and safetensors files. Published folders may say null for
+            `intermediate_size` and `num_key_value_heads`, and have layers that are padding.
+        dtype: of the parameters; None means the config's, or that of the files.
+        device: where they go.
+        progress: show a progress bar.
+
+    Raises:
+        CheckpointError: that names file, tensor or setting.
+    """
+    reader = CheckpointReader.open(directory)
+    config = read_config(reader.folder)
+    with _naming(reader.folder, "cannot be built"):
+        decoder = empty_decoder(config)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    named = dict(decoder.named_parameters(remove_duplicate=False))
+    expected = [TensorFacts.of(name, value) for name, value in named.items() if name not in tied]
+    reader.check(expected, optional=tied)
+    give_angles(decoder, device)
+    wanted = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else None)
+    with byte_bar(progress, "Reading", sum(reader.stored[facts.name].nbytes for facts in expected)) as advance:
+        for facts in expected:
+            value = reader.read(facts.name)
+            advance(value.nbytes)
+            put(decoder, facts.name, torch.nn.Parameter(value.to(device=device, dtype=wanted)))
+    decoder.config.dtype = decoder.dtype
+    decoder.config._name_or_path = os.fspath(directory)
+    _read_generation_config(decoder, reader.folder)
+    return finish(decoder)
+
+
+def read_config(folder: SafeFolder) -> DeciLMConfig:
+    """The configuration of a folder. Raises `CheckpointError` that names the setting."""
+    found = folder.json(CONFIG)
+    where = folder.path / CONFIG
+    if found.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(f"{where} is of the model_type {found.get('model_type')!r}, not {MODEL_TYPE!r}")
+    if found.get("quantization_config") is not None:
+        raise CheckpointError(f"{where} is of a quantised model (quantization_config), which is not read")
+    settings = {name: value for name, value in found.items() if name not in _NOT_OURS and not name.startswith("_")}
+    with _naming(folder, "is not valid"):
+        config = DeciLMConfig(**settings)
+        if reason := config.unsupported():
+            raise ValueError(reason)
+    return note_missing_attention(config)
+
+
+def note_missing_attention(config: DeciLMConfig) -> DeciLMConfig:
+    """Record the layers without attention as `drop_attention` would, so that more can be dropped."""
+    blocks: list[Block] = config.block_configs or []
+    missing = [layer for layer, block in enumerate(blocks) if block.attention.no_op]
+    slots: list[int | None] = []
+    for block in blocks:
+        slots.append(None if block.attention.no_op else sum(slot is not None for slot in slots))
+    if missing:
+        config.fxfusion = {"dropped_attention": missing, "cache_slots": slots, "layer_types": None}
+    return config
+
+
+def _read_generation_config(decoder: Any, folder: SafeFolder) -> None:
+    from transformers import GenerationConfig
+
+    if folder.has(GENERATION_CONFIG):
+        with _naming(folder, "is not valid", GENERATION_CONFIG):
+            decoder.generation_config = GenerationConfig(**folder.json(GENERATION_CONFIG))
+
+
+class _naming:
+    """Whatever a class of transformers does not like about a file becomes an error that names it."""
+
+    def __init__(self, folder: SafeFolder, what: str, name: str = CONFIG) -> None:
+        self.where, self.what = folder.path / name, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            cause = error.__cause__ or error
+            raise CheckpointError(f"{self.where} {self.what}: {cause}") from error
