@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -32,6 +33,7 @@ from fxfusion.torch_private import (
 )
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+_MACHINERY = frozenset(vars(torch.nn.Module()))  # what a module keeps about itself
 _serial = count()
 
 
@@ -114,7 +116,8 @@ def capture_model(
         return _zeros_for(gm)
 
     try:
-        torch.compile(_fresh_caller(model), backend=collect, dynamic=False)(*args, **kwargs)
+        with _as_it_was(model):
+            torch.compile(_fresh_caller(model), backend=collect, dynamic=False)(*args, **kwargs)
     except Exception as error:
         if not found:
             raise CaptureError(f"the model could not be captured: {type(error).__name__}: {error}") from error
@@ -124,6 +127,28 @@ def capture_model(
         raise CaptureError("Dynamo found no graph in the model (does it compute anything on tensors?)")
     notes = () if len(found) == 1 else (f"graph breaks cut the model into {len(found)} graphs",)
     return _taken(found), notes
+
+
+@contextmanager
+def _as_it_was(model: Callable[..., Any]) -> Iterator[None]:
+    """Give modules back what they held: a model that sets an attribute in `forward` would keep a zero answer."""
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    before = [_held_by(module) for module in modules]
+    try:
+        yield
+    finally:
+        for module, old in zip(modules, before, strict=True):
+            now = _held_by(module)
+            for name in now.keys() - old.keys():
+                delattr(module, name)
+            for name, value in old.items():
+                if now.get(name, module) is not value:
+                    setattr(module, name, value)
+
+
+def _held_by(module: torch.nn.Module) -> dict[str, Any]:
+    plain = {name: value for name, value in vars(module).items() if name not in _MACHINERY}
+    return {**plain, **dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
 
 def _taken(found: list[CapturedGraph]) -> list[CapturedGraph]:

@@ -201,8 +201,8 @@ def set_attribute(owner: Any, name: str, value: Any, undo: ExitStack) -> None:
 
 
 def is_computed(config: Any, name: str) -> bool:
-    """Whether the config's class computes the attribute, so that it cannot be set."""
-    found = getattr(type(config), name, None)
+    """Whether the config's class computes the attribute (perhaps under another name), so that it cannot be set."""
+    found = getattr(type(config), getattr(type(config), "attribute_map", {}).get(name, name), None)
     return isinstance(found, property) and found.fset is None
 
 

@@ -89,15 +89,21 @@ class DepthEditor:
     def _follow(self, owner: Any, kept: Sequence[int]) -> None:
         before = next(values for known, values in self.snapshot.before if known is owner)
         for name, value in before.items():
+            if cache_slots.is_computed(owner, name):
+                continue
             if type(value) is int and value == len(self.layers) and _COUNT.search(name):
                 setattr(owner, name, len(kept))
             elif isinstance(value, (list, tuple)) and len(value) == len(self.layers) and name not in _FOLLOWS_SLOTS:
                 setattr(owner, name, type(value)(value[layer] for layer in kept))
+            elif _are_layers(name, value, len(self.layers)):
+                setattr(owner, name, type(value)(kept.index(layer) for layer in value if layer in kept))
 
     def _renumber(self, kept: Sequence[int]) -> None:
         survivors = {place: self.mixers[layer] for place, layer in enumerate(kept) if layer in self.mixers}
         types = None if self.types is None else [self.types[layer] for layer in kept]
         fixed = any(cache_slots.is_computed(config, "layer_types") for config in self.configs)
+        if fixed and list(self.configs[0].layer_types) != types:
+            raise SurgeryError("the config computes its layer_types, and not those of the layers that would be left")
         slots = cache_slots.plan_slots(survivors, len(kept), types, fixed)
         with ExitStack() as undo:
             cache_slots.set_slots(survivors, self.index_names, slots, undo)
@@ -111,12 +117,19 @@ class DepthEditor:
             undo.pop_all()
 
 
+def _are_layers(name: str, value: Any, count: int) -> bool:
+    """Whether an attribute is a list of numbers of layers."""
+    if not isinstance(value, (list, tuple)) or not value or not _COUNT.search(name):
+        return False
+    return all(type(item) is int and 0 <= item < count for item in value) and len(set(value)) == len(value)
+
+
 def put_layers(model: nn.Module, path: str, layers: Sequence[nn.Module]) -> None:
     """Make these the entries of a list of modules; the list stays the same object."""
     holder: Any = model.get_submodule(path)
-    holder._modules.clear()
-    for number, layer in enumerate(layers):
-        holder._modules[str(number)] = layer
+    del holder[:]
+    for layer in layers:
+        holder.append(layer)
 
 
 def _slots_now(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxfusion.errors import SurgeryError
+from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.layout import Constant, Cut, Matrix, Member, TailStep
@@ -69,23 +70,25 @@ class LayoutReader:
         return recipe
 
     def _member(self, ffn: FfnNode, layer: int, group: Group, shared_middle: Sequence[bool]) -> Member:
+        biases = {linear.node: self._separate_bias(ffn, linear) for linear in (*ffn.projections, ffn.down)}
         middle = [
-            None if shared else self._constant(ffn, node)
+            None if shared or node in biases.values() else self._constant(ffn, node)
             for shared, node in zip(shared_middle, ffn.middle_constants, strict=True)
         ]
         for constant in middle:
             if constant is not None and len(constant.names) != 1:
                 raise SurgeryError(f"{ffn.name}: a constant of its activation is computed from {len(constant.names)}")
+        own = ffn.tail[1:] if biases[ffn.down.node] is not None else ffn.tail
         tail: tuple[TailStep, ...] = tuple(
-            (kind, self._constant(ffn, step) if isinstance(step, fx.Node) else step) for kind, step in ffn.tail
+            (kind, self._constant(ffn, step) if isinstance(step, fx.Node) else step) for kind, step in own
         )
         return Member(
             layer=layer,
             name=ffn.name,
             width=ffn.width,
-            projections=tuple(self._matrix(ffn, linear) for linear in ffn.projections),
+            projections=tuple(self._matrix(ffn, linear, biases[linear.node]) for linear in ffn.projections),
             cuts=self._cuts(ffn),
-            down=self._matrix(ffn, ffn.down),
+            down=self._matrix(ffn, ffn.down, biases[ffn.down.node]),
             prologue=tuple(self._constant(ffn, node) for node in ffn.prologue_constants),
             roles=group.roles,
             middle=tuple(middle),
@@ -104,10 +107,19 @@ class LayoutReader:
                 raise SurgeryError(f"{ffn.name}: its activation does not read {linear.node} in whole pieces, each once")
         return found
 
-    def _matrix(self, ffn: FfnNode, linear: Linear) -> Matrix:
-        weight = self._parameter(ffn, linear.weight)
-        bias = None if linear.bias is None else self._parameter(ffn, linear.bias)
-        return Matrix(weight, linear.transposed, bias)
+    def _matrix(self, ffn: FfnNode, linear: Linear, separate_bias: fx.Node | None) -> Matrix:
+        weight, bias = self._parameter(ffn, linear.weight), linear.bias or separate_bias
+        return Matrix(weight, linear.transposed, None if bias is None else self._parameter(ffn, bias))
+
+    def _separate_bias(self, ffn: FfnNode, linear: Linear) -> fx.Node | None:
+        """The vector that a linear layer without a bias has added to its result at once, as one more operation."""
+        users = list(linear.node.users)
+        if linear.bias is not None or len(users) != 1 or ops.op_name(users[0]) != "add" or users[0] not in ffn.nodes:
+            return None
+        others = [node for node in users[0].all_input_nodes if node is not linear.node]
+        value = ops.tensor_value(others[0]) if len(others) == 1 and others[0] in self.facts.constants else None
+        is_vector = value is not None and value.dim() == 1 and value.numel() == linear.out_features
+        return others[0] if is_vector and self._name(ffn, others[0]) is not None else None
 
     def _parameter(self, ffn: FfnNode, node: fx.Node) -> str:
         name = self._name(ffn, node)

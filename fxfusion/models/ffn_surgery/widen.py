@@ -29,12 +29,12 @@ def set_parameter(model: nn.Module, name: str, value: Tensor | None) -> None:
     """Put a tensor in the place of a parameter or buffer; a new parameter trains if its neighbours do. A parameter
     is taken as it is, None takes it away."""
     owner, attribute = _owner(model, name)
-    if attribute in owner._buffers:
-        owner._buffers[attribute] = value
+    own = dict(owner.named_parameters(recurse=False))
+    if attribute in dict(owner.named_buffers(recurse=False)):
+        setattr(owner, attribute, value)
         return
     if value is not None and not isinstance(value, nn.Parameter):
-        old = owner._parameters.get(attribute)
-        neighbours = owner.parameters(recurse=False) if old is None else [old]
+        neighbours = [own[attribute]] if attribute in own else list(own.values())
         value = nn.Parameter(
             value, requires_grad=value.is_floating_point() and any(n.requires_grad for n in neighbours)
         )
@@ -44,10 +44,9 @@ def set_parameter(model: nn.Module, name: str, value: Tensor | None) -> None:
 def empty(module: nn.Module) -> None:
     """Let go of all parameters of a module; meta tensors of the same sizes take their places."""
     for part in module.modules():
-        for name, value in part._parameters.items():
-            if value is not None:
-                nothing = torch.empty_like(value, device="meta")
-                part._parameters[name] = nn.Parameter(nothing, requires_grad=value.requires_grad)
+        for name, value in list(part.named_parameters(recurse=False)):
+            nothing = torch.empty_like(value, device="meta")
+            part.register_parameter(name, nn.Parameter(nothing, requires_grad=value.requires_grad))
 
 
 def set_width(model: nn.Module, ffn: Member, layer_path: str, old: int, new: int) -> None:
