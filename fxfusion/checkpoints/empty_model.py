@@ -6,7 +6,7 @@ empty_model(config)    parameters on the meta device, buffers real, since no fil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,10 +70,15 @@ def all_on_meta(model: nn.Module) -> Iterator[None]:
             now = values.get(name)
             if isinstance(now, Tensor) and now.is_meta and now.shape == value.shape:
                 values[name] = value
-        for module in model.modules():  # what surgery has put there instead of a norm has empty buffers
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta and not buffer.numel():
-                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        real_empties(model.modules())
+
+
+def real_empties(modules: Iterable[nn.Module]) -> None:
+    """Take buffers without any value, which surgery leaves where a norm was, off the meta device."""
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta and not buffer.numel():
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def _build(config: Any, dtype: torch.dtype | None) -> Any:

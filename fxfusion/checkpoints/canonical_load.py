@@ -1,0 +1,111 @@
+"""Load a canonical folder: the model as transformers names it, with the plan applied while its tensors are read.
+
+    config.json, plan -> names and shapes compared with the files -> attention out, FFNs fused, all on the meta device
+    -> the tensors, streamed; those of dropped attention are never read
+
+Without a plan it is the plain model.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+
+from fxfusion.checkpoints.empty_model import all_on_meta, config_of, empty_model, outline, real_empties
+from fxfusion.checkpoints.filling import Filling
+from fxfusion.checkpoints.model_tensors import own_tensors, stored_names
+from fxfusion.checkpoints.progress import byte_bar
+from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
+from fxfusion.errors import CheckpointError, SurgeryError
+from fxfusion.models.ffn_surgery.fuse import fuse
+from fxfusion.models.ffn_surgery.record import fused_state
+from fxfusion.plan import FusionPlan
+
+CONFIG, GENERATION_CONFIG, PLAN = "config.json", "generation_config.json", "fxfusion_plan.yaml"
+
+log = logging.getLogger("fxfusion")
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Any:
+    """The model of a canonical folder, in eval mode. Arguments and errors as of `fxfusion.from_pretrained`."""
+    reader = CheckpointReader.open(directory)
+    config = read_config(reader)
+    plan = read_plan(reader.folder)
+    built = dtype or main_dtype(reader)
+    intact = outline(config, built)
+    stored = stored_names(intact, reader)
+    dtypes = {name: value.dtype for name, value in own_tensors(intact).items()} if dtype is not None else {}
+    model = empty_model(copy.deepcopy(config), built)
+    fused = plan is None or _fused_on_meta(model, plan)
+    first = Filling(reader=reader, stored=stored, dtypes=dtypes, device=device if fused else "cpu")
+    with byte_bar(progress, "Reading", first.nbytes(model)) as advance:
+        Filling(reader=reader, stored=stored, dtypes=dtypes, device=first.device, advance=advance).run(model)
+    if not fused:
+        fuse(model, plan)
+    model.config.dtype = built
+    model.config._name_or_path = os.fspath(directory)
+    read_generation_config(model, reader.folder)
+    return model.to(device).eval()
+
+
+def read_config(reader: CheckpointReader) -> Any:
+    """The config of a folder, checked against the number of tensors: building modules takes time and memory."""
+    where = reader.folder.path / CONFIG
+    config = config_of(reader.folder.json(CONFIG), where)
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > len(reader.stored):
+        raise CheckpointError(f"{where} asks for {layers} layers, and the files have {len(reader.stored)} tensors")
+    return config
+
+
+def read_plan(folder: SafeFolder) -> FusionPlan | None:
+    """Raises `PlanError` that names file and line."""
+    return FusionPlan.load(folder.file(PLAN)) if folder.has(PLAN) else None
+
+
+def main_dtype(reader: CheckpointReader) -> torch.dtype:
+    """The dtype of most of what is stored."""
+    sizes: Counter[torch.dtype] = Counter()
+    for facts in reader.stored.values():
+        if facts.dtype.is_floating_point:
+            sizes[facts.dtype] += facts.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def read_generation_config(model: Any, folder: SafeFolder) -> None:
+    """Settings of `generate`, where the folder has them."""
+    from transformers import GenerationConfig
+
+    if not folder.has(GENERATION_CONFIG):
+        return
+    settings = folder.json(GENERATION_CONFIG)
+    try:
+        model.generation_config = GenerationConfig.from_dict(settings)
+    except Exception as error:  # whatever the class makes of bad values
+        raise CheckpointError(f"{folder.path / GENERATION_CONFIG} is not valid: {error}") from error
+
+
+def _fused_on_meta(model: Any, plan: FusionPlan) -> bool:
+    """Apply a plan to a model without weights. False, and nothing done, where its code does not run on the meta
+    device; such a model is fused when it has its weights."""
+    try:
+        with all_on_meta(model):
+            fuse(model, plan)
+    except SurgeryError as error:
+        log.info("the plan is applied after the weights are read, since it cannot be before: %s", error)
+        return False
+    state = fused_state(model)
+    if state is not None:
+        real_empties(part for shell in state.shells.values() for part in shell.modules())
+    return True

@@ -1,0 +1,173 @@
+"""Save a model under its original tensor names and shapes, with the plan beside it.
+
+    config.json (as it was loaded), fxfusion_plan.yaml, model*.safetensors, generation_config.json, tokenizer, README.md
+
+Plain transformers loads the folder as the unfused model; `fxfusion.from_pretrained` applies the plan. Attention
+that was dropped has no weights left, and transformers asks for them: zeros stand in, with which it adds nothing to
+the residual stream. That is proved before the folder takes its place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxfusion.checkpoints import disk
+from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN
+from fxfusion.checkpoints.dropped_attention import layer_number, prove_zeros
+from fxfusion.checkpoints.empty_model import outline
+from fxfusion.checkpoints.folder import replacing
+from fxfusion.checkpoints.model_tensors import own_tensors, tied_names
+from fxfusion.checkpoints.reading import CheckpointReader
+from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
+from fxfusion.errors import CheckpointError
+from fxfusion.models.ffn_surgery.record import fused_state, plan_of
+from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
+from fxfusion.models.fingerprint import decoder_layers, facts_of
+from fxfusion.models.intact_config import intact_config
+from fxfusion.plan import FusionPlan
+
+
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    progress: bool = False,
+    card: str | None = None,
+) -> None:
+    """Arguments and errors as of `fxfusion.save_pretrained`; `card` is the content of README.md."""
+    bare: Any = getattr(model, "_orig_mod", model)
+    tensors = CanonicalTensors.of(bare)
+    with replacing(directory) as folder:
+        config = tensors.config
+        disk.write_file(folder / CONFIG, config.to_json_string())
+        if getattr(bare, "generation_config", None) is not None:
+            disk.write_file(folder / GENERATION_CONFIG, bare.generation_config.to_json_string())
+        if tensors.plan.groups or tensors.plan.dropped_attention:
+            tensors.plan.save(folder / PLAN)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if card is not None:
+            disk.write_file(folder / "README.md", card)
+        write_shards(folder, tensors.facts, tensors.values(bare), max_shard_size, progress)
+        if tensors.zeros:
+            prove_zeros(CheckpointReader.open(folder), config, tensors.layers_without)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanonicalTensors:
+    """What will be written. `facts`: of every tensor of the intact model; `zeros`: names that this model lacks;
+    `layers_without`: the layers that lost their attention, by number."""
+
+    config: Any
+    plan: FusionPlan
+    facts: list[TensorFacts]
+    zeros: frozenset[str]
+    layers_without: dict[int, nn.Module]
+
+    @classmethod
+    def of(cls, model: Any) -> CanonicalTensors:
+        """Raises `CheckpointError` where the original format cannot hold the model, naming the tensor."""
+        _check_plain(model)
+        config = intact_config(model)
+        config.architectures, config.dtype = [type(model).__name__], model.dtype
+        intact = outline(config, model.dtype)
+        if type(intact) is not type(model):
+            raise CheckpointError(f"{type(model).__name__} is not what its config builds ({type(intact).__name__})")
+        _check_ties(model, intact)
+        dtypes = _dtypes(model)
+        wanted = own_tensors(intact)
+        unknown = dtypes.keys() - wanted.keys()
+        if unknown:
+            raise CheckpointError(f"{min(unknown)} is no tensor of the model that the config builds")
+        facts = [TensorFacts(name, tuple(value.shape), dtypes.get(name, value.dtype)) for name, value in wanted.items()]
+        zeros = frozenset(wanted.keys() - dtypes.keys())
+        plan = plan_of(model)
+        path, _ = decoder_layers(intact)
+        stray = [name for name in zeros if layer_number(name, path) not in plan.dropped_attention]
+        if stray:
+            raise CheckpointError(f"the model lacks {min(stray)}, and no attention that was dropped had it")
+        if plan.model is None:
+            plan = plan.replace(model=facts_of(intact))
+        layers = _all_layers(model, path)
+        return cls(
+            config=config,
+            plan=plan,
+            facts=facts,
+            zeros=zeros,
+            layers_without={number: layers[number] for number in plan.dropped_attention},
+        )
+
+    def values(self, model: Any) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, made when it is asked for."""
+        tied = tied_names(model)
+        shapes = {one.name: one for one in self.facts}
+        for name, value in unfused_tensors(model):
+            if name in tied:
+                continue
+            if name in shapes and tuple(value.shape) != shapes[name].shape:
+                raise CheckpointError(
+                    f"{name} is {list(value.shape)} in the model, and the config says {list(shapes[name].shape)}: the "
+                    "original format cannot hold that"
+                )
+            yield name, value
+        for name in sorted(self.zeros):
+            yield name, torch.zeros(shapes[name].shape, dtype=shapes[name].dtype)
+
+
+def _check_plain(model: Any) -> None:
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise CheckpointError(f"{type(model).__name__} is no transformers model: a checkpoint needs its config")
+    for name, value in model.state_dict(keep_vars=True).items():
+        if value.is_meta:
+            raise CheckpointError(f"{name} is on the meta device: there is nothing to write")
+        if type(value.detach()) is not Tensor:
+            kind = type(value.detach()).__name__
+            raise CheckpointError(
+                f"{name} is a {kind}; only plain tensors are written: save before quantising or sharding"
+            )
+
+
+def _check_ties(model: Any, intact: Any) -> None:
+    """A tensor that the config ties to another is not written, so it has to be the same."""
+    for target, source in tied_names(intact).items():
+        one, other = model.get_parameter_or_buffer(target), model.get_parameter_or_buffer(source)
+        if one is not other and not (one.shape == other.shape and one.equal(other)):
+            raise CheckpointError(
+                f"the config says that {target} is {source}, and they differ: set "
+                "model.config.tie_word_embeddings = False"
+            )
+
+
+def _dtypes(model: Any) -> dict[str, torch.dtype]:
+    """Of all tensors of the unfused model; members have that of the fused FFN."""
+    state = fused_state(model)
+    own = {name: value.dtype for name, value in own_tensors(model).items()}
+    if state is None:
+        return own
+    recipe = state.recipe
+    written = {name for group in recipe.groups for name in group.writes}
+    found = {recipe.unfused_name(name): dtype for name, dtype in own.items()}
+    found = {name: dtype for name, dtype in found.items() if name not in written}
+    for group in recipe.groups:
+        wide = own[recipe.fused_name(group.home.down.weight) or ""]
+        found |= dict.fromkeys(group.reads, wide)
+    return found
+
+
+def _all_layers(model: Any, path: str) -> dict[int, nn.Module]:
+    """The decoder layers by their number in the intact model, also those that fusing took out."""
+    state = fused_state(model)
+    children = list(model.get_submodule(path).children())
+    if state is None:
+        return dict(enumerate(children))
+    return dict(zip(state.recipe.kept, children, strict=True)) | state.shells
