@@ -5,6 +5,7 @@ Read off the engines' own loaders; docs and model cards say which were also run.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,9 @@ def engines_that_load(config: DeciLMConfig | Mapping[str, Any]) -> dict[str, str
 
     Raises `ValueError` where the configuration contradicts itself.
     """
-    read = config if isinstance(config, DeciLMConfig) else DeciLMConfig(**config)
+    read = (
+        config if isinstance(config, DeciLMConfig) else DeciLMConfig(**copy.deepcopy(dict(config)))
+    )  # its parts are kept and written to
     checks = {
         "transformers": [read.unsupported()],
         "vllm": _vllm(read),

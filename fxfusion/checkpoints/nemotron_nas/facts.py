@@ -28,7 +28,7 @@ def check_facts(model: nn.Module, config: Any, parts: DecoderParts) -> None:
     _check_window(model, config, parts)
     for name, value in vars(config).items():
         if _FACTOR.fullmatch(name) and isinstance(value, (int, float)) and value not in _NEUTRAL:
-            raise CheckpointError(f"the layout has no such factor: config.{name} = {value}")
+            raise CheckpointError(f"the nemotron-nas layout has no such factor: config.{name} = {value}")
     _check_positions(model, config, parts)
 
 
@@ -41,27 +41,35 @@ def _check_window(model: nn.Module, config: Any, parts: DecoderParts) -> None:
             windows[path] = getattr(model.get_submodule(path), "sliding_window", None)
     for where, window in windows.items():
         if window is not None and window < reach:
-            raise CheckpointError(f"the layout has no sliding window ({where}.sliding_window = {window})")
+            raise CheckpointError(f"the nemotron-nas layout has no sliding window ({where}.sliding_window = {window})")
     types = set(getattr(config, "layer_types", None) or ())
     if others := types - {"full_attention"}:
-        raise CheckpointError(f"the layout has one kind of attention, and config.layer_types has {sorted(others)}")
+        raise CheckpointError(
+            f"the nemotron-nas layout has one kind of attention, and config.layer_types has {sorted(others)}"
+        )
 
 
 def _check_positions(model: nn.Module, config: Any, parts: DecoderParts) -> None:
     rope = getattr(config, "rope_parameters", None)
     if not isinstance(rope, dict) or "rope_theta" not in rope:
-        raise CheckpointError(f"the layout has one rotary embedding for all layers; config.rope_parameters is {rope!r}")
+        raise CheckpointError(
+            f"the nemotron-nas layout has one rotary embedding for all layers; config.rope_parameters is {rope!r}"
+        )
     part = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
     if part not in (None, 1, 1.0):
         raise CheckpointError(
-            f"the layout rotates whole heads; the model rotates {part} of each (partial_rotary_factor)"
+            f"the nemotron-nas layout rotates whole heads; the model rotates {part} of each (partial_rotary_factor)"
         )
     without = [number for number, flag in enumerate(getattr(config, "no_rope_layers", None) or ()) if not flag]
     if without:
-        raise CheckpointError(f"the layout rotates in every layer; config.no_rope_layers leaves out layer {without[0]}")
+        raise CheckpointError(
+            f"the nemotron-nas layout rotates in every layer; config.no_rope_layers leaves out layer {without[0]}"
+        )
     for layer in parts.layers:
         path = layer.modules.get("attention")
         module = None if path is None else model.get_submodule(path)
         scaling, head = getattr(module, "scaling", None), getattr(module, "head_dim", None)
         if isinstance(scaling, float) and isinstance(head, int) and abs(scaling * head**0.5 - 1) > 1e-6:
-            raise CheckpointError(f"the layout scales attention by head_dim ** -0.5; {path}.scaling is {scaling:g}")
+            raise CheckpointError(
+                f"the nemotron-nas layout scales attention by head_dim ** -0.5; {path}.scaling is {scaling:g}"
+            )

@@ -95,12 +95,14 @@ class _Sizes:
         vocabulary, hidden = embedding.shape
         if head_dim * heads != hidden:
             raise CheckpointError(
-                f"the layout has head_dim = hidden / heads; the model has {head_dim} and {hidden} / {heads}"
+                f"the nemotron-nas layout has head_dim = hidden / heads; here it is {head_dim}, not {hidden} / {heads}"
             )
         attention = [layer for layer in parts.layers if layer.has_attention]
         if not parts.layers or not parts.layers[0].has_attention:
             first = parts.layers[0].path if parts.layers else "the decoder"
-            raise CheckpointError(f"the layout needs attention in its first layer, for vLLM; {first} has none")
+            raise CheckpointError(
+                f"the nemotron-nas layout needs attention in its first layer, for vLLM; {first} has none"
+            )
         found: dict[int, str] = {}
         for layer in attention:
             rows = {role: _rows(layer, role) for role in ("q_proj", "k_proj", "v_proj")}
@@ -110,7 +112,8 @@ class _Sizes:
         if len(found) > 1:
             (one, first), (other, second), *_ = found.items()
             raise CheckpointError(
-                f"the layout has one number of key-value heads, for vLLM; {first} has {one}, {second} has {other}"
+                "the nemotron-nas layout has one number of key-value heads, for vLLM; "
+                f"{first} has {one}, {second} has {other}"
             )
         names = {name for layer in parts.layers for name in layer.tensors if name.endswith(".bias")}
         has_bias = [any(f"{role}.bias" in names for role in roles) for roles in (ATTENTION, FFN)]
@@ -221,14 +224,18 @@ def _text_config(model: nn.Module) -> Any:
     if not isinstance(config, PreTrainedConfig):
         raise CheckpointError(f"{type(model).__name__} is no transformers model: it has no config")
     if config.is_encoder_decoder:
-        raise CheckpointError(f"the layout holds decoders only; {type(model).__name__} is an encoder-decoder model")
+        raise CheckpointError(
+            f"the nemotron-nas layout holds decoders only; {type(model).__name__} is an encoder-decoder model"
+        )
     return config.get_text_config(decoder=True)
 
 
 def _heads(config: Any) -> tuple[int, int]:
     heads = getattr(config, "num_attention_heads", None)
     if type(heads) is not int or type(getattr(config, "hidden_size", None)) is not int:
-        raise CheckpointError("the layout has num_attention_heads and hidden_size, and the model's config does not")
+        raise CheckpointError(
+            "the nemotron-nas layout has num_attention_heads and hidden_size, and the model's config does not"
+        )
     return heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
@@ -242,5 +249,6 @@ def _check_dtype(parts: DecoderParts) -> None:
     for name, value in parts.state.items():
         if value.dtype != first:
             raise CheckpointError(
-                f"the layout has one dtype: {parts.embedding} is {first}, {name} is {value.dtype}; use model.to(...)"
+                f"the nemotron-nas layout has one dtype: {parts.embedding} is {first}, {name} is {value.dtype} "
+                "(model.to(dtype) gives them one)"
             )

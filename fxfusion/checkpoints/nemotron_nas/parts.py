@@ -20,6 +20,14 @@ from fxfusion.models.fingerprint import decoder_layers
 ATTENTION, FFN = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 ATTENTION_NORM, FFN_NORM = "input_layernorm", "post_attention_layernorm"
 _PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_ATTENTION_LINEARS = (*ATTENTION, "qkv_proj")
+_EXPERTS = "experts"
+_INNER_NORM = "q/k norm or other norm inside attention"
+_NORM_BIAS = "bias in norms, they are RMSNorms"
+_LINEAR = f"such linear layer, it has {', '.join((*ATTENTION, *FFN))}"
+_THIRD_NORM = f"such norm, it has {ATTENTION_NORM} and {FFN_NORM}"
+_OTHER = "such parameter in its layers"
+_REASONS = (_EXPERTS, _INNER_NORM, _NORM_BIAS, _LINEAR, _THIRD_NORM, _OTHER)  # the most telling first
 _LINEARS = {name: (name,) for name in (*ATTENTION, *FFN)} | _PACKED
 
 
@@ -79,7 +87,7 @@ def find_parts(model: nn.Module, query_rows: int) -> DecoderParts:
     try:
         path, modules = decoder_layers(model)
     except PlanError as error:
-        raise CheckpointError(f"the layout holds decoders only: {error}") from None
+        raise CheckpointError(f"the nemotron-nas layout holds decoders only: {error}") from None
     layers = [_layer(model, state, f"{path}.{number}", query_rows) for number in range(len(modules))]
     outside = {name: value for name, value in state.items() if not name.startswith(f"{path}.")}
     embedding, head = _embeddings(model, outside)
@@ -87,9 +95,11 @@ def find_parts(model: nn.Module, query_rows: int) -> DecoderParts:
     norms = [name for name in others if name.endswith(".weight") and outside[name].dim() == 1]
     for name in others:
         if name not in norms[:1]:
-            raise CheckpointError(f"the layout has no place for {name}")
+            raise CheckpointError(f"the nemotron-nas layout has no place for {name}")
     if not norms:
-        raise CheckpointError("the layout needs a norm with a gain after the last layer, and the model has none")
+        raise CheckpointError(
+            "the nemotron-nas layout needs a norm with a gain after the last layer, and the model has none"
+        )
     return DecoderParts(state, embedding, norms[0], head, layers)
 
 
@@ -101,26 +111,31 @@ def _embeddings(model: Any, outside: Mapping[str, Tensor]) -> tuple[str, str | N
     names = {id(value): name for name, value in reversed(list(outside.items()))}
     found = names[id(embedding.weight)]
     if head.bias is not None:
-        raise CheckpointError(f"the layout has no bias in the head ({names[id(head.bias)]})")
+        raise CheckpointError(f"the nemotron-nas layout has no bias in the head ({names[id(head.bias)]})")
     return found, None if head.weight is embedding.weight else names[id(head.weight)]
 
 
 def _layer(model: nn.Module, state: Mapping[str, Tensor], path: str, query_rows: int) -> LayerParts:
     parts = LayerParts(path)
-    for name in [name for name in state if name.startswith(f"{path}.")]:
-        module, _, leaf = name.removeprefix(f"{path}.").rpartition(".")
-        parent, _, own = module.rpartition(".")
-        if own in _LINEARS and parent and type(model.get_submodule(f"{path}.{module}")) is nn.Linear:
-            kind = "ffn" if own in FFN or own == "gate_up_proj" else "attention"
+    own = {name.removeprefix(f"{path}."): value for name, value in state.items() if name.startswith(f"{path}.")}
+    foreign = []
+    for name, value in own.items():
+        module, _, leaf = name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        if last in _LINEARS and parent and type(model.get_submodule(f"{path}.{module}")) is nn.Linear:
+            kind = "ffn" if last in FFN or last == "gate_up_proj" else "attention"
             parts.modules[kind] = f"{path}.{parent}"
-            rows = state[name].shape[0]
-            for role, begin, end in _split(own, rows, query_rows):
-                parts.tensors[f"{role}.{leaf}"] = Source(name, begin, end)
+            for role, begin, end in _split(last, value.shape[0], query_rows):
+                parts.tensors[f"{role}.{leaf}"] = Source(f"{path}.{name}", begin, end)
         elif module in (ATTENTION_NORM, FFN_NORM) and leaf == "weight":
             parts.modules[module] = f"{path}.{module}"
-            parts.tensors[name.removeprefix(f"{path}.")] = Source(name, 0, state[name].shape[0])
+            parts.tensors[name] = Source(f"{path}.{name}", 0, value.shape[0])
         else:
-            raise CheckpointError(_no_place(name, state[name], module, leaf, state))
+            foreign.append(name)
+    if foreign:
+        reasons = [_no_place(name, own) for name in foreign]
+        reason, what = min(zip(reasons, foreign, strict=True), key=lambda found: _REASONS.index(found[0]))
+        raise CheckpointError(f"the nemotron-nas layout has no {reason} ({path}.{what} {list(own[what].shape)})")
     _check_complete(parts)
     return parts
 
@@ -137,33 +152,31 @@ def _split(own: str, rows: int, query_rows: int) -> Iterator[tuple[str, int, int
         begin += size
 
 
-def _no_place(name: str, value: Tensor, module: str, leaf: str, state: Mapping[str, Tensor]) -> str:
-    """Why a tensor of a layer has no place in the layout."""
-    where = name.removesuffix(f".{leaf}")
-    beside = name.removesuffix(f".{module}.{leaf}") + "." + module.rpartition(".")[0]
-    in_attention = any(f"{beside}.{role}.weight" in state for role in (*ATTENTION, "qkv_proj"))
-    if value.dim() == 1 and module in (ATTENTION_NORM, FFN_NORM):
-        return f"the layout has no {leaf} in norms, they are RMSNorms ({name})"
-    if value.dim() == 1 and in_attention and leaf == "weight":
-        return f"the layout has no q/k norm or other norm inside attention ({where})"
-    if value.dim() == 1 and leaf == "weight" and "." not in module:
-        norms = f"{ATTENTION_NORM} and {FFN_NORM}"
-        return f"the layout has two norms in a layer, {norms}, and no place for {where}"
-    if value.dim() > 2 or "expert" in module:
-        return f"the layout has no experts ({where})"
-    if value.dim() == 2:
-        known = ", ".join((*ATTENTION, *FFN))
-        return f"the layout has no place for {name} {list(value.shape)}: its linear layers are {known}"
-    return f"the layout has no place for {name} {list(value.shape)}"
+def _no_place(name: str, own: Mapping[str, Tensor]) -> str:
+    """Why a tensor of a layer has no place in the layout: one of `_REASONS`. `own`: the layer's tensors."""
+    module, _, leaf = name.rpartition(".")
+    parent = module.rpartition(".")[0]
+    weight = own.get(f"{module}.weight", own[name])
+    if any("expert" in other for other in own):
+        return _EXPERTS
+    if weight.dim() == 1 and leaf == "weight" and any(f"{parent}.{role}.weight" in own for role in _ATTENTION_LINEARS):
+        return _INNER_NORM
+    if weight.dim() == 1 and leaf == "bias":
+        return _NORM_BIAS
+    if weight.dim() == 2:
+        return _LINEAR
+    return _THIRD_NORM if weight.dim() == 1 and leaf == "weight" else _OTHER
 
 
 def _check_complete(parts: LayerParts) -> None:
     for kind, roles, norm in (("attention", ATTENTION, ATTENTION_NORM), ("ffn", FFN, FFN_NORM)):
         missing = [role for role in roles if f"{role}.weight" not in parts.tensors]
         if kind in parts.modules and missing:
-            raise CheckpointError(f"the layout needs {', '.join(roles)}: {parts.modules[kind]} has no {missing[0]}")
+            raise CheckpointError(
+                f"the nemotron-nas layout needs {', '.join(roles)}: {parts.modules[kind]} has no {missing[0]}"
+            )
         if (kind in parts.modules) != (norm in parts.modules):
             here, there = (kind, norm) if kind in parts.modules else (norm, kind)
             raise CheckpointError(
-                f"the layout has {norm} where there is {kind}: {parts.path} has {here}, but no {there}"
+                f"the nemotron-nas layout has {norm} where there is {kind}: {parts.path} has {here}, but no {there}"
             )

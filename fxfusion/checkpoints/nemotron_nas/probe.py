@@ -31,7 +31,9 @@ def common_eps(model: nn.Module, parts: DecoderParts) -> float:
         found.setdefault(_eps_of(model.get_submodule(name), name, parts.state[f"{name}.weight"].shape[0]), name)
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
-        raise CheckpointError(f"the layout has one eps for all norms: {first} has {one:g}, {second} has {other:g}")
+        raise CheckpointError(
+            f"the nemotron-nas layout has one eps for all norms: {first} has {one:g}, {second} has {other:g}"
+        )
     return next(iter(found))
 
 
@@ -51,7 +53,9 @@ def check_ffn(model: nn.Module, layer: LayerParts) -> None:
     expected = _gated(own, x)
     got = _call(module, name, own, x)
     if got.shape != expected.shape or not _is_close(got, expected):
-        raise CheckpointError(f"the layout's FFN is down(silu(gate(x)) * up(x)); {name} computes something else")
+        raise CheckpointError(
+            f"the nemotron-nas layout's FFN is down(silu(gate(x)) * up(x)); {name} computes something else"
+        )
 
 
 def _gated(own: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -66,14 +70,16 @@ def _gated(own: dict[str, Tensor], x: Tensor) -> Tensor:
 def _eps_of(norm: nn.Module, name: str, hidden: int) -> float:
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if not isinstance(eps, float):
-        raise CheckpointError(f"the layout's norms are RMSNorms with an eps; {name} ({type(norm).__name__}) says none")
+        raise CheckpointError(
+            f"the nemotron-nas layout's norms are RMSNorms with an eps; {name} ({type(norm).__name__}) says none"
+        )
     random = torch.Generator().manual_seed(0)
     gain = torch.randn(hidden, generator=random)
     x = torch.randn(_TOKENS, hidden, generator=random) * _SMALL
     expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * gain
     if not _is_close(_call(norm, name, {"weight": gain}, x), expected):
         raise CheckpointError(
-            f"the layout's norms are RMSNorms; {name} ({type(norm).__name__}) computes something else"
+            f"the nemotron-nas layout's norms are RMSNorms; {name} ({type(norm).__name__}) computes something else"
         )
     return eps
 
