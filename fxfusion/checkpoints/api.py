@@ -1,0 +1,100 @@
+"""`save_pretrained` and `from_pretrained`: model folders in the formats that fxfusion knows.
+
+canonical      original names and shapes, plan beside them: plain transformers loads the unfused model
+nemotron-nas   fused layers as they are: engines for DeciLM models load the fused model
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fxfusion.checkpoints import canonical_load, canonical_save
+from fxfusion.checkpoints.card import Card, card_text
+from fxfusion.checkpoints.companions import Companions
+from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
+from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
+from fxfusion.checkpoints.reading import SafeFolder
+from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE
+from fxfusion.errors import CheckpointError, OptionError
+from fxfusion.models.ffn_surgery.record import plan_of
+
+FORMATS = ("canonical", "nemotron-nas")
+Format = Literal["canonical", "nemotron-nas"]
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    format: Format = "canonical",
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    card: Card | Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> None:
+    """Write a model folder: all of it, or nothing. The model is not changed.
+
+    Args:
+        model: a causal language model of `transformers`: intact, without some attention, or fused, on any device.
+        directory: a new or empty folder, or a checkpoint, which is replaced as a whole.
+        format: `"canonical"` keeps the original tensors and puts the plan beside them; `"nemotron-nas"` writes the
+            fused layers for engines that know DeciLM models, which only Llama-like models are.
+        tokenizer: one of `transformers`. Without it, that of the folder or name that the model was loaded from; if
+            there is none, a warning says so.
+        max_shard_size: bytes of a file at most, or text such as `"500MB"`.
+        card: what README.md should say beside base model, licence and plan: fields of `Card`, such as
+            `{"quality": {"perplexity": 21.4}, "engines": ["vLLM 0.32"]}`.
+        progress: show a progress bar (needs `rich`).
+
+    Raises:
+        CheckpointError: the format cannot express the model, or the folder cannot be written; it names the tensor,
+            setting or file. What was in the folder before is as it was.
+        SurgeryError: the model was fused in another process, so its members are not known.
+        OptionError: no such format.
+    """
+    if format not in FORMATS:
+        raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    companions = Companions.of(model, tokenizer)
+    text = card_text(model, plan_of(getattr(model, "_orig_mod", model)), format, card)
+    save = canonical_save.save if format == "canonical" else nemotron_export.save
+    save(model, Path(directory), tokenizer=companions, max_shard_size=max_shard_size, progress=progress, card=text)
+
+
+def from_pretrained(
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> Any:
+    """Load a model folder: a canonical one with its plan applied, a plain one of `transformers`, or nemotron-nas.
+
+    The folder need not be trusted: no pickle is read and no code of it is run; names, shapes and sizes are checked
+    before memory is taken for them. Peak memory is the model and the widest group.
+
+    Args:
+        directory: the folder.
+        dtype: what floating-point tensors are cast to; None keeps them as they are stored.
+        device: where the model goes.
+        progress: show a progress bar (needs `rich`).
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        CheckpointError: a file or tensor that is missing, cut off, left over, or not what the model expects, by name.
+        PlanError: a plan that cannot be read, or is for another model.
+        SurgeryError: the plan cannot be applied to this model.
+    """
+    folder = SafeFolder.of(directory)
+    kind = folder.json(canonical_load.CONFIG).get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{folder.path / canonical_load.CONFIG} has no model_type")
+    load = nemotron_load.load if kind == nemotron_load.MODEL_TYPE else canonical_load.load
+    return load(directory, dtype=dtype, device=device, progress=progress)
