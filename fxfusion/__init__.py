@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fxfusion.analysis.sweep import sweep
     from fxfusion.analysis.texts import batches_from_text
     from fxfusion.backend import ffn_fusion, last_reports, refresh
+    from fxfusion.checkpoints.api import from_pretrained, save_pretrained
     from fxfusion.errors import FxFusionError, Refusal, RefusalCode
     from fxfusion.models.drop_attention import drop_attention
     from fxfusion.models.ffn_surgery.fuse import fuse
@@ -45,6 +46,8 @@ _HOME = {
     "ffn_fusion": "fxfusion.backend",
     "last_reports": "fxfusion.backend",
     "refresh": "fxfusion.backend",
+    "from_pretrained": "fxfusion.checkpoints.api",
+    "save_pretrained": "fxfusion.checkpoints.api",
     "FxFusionError": "fxfusion.errors",
     "Refusal": "fxfusion.errors",
     "RefusalCode": "fxfusion.errors",
@@ -69,12 +72,14 @@ __all__ = [
     "evaluate",
     "explain",
     "ffn_fusion",
+    "from_pretrained",
     "fuse",
     "fuse_graph",
     "greedy_agreement",
     "last_reports",
     "make_plan",
     "refresh",
+    "save_pretrained",
     "sweep",
     "unfuse",
 ]
