@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from fxfusion.checkpoints.nemotron_nas import probe
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import WIDTH_MULTIPLE, DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.facts import check_facts
-from fxfusion.checkpoints.nemotron_nas.parts import ATTENTION, FFN, DecoderParts, LayerParts, Source, find_parts
+from fxfusion.checkpoints.nemotron_nas.parts import (
+    ATTENTION,
+    ATTENTION_NORM,
+    FFN,
+    FFN_NORM,
+    DecoderParts,
+    LayerParts,
+    Source,
+    find_parts,
+)
 from fxfusion.checkpoints.shards import TensorFacts
 from fxfusion.errors import CheckpointError
 
@@ -141,37 +150,39 @@ class _Pieces:
         return found
 
     def _of_layer(self, prefix: str, layer: LayerParts) -> list[Piece]:
-        sizes, found = self.sizes, []
-        hidden, kv, width = sizes.hidden, sizes.kv_heads * sizes.head_dim, sizes.width(layer)
+        sizes = self.sizes
+        found: list[Piece] = []
+        hidden, kv = sizes.hidden, sizes.kv_heads * sizes.head_dim
         if layer.has_attention:
-            found.append(self._piece(f"{prefix}.", layer, "input_layernorm.weight", (hidden,)))
+            found.append(self._piece(f"{prefix}.", layer, f"{ATTENTION_NORM}.weight", (hidden,)))
             for role, rows in zip(ATTENTION, (hidden, kv, kv, hidden), strict=True):
                 found += self._linear(f"{prefix}.self_attn.", layer, role, (rows, hidden), sizes.attention_bias)
         if layer.has_ffn:
-            found.append(self._piece(f"{prefix}.", layer, "post_attention_layernorm.weight", (hidden,)))
+            found.append(self._piece(f"{prefix}.", layer, f"{FFN_NORM}.weight", (hidden,)))
+            width = _rows(layer, "up_proj")
             for role, shape in zip(FFN, ((width, hidden), (width, hidden), (hidden, width)), strict=True):
                 found += self._linear(f"{prefix}.mlp.", layer, role, shape, sizes.ffn_bias)
         return found
 
-    def _linear(self, prefix: str, layer: LayerParts, role: str, shape: tuple[int, int], has_bias: bool) -> list[Piece]:
-        weight = self._piece(prefix, layer, f"{role}.weight", shape)
-        return [weight, self._piece(prefix, layer, f"{role}.bias", shape[:1])] if has_bias else [weight]
+    def _linear(self, prefix: str, layer: LayerParts, role: str, own: tuple[int, int], has_bias: bool) -> list[Piece]:
+        """`own`: the shape in the model. In the folder an FFN may be wider."""
+        shape = own
+        if role in FFN:
+            width = self.sizes.width(layer)
+            shape = (own[0], width) if role == "down_proj" else (width, own[1])
+        found = [self._piece(prefix, layer, f"{role}.weight", own, shape)]
+        return [*found, self._piece(prefix, layer, f"{role}.bias", own[:1], shape[:1])] if has_bias else found
 
-    def _piece(self, prefix: str, layer: LayerParts, name: str, shape: tuple[int, ...]) -> Piece:
-        """The folder's tensor. Its source may be smaller where zeros are added, on the FFN's width only."""
+    def _piece(
+        self, prefix: str, layer: LayerParts, name: str, own: tuple[int, ...], shape: tuple[int, ...] | None = None
+    ) -> Piece:
+        facts = TensorFacts(prefix + name, shape or own, self.sizes.dtype)
         source = layer.tensors.get(name)
-        facts = TensorFacts(prefix + name, shape, self.sizes.dtype)
         if source is None:  # a bias that other layers or projections have
             return Piece(facts, None)
-        _, *columns = self.parts.state[source.name].shape
-        found = (source.end - source.begin, *columns)
-        width = self.sizes.width(layer)
-        fits = len(found) == len(shape) and all(
-            one == wanted or (wanted == width and wanted - WIDTH_MULTIPLE < one < wanted and ".mlp." in prefix)
-            for one, wanted in zip(found, shape, strict=True)
-        )
-        if not fits:
-            raise CheckpointError(f"{source.name} is {list(found)}, where the layout has {list(shape)}")
+        found = (source.end - source.begin, *self.parts.state[source.name].shape[1:])
+        if found != own:
+            raise CheckpointError(f"{source.name} is {list(found)}, where its layer has {list(own)}")
         return Piece(facts, source)
 
     def _outside(self, name: str, source: str, shape: tuple[int, ...]) -> Piece:

@@ -36,8 +36,8 @@ def prove(model: nn.Module, layout: Layout) -> str:
     limit = _ALLOWED * coarsest  # norms and angles are computed in float32 whatever the parameters are
     if not error <= limit:
         raise CheckpointError(
-            f"the nemotron-nas layout cannot say this model: tensors and settings fit, but logits are off "
-            f"by {error:.2g} (allowed {limit:.2g}), so {type(model).__name__} computes something that its config and modules hide"
+            "the nemotron-nas layout cannot say this model: tensors and settings fit, but the logits are off by "
+            f"{error:.2g} (allowed {limit:.2g}), so {type(model).__name__} computes something that they do not show"
         )
     return f"logits of {ids.numel()} tokens compared with the model in memory: off by {error:.1g}"
 
