@@ -181,9 +181,14 @@ def _header(folder: SafeFolder, name: str) -> Iterator[TensorFacts]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
         size = os.stat(path).st_size
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            what = "cannot be" if length <= size - 8 else "is cut off, or no safetensors file: it cannot have"
-            raise CheckpointError(f"{folder.path / name} {what} a header of {length} bytes in {size}")
+        if not 2 <= length <= size - 8:
+            raise CheckpointError(
+                f"{folder.path / name} is cut off, or no safetensors file: its header would have {length} bytes of {size}"
+            )
+        if length > _MAX_HEADER:
+            raise CheckpointError(
+                f"{folder.path / name} has a header of {length} bytes, more than {_MAX_HEADER}: not read"
+            )
         with _opened(path) as tensors:
             for tensor in tensors.keys():  # noqa: SIM118  (no mapping)
                 part = tensors.get_slice(tensor)
