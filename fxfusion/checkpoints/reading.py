@@ -183,7 +183,7 @@ def _header(folder: SafeFolder, name: str) -> Iterator[TensorFacts]:
         size = os.stat(path).st_size
         if not 2 <= length <= size - 8:
             raise CheckpointError(
-                f"{folder.path / name} is cut off, or no safetensors file: its header would have {length} bytes of {size}"
+                f"{folder.path / name} is cut off, or no safetensors file: a header of {length} bytes in {size}"
             )
         if length > _MAX_HEADER:
             raise CheckpointError(
