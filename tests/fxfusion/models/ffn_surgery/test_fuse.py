@@ -1,0 +1,254 @@
+"""fuse: what goes, what follows, what is refused, and that a failure leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfusion
+from fxfusion.errors import PlanError, SurgeryError
+from fxfusion.models.ffn_surgery import fuse as module
+from fxfusion.models.ffn_surgery.proof import ParallelForm
+from fxfusion.models.ffn_surgery.record import fused_state, plan_of
+from fxfusion.models.fingerprint import facts_of
+from fxfusion.models.intact_config import intact_config
+from tests.end_to_end.caching import LIMIT, RED, decoded, decoder, new_cache, off, recomputed, token_ids
+from tests.end_to_end.families import relative
+from tests.end_to_end.family_table import family_named
+from tests.fxfusion.models.odd_decoder import odd_decoder
+
+PLAN = {"dropped_attention": [1, 2], "groups": [[0, 1, 2]]}
+
+
+@lru_cache
+def _llama() -> Any:
+    return decoder(family_named("llama"))
+
+
+def llama() -> Any:
+    """A random Llama of four layers with all its attention; a copy of its own for each test."""
+    return copy.deepcopy(_llama())
+
+
+def logits(model: nn.Module) -> Tensor:
+    return recomputed(model, token_ids())
+
+
+def snapshot(model: Any) -> tuple[Any, ...]:
+    sizes = [repr(part) for part in model.modules()]
+    return sizes, {name: value.clone() for name, value in model.state_dict().items()}, model.config.to_dict()
+
+
+def assert_same(model: Any, before: tuple[Any, ...]) -> None:
+    sizes, weights, config = snapshot(model)
+    assert sizes == before[0] and config == before[2] and list(weights) == list(before[1])
+    assert all(torch.equal(value, before[1][name]) for name, value in weights.items())
+
+
+def test_attention_goes_first_then_the_members() -> None:
+    model = llama()
+    assert fxfusion.fuse(model, PLAN) is model
+    assert len(model.model.layers) == model.config.num_hidden_layers == 2
+    gate = model.model.layers[0].mlp.gate_proj
+    assert type(gate) is nn.Linear and (gate.in_features, gate.out_features) == (32, 144) == gate.weight.shape[::-1]
+    assert model.model.layers[0].mlp.intermediate_size == 144
+    assert torch.equal(model.model.layers[0].post_attention_layernorm.weight, torch.ones(32, dtype=gate.weight.dtype))
+    assert model.config.fxfusion["fused"] == {"groups": [[0, 1, 2]], "norm": "fold", "layers": 4, "kept": [0, 3]}
+    assert model.config.fxfusion["dropped_attention"] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cached_decoding_is_right(kind: str) -> None:
+    model, ids = fxfusion.fuse(llama(), PLAN), token_ids()
+    cache = new_cache(kind, model)
+    assert len(cache.layers) == 2
+    found, wanted = decoded(model, ids, cache), recomputed(model, ids)
+    assert off(found, wanted) <= LIMIT
+    assert off(decoded(model, ids.flip(1), new_cache(kind, model)), wanted) > RED, "other tokens were not noticed"
+
+
+def test_generate_writes_what_recomputing_would() -> None:
+    model, ids = fxfusion.fuse(llama(), PLAN), token_ids()[:1]
+    written = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
+    slowly = model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(written, slowly)
+
+
+def test_several_groups_and_a_group_that_begins_where_another_ends() -> None:
+    model = llama()
+    fxfusion.drop_attention(model, [1, 2, 3])
+    plain = copy.deepcopy(model)
+    fxfusion.fuse(model, {"dropped_attention": [1, 2, 3], "groups": [[0, 1], [2, 3]]})
+    assert len(model.model.layers) == 2
+    from fxfusion.analysis.planned import PlannedModel
+    from fxfusion.models.traced import TracedModel
+
+    planned = PlannedModel(TracedModel(plain), fxfusion.FusionPlan(groups=[[0, 1], [2, 3]]))
+    assert relative(logits(model), planned(token_ids())) <= 1e-5
+
+
+def test_members_by_module_path() -> None:
+    model = llama()
+    fxfusion.drop_attention(model, [2])
+    fxfusion.fuse(model, {"groups": [["model.layers.1.mlp", "model.layers.2.mlp"]]})
+    assert model.config.fxfusion["fused"]["kept"] == [0, 1, 3]
+
+
+def test_the_members_weights_are_freed() -> None:
+    model = llama()
+    gone = weakref.ref(model.model.layers[2].mlp.gate_proj.weight)
+    home = weakref.ref(model.model.layers[0].mlp.gate_proj.weight)
+    fxfusion.fuse(model, PLAN)
+    gc.collect()
+    assert gone() is None and home() is None
+
+
+def test_requires_grad_stays_as_it_was() -> None:
+    model = llama()
+    model.requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    fxfusion.fuse(model, PLAN)
+    first = model.model.layers[0].mlp
+    assert not first.gate_proj.weight.requires_grad and first.up_proj.weight.requires_grad
+
+
+def test_a_copy_can_be_unfused_and_is_independent() -> None:
+    model = fxfusion.fuse(llama(), PLAN)
+    other = copy.deepcopy(model)
+    before = logits(model)
+    fxfusion.unfuse(other)
+    assert len(other.model.layers) == 4 and len(model.model.layers) == 2
+    assert torch.equal(logits(model), before)
+
+
+def test_plan_and_facts_of_a_fused_model() -> None:
+    model = llama()
+    facts = facts_of(model)
+    config = copy.deepcopy(model.config.to_dict())
+    fxfusion.fuse(model, PLAN)
+    plan = plan_of(model)
+    assert (plan.dropped_attention, plan.groups, plan.norm) == ((1, 2), ((0, 1, 2),), "fold")
+    assert facts_of(model) == facts
+    assert intact_config(model).to_dict() == config
+
+
+def test_a_model_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = type(_llama())(copy.deepcopy(_llama().config))
+    fxfusion.fuse(model, PLAN)
+    assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 144)
+    assert all(value.is_meta for value in model.parameters())
+    state = fused_state(model)
+    assert state is not None and set(state.shells) == {1, 2}
+
+
+def test_only_attention_to_drop() -> None:
+    model = fxfusion.fuse(llama(), {"dropped_attention": [1]})
+    assert len(model.model.layers) == 4 and "fused" not in model.config.fxfusion
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "why"),
+    [
+        ({"groups": [[1, 2]]}, PlanError, "1 is in no chain"),
+        ({"dropped_attention": [2], "groups": [[1, 2, 3]]}, PlanError, "3 is in no chain"),
+        ({"dropped_attention": [2], "groups": [[1, 9]]}, PlanError, "layer 9 does not exist"),
+        ({"dropped_attention": [7]}, PlanError, "layer 7 does not exist"),
+        ({"groups": [["model.layers.7.mlp", "model.layers.8.mlp"]]}, PlanError, "none of them holds an FFN"),
+    ],
+)
+def test_a_plan_that_does_not_fit_changes_nothing(plan: dict[str, Any], error: type[Exception], why: str) -> None:
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(error, match=why):
+        fxfusion.fuse(model, plan)
+    assert_same(model, before)
+
+
+def test_a_plan_for_another_model() -> None:
+    other = decoder(family_named("gpt2"))
+    plan = fxfusion.FusionPlan(**PLAN, model=facts_of(other))
+    with pytest.raises(PlanError, match="made for another model"):
+        fxfusion.fuse(llama(), plan)
+
+
+def test_a_fused_model_is_neither_fused_again_nor_loses_attention() -> None:
+    model = fxfusion.fuse(llama(), PLAN)
+    with pytest.raises(SurgeryError, match="fused already"):
+        fxfusion.fuse(model, PLAN)
+    with pytest.raises(SurgeryError, match="unfuse"):
+        fxfusion.drop_attention(model, [3])
+
+
+def test_a_tied_ffn_weight_is_refused_by_name() -> None:
+    model = llama()
+    model.model.layers[3].mlp.up_proj.weight = model.model.layers[2].mlp.up_proj.weight
+    before = snapshot(model)
+    with pytest.raises((PlanError, SurgeryError), match="layers.2.mlp"):
+        fxfusion.fuse(model, {"dropped_attention": [1, 2], "groups": [[1, 2]]})
+    assert_same(model, before)
+
+
+def test_no_transformers_model() -> None:
+    with pytest.raises((PlanError, SurgeryError)):
+        fxfusion.fuse(nn.Linear(3, 3), {"groups": [[0, 1]]})
+
+
+@pytest.mark.parametrize("norm", ["fold", "last"])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failed_proof_takes_everything_back(monkeypatch: pytest.MonkeyPatch, failing: int, norm: str) -> None:
+    """Attention too. Groups that were finished before come back as `unfuse` gives them."""
+    model = llama()
+    before, config = logits(model), model.config.to_dict()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    check = ParallelForm.check
+
+    def fail(self: ParallelForm, model: nn.Module, groups: int) -> float:
+        if groups == failing:
+            raise SurgeryError("the proof fails here")
+        return check(self, model, groups)
+
+    monkeypatch.setattr(ParallelForm, "check", fail)
+    with pytest.raises(SurgeryError, match="the proof fails here"):
+        fxfusion.fuse(model, {"dropped_attention": [1, 2, 3], "groups": [[0, 1], [2, 3]], "norm": norm})
+    assert model.config.to_dict() == config and len(model.model.layers) == 4
+    assert off(logits(model), before) <= 1e-5
+    assert model.state_dict().keys() == weights.keys()
+    if norm == "last" or failing == 1:
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    with pytest.raises(SurgeryError, match="is not fused"):
+        fxfusion.unfuse(model)
+
+
+def test_the_proof_notices_a_lost_member(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = module.GroupRecipe.pack
+
+    def lossy(self: Any, tensors: Any) -> Any:
+        for name, value in pack(self, tensors):
+            if "down_proj" in name:
+                value[:, -1] = 0.0
+            yield name, value
+
+    monkeypatch.setattr(module.GroupRecipe, "pack", lossy)
+    with pytest.raises(SurgeryError, match="logits are off"):
+        fxfusion.fuse(llama(), PLAN)
+
+
+def test_hand_written_decoders_fuse_too() -> None:
+    model = odd_decoder()
+    fxfusion.fuse(model, PLAN)
+    assert len(model.blocks) == 2 and model.blocks[1].mix.layer_idx == 1
+    assert off(decoded(model, token_ids(), new_cache("dynamic", model)), recomputed(model, token_ids())) <= LIMIT
+
+
+def test_half_precision() -> None:
+    model = llama().to(torch.bfloat16)
+    fxfusion.fuse(model, PLAN)
+    assert model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
