@@ -135,6 +135,21 @@ def test_half_precision_is_judged_by_what_the_intact_model_does(dtype: torch.dty
         proof.check_cache(changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_few_percent_in_the_logits_are_noticed_in_half_precision_too(dtype: torch.dtype) -> None:
+    model = odd_decoder().to(dtype)
+    ids = proof_tokens(model)
+    graph = TracedModel(model).graph(ids)
+    proof = Proof.of_intact(model, graph, graph.blocks.mixers_of([1]), ids)
+    changed = without(model)
+    proof.check_logits(changed)
+    changed.head = copy.deepcopy(changed.head)
+    with torch.no_grad():
+        changed.head.weight *= 1.05
+    with pytest.raises(SurgeryError, match="the logits are off by"):
+        proof.check_logits(changed)
+
+
 def test_a_model_whose_own_cache_does_not_work_is_refused() -> None:
     model = odd_decoder(form="forgetful")
     ids = proof_tokens(model)
