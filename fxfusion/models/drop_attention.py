@@ -18,7 +18,9 @@ from typing import TypeVar
 from torch import nn
 
 from fxfusion.errors import SurgeryError
+from fxfusion.models.adapters.carrier import Adapters
 from fxfusion.models.attention_surgery import AttentionSurgery
+from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import write_record
 from fxfusion.models.surgery_proof import Proof
 from fxfusion.models.traced import TracedGraph
@@ -37,7 +39,7 @@ def drop_attention(model: Model, layers: Iterable[int], *, check: bool = True) -
 
     Args:
         model: a decoder of `transformers`, compiled or not, on any device, the meta device included. Its mode,
-            `requires_grad` and remaining parameters are untouched.
+            `requires_grad` and remaining parameters are untouched; so are PEFT's adapters of other modules.
         layers: positions of decoder layers in the model as it was loaded. All of them is allowed, with a warning.
         check: run the model on a few tokens to prove that its logits are those of the intact model's graph without
             these mixers, and that cached decoding equals the full computation. Without it, and on the meta device,
@@ -50,8 +52,13 @@ def drop_attention(model: Model, layers: Iterable[int], *, check: bool = True) -
         SurgeryError: bad layer numbers, a model that is no causal decoder, or one where a proof fails; it says why.
             The model is then as it was.
     """
-    bare = getattr(model, "_orig_mod", model)  # inside of what `torch.compile` returned, which compiles anew then
-    drop_traced(bare, _layer_numbers(layers), check)
+    bare = bare_model(model)  # what `torch.compile` returned compiles anew then
+    numbers = _layer_numbers(layers)
+    with ExitStack() as undo:
+        taken = Adapters.taken_off(model, bare, "carry", undo)
+        drop_traced(bare, numbers, check)
+        undo.pop_all()
+    taken.put_on()
     return model
 
 

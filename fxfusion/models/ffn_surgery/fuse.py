@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
 from fxfusion.errors import CaptureError, SurgeryError
+from fxfusion.models.adapters.carrier import AdapterMode, Adapters
 from fxfusion.models.attention_sites import find_sites
+from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_attention import drop_traced
 from fxfusion.models.drop_record import fused_entry, read_record
 from fxfusion.models.ffn_surgery.depth import DepthEditor
@@ -36,7 +38,7 @@ from fxfusion.plan import FusionPlan
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1) -> Model:
+def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapters: AdapterMode = "carry") -> Model:
     """Make each group of a plan one FFN, in place: stock modules of the same classes, wider.
 
     The first member's own modules take the weights of all, the layers of the other members go, and the config and
@@ -44,34 +46,42 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1) -> Mod
     `config.fxfusion` records both; `unfuse` gives the members back.
 
     Args:
-        model: a decoder of `transformers` on any device, the meta device included; trainable or not.
+        model: a decoder of `transformers` on any device, the meta device included; trainable or not. One that
+            `torch.compile` or PEFT wrapped stays wrapped.
         plan: a `FusionPlan`, a dict of its fields, or a plan file. Layers are numbered as in the model as loaded.
         check: prove on a few tokens, group by group, that the logits are those of the parallel form, and that cached
             decoding equals the full computation. On the meta device the FFNs of the changed model are compared.
         shards: order the channels so that each of so many equal parts of a wide FFN holds a slice of every member:
             for tensor parallelism over as many devices. 1: one member after the other. Results do not depend on it.
+        adapters: "carry": LoRA adapters of the members become one of the wide FFN, exactly; those of other layers stay,
+            those of dropped attention go. Their dropout, in training, is then drawn once for a group. "merge": the
+            active adapters go into the weights, of whatever kind they are.
 
     Returns:
-        The same model. Peak memory is the model and the widest group; every freed member is freed at once.
+        The same model; where adapters were merged, the one inside of PEFT's. Peak memory is the model and the widest
+        group; every freed member is freed at once.
 
     Raises:
         PlanError: the plan is for another model, or names what cannot be one group.
         SurgeryError: modules cannot hold the result, or a proof fails. The model is then as it was; where a later
             group fails with `norm="fold"`, the weights of the groups before it are, to rounding.
     """
-    bare = getattr(model, "_orig_mod", model)
+    bare = bare_model(model)
     chosen = FusionPlan.resolve(plan)
     if fused_entry(getattr(bare, "config", None)) is not None:
         raise SurgeryError("the model is fused already: `unfuse` it first, then fuse by one plan for all groups")
     if type(shards) is not int or shards < 1:
         raise SurgeryError(f"shards must be a whole number of at least 1, not {shards!r}")
-    check_fits(chosen, bare)
     with ExitStack() as undo:
+        taken = Adapters.taken_off(model, bare, adapters, undo)
+        check_fits(chosen, bare)
         surgery = _prepare(bare, chosen, check, shards, undo)
+        taken.read(surgery.recipe, check)
         if surgery.recipe.groups:
             surgery.run()
         undo.pop_all()
-    return model
+    result: Any = taken.put_on()
+    return cast(Model, result)
 
 
 def missing_drops(model: nn.Module, plan: FusionPlan) -> list[int]:

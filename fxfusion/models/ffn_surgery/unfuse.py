@@ -7,11 +7,14 @@ After:   layers 4 5 6 7, each with its FFN; no attention comes back
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from fxfusion.errors import SurgeryError
+from fxfusion.models.adapters.carrier import Adapters
+from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import fused_entry
 from fxfusion.models.ffn_surgery.depth import DepthEditor, put_layers
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
@@ -28,26 +31,39 @@ def unfuse(model: Model) -> Model:
     """Give the members of all fused groups their own layers back, in place.
 
     Weights come back bit for bit with `norm="last"`, to rounding with `norm="fold"`; the sequential form is back too.
-    Where the fused FFN was trained, the members are such that their parallel form computes what it does.
+    Where the fused FFN was trained, the members are such that their parallel form computes what it does. Adapters of
+    other modules stay.
 
     Raises:
-        SurgeryError: the model is not fused, was fused in another process (load its checkpoint with
-            `fxfusion.from_pretrained` instead), or was trained to what no members can be. The model is then as it was.
+        SurgeryError: the model is not fused, has an adapter on a fused FFN (merge it first), was fused in another
+            process (load its checkpoint with `fxfusion.from_pretrained` instead), or was trained to what no members
+            can be. The model is then as it was.
     """
-    bare = getattr(model, "_orig_mod", model)
+    bare = bare_model(model)
     state = _state(bare)
-    wide = {name: value for group in state.recipe.groups for name, value in _wide(bare, state, group).items()}
+    with ExitStack() as undo:
+        taken = Adapters.taken_off(model, bare, "carry", undo)
+        names = (state.recipe.fused_name(name) or name for group in state.recipe.groups for name in group.writes)
+        taken.refuse(names, "which no member alone could take over")
+        taken.renamed = state.recipe.unfused_name
+        _unfuse(bare, state)
+        undo.pop_all()
+    taken.put_on()
+    return model
+
+
+def _unfuse(model: Any, state: FusedState) -> None:
+    wide = {name: value for group in state.recipe.groups for name, value in _wide(model, state, group).items()}
     for group in state.recipe.groups:  # before anything is changed
         Unpacking(group, wide, state.residue).check()
     layers = {state.recipe.kept.index(layer): layer for layer in state.recipe.kept}
-    children = list(bare.get_submodule(state.recipe.path).children())
+    children = list(model.get_submodule(state.recipe.path).children())
     by_number = {layers[place]: child for place, child in enumerate(children)} | state.shells
-    put_layers(bare, state.recipe.path, [by_number[layer] for layer in range(state.recipe.count)])
-    _put_members(bare, state.recipe.groups, state.residue)
+    put_layers(model, state.recipe.path, [by_number[layer] for layer in range(state.recipe.count)])
+    _put_members(model, state.recipe.groups, state.residue)
     state.changes.undo()
-    set_fused_state(bare, None)
-    forget_entry(bare.config)
-    return model
+    set_fused_state(model, None)
+    forget_entry(model.config)
 
 
 def give_back(
