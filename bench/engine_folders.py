@@ -1,0 +1,165 @@
+"""The reference model as folders that other engines load, with what our own model answers.
+
+    fused/      attention dropped and FFNs fused as in the demo, in the nemotron-nas layout, float32
+    unfused/    attention dropped, nothing fused
+    damaged/    the fused one, with one member of the group set to zero: what every comparison must reject
+    request.json, fused.json, fused.safetensors, unfused.json, unfused.safetensors
+
+The scripts of `engines/` read a folder and the request, each in an environment of its own, and write answers of the
+same form.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import fxfusion
+from bench.reference.load import load_model, load_tokenizer
+from fxfusion.checkpoints.nemotron_nas.export import save
+from fxfusion.cli.steps import DROPPED, GROUP, PLAN
+from fxfusion.errors import FxFusionError
+
+LIMIT = 1e-3  # of a logit, between two implementations in float32
+NEW_TOKENS = 32
+PROMPTS = (
+    "import os\n\n\ndef ",
+    "class TestCase(unittest.TestCase):\n    def test_",
+    "for i in range(",
+    "    def __init__(self, name, value=None):\n        ",
+    "try:\n    import ",
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one implementation says. One entry of each list for each prompt; `logits` where it shows them."""
+
+    prompt_ids: list[list[int]]
+    tokens: list[list[int]]
+    text: list[str]
+    logprobs: list[list[float]] | None = None  # of the greedy tokens
+    logits: list[Tensor] | None = None  # float32 [prompt and new tokens, vocabulary]
+    facts: Mapping[str, Any] | None = None  # versions, and whatever else the script found
+
+    @classmethod
+    def read(cls, stem: Path) -> Answer:
+        """The files `stem`.json and, where there is one, `stem`.safetensors."""
+        found = json.loads(stem.with_suffix(".json").read_text("utf-8"))
+        names = ("prompt_ids", "tokens", "text", "logprobs")
+        own = {name: found.pop(name) for name in names if name in found}
+        tensors = stem.with_suffix(".safetensors")
+        stored = load_file(tensors) if tensors.is_file() else None
+        logits = None if stored is None else [stored[str(number)] for number in range(len(stored))]
+        return cls(**own, logits=logits, facts=found)
+
+    def write(self, stem: Path) -> None:
+        own = {name: getattr(self, name) for name in ("prompt_ids", "tokens", "text", "logprobs")}
+        stem.with_suffix(".json").write_text(json.dumps(own), encoding="utf-8")
+        if self.logits is not None:
+            named = {str(number): values.contiguous() for number, values in enumerate(self.logits)}
+            save_file(named, stem.with_suffix(".safetensors"))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one request. `error`: the largest difference of a logit or log-probability that both show."""
+
+    same_prompts: bool
+    same_tokens: bool
+    same_text: bool
+    error: float
+
+    @classmethod
+    def of(cls, found: Answer, expected: Answer) -> Comparison:
+        return cls(
+            same_prompts=found.prompt_ids == expected.prompt_ids,
+            same_tokens=found.tokens == expected.tokens,
+            same_text=found.text == expected.text,
+            error=_largest_difference(found, expected),
+        )
+
+    @property
+    def agrees(self) -> bool:
+        return self.same_prompts and self.same_tokens and self.same_text and self.error <= LIMIT
+
+
+def write_folders(root: Path) -> None:
+    """Write all folders and answers below `root`, which exists and is empty.
+
+    Raises `FxFusionError` where a prompt is no test: its text ends early, or two tokens are nearly tied.
+    """
+    tokenizer = load_tokenizer()
+    dropped = fxfusion.drop_attention(load_model(), DROPPED)
+    save(dropped, root / "unfused", tokenizer=tokenizer)
+    answer_of(dropped, tokenizer).write(root / "unfused")
+    fused = fxfusion.fuse(copy.deepcopy(dropped), PLAN)
+    save(fused, root / "fused", tokenizer=tokenizer)
+    answer_of(fused, tokenizer).write(root / "fused")
+    shutil.copytree(root / "fused", root / "damaged")
+    damage(root / "damaged")
+    request = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS}
+    (root / "request.json").write_text(json.dumps(request), encoding="utf-8")
+
+
+@torch.inference_mode()
+def answer_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Answer:
+    """What the model in memory says."""
+    found = Answer([], [], [], [], [])
+    assert found.logprobs is not None and found.logits is not None
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        length = ids.shape[1]
+        written = model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+        logits = model(written).logits[0].float()
+        steps, new = logits[length - 1 : -1], written[0, length:]  # the logits that each new token was chosen by
+        _check_prompt(prompt, steps, new)
+        found.prompt_ids.append(ids[0].tolist())
+        found.tokens.append(new.tolist())
+        found.text.append(tokenizer.decode(new))
+        found.logprobs.append(steps.log_softmax(-1).gather(1, new[:, None])[:, 0].tolist())
+        found.logits.append(logits)
+    return found
+
+
+def damage(folder: Path, member: int = 2) -> None:
+    """Set the channels of one member of the fused FFN to zero, as if it had been left out."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    weight = tensors[f"model.layers.{GROUP[0]}.mlp.down_proj.weight"]  # [hidden, width of all members]
+    width = load_model().config.intermediate_size
+    weight[:, member * width : (member + 1) * width] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _check_prompt(prompt: str, steps: Tensor, new: Tensor) -> None:
+    """Greedy text follows from logits within `LIMIT` only where the best token leads by twice that."""
+    if not torch.equal(steps.argmax(-1), new):
+        raise FxFusionError(f"the text after the prompt {prompt!r} ends early: choose another prompt")
+    best, second = steps.topk(2, dim=-1).values.unbind(-1)
+    if (margin := float((best - second).min())) <= 2 * LIMIT:
+        raise FxFusionError(f"two tokens after the prompt {prompt!r} are {margin:.1e} apart: choose another prompt")
+
+
+def _largest_difference(found: Answer, expected: Answer) -> float:
+    pairs: list[tuple[Tensor, Tensor]] = []
+    if found.logits is not None and expected.logits is not None:
+        pairs += zip(found.logits, expected.logits, strict=True)
+    if found.logprobs is not None and expected.logprobs is not None:
+        ours, theirs = (map(torch.tensor, one) for one in (found.logprobs, expected.logprobs))
+        pairs += zip(ours, theirs, strict=True)
+    if not pairs:
+        raise FxFusionError("the engine showed neither logits nor log-probabilities")
+    if any(one.shape != other.shape for one, other in pairs):
+        return float("inf")
+    return max(float((one - other).abs().max()) for one, other in pairs)

@@ -1,0 +1,26 @@
+"""How vLLM runs here: few cores, a small model. Imported before vLLM, which reads some of it from the environment."""
+
+import os
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process for the scheduler alone
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads wait for one another by spinning: where other processes use the cores too, a step then takes seconds.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def options(tensor_parallel_size: int = 1) -> dict:
+    """Arguments of `vllm.LLM` for a small model in float32. The folder's own configuration file is code."""
+    return {
+        "tensor_parallel_size": tensor_parallel_size,
+        "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "trust_remote_code": True,
+        "seed": 0,
+    }
