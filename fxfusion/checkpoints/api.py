@@ -22,7 +22,9 @@ from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE
 from fxfusion.errors import CheckpointError, OptionError
+from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
+from fxfusion.plan import FusionPlan
 
 FORMATS = ("canonical", "nemotron-nas")
 Format = Literal["canonical", "nemotron-nas"]
@@ -33,18 +35,21 @@ def save_pretrained(
     directory: str | os.PathLike[str],
     format: Format = "canonical",
     *,
+    plan: Any = None,
     tokenizer: Any = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     card: Card | Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> None:
-    """Write a model folder: all of it, or nothing. The model is not changed.
+    """Write a model folder: all of it, or nothing. Without `plan`, the model is not changed.
 
     Args:
         model: a causal language model of `transformers`: intact, without some attention, or fused, on any device.
         directory: a new or empty folder, or a checkpoint, which is replaced as a whole.
         format: `"canonical"` keeps the original tensors and puts the plan beside them; `"nemotron-nas"` writes the
             fused layers for engines that know DeciLM models, which only Llama-like models are.
+        plan: fuse the model by it, in place, as `fuse` does. A canonical folder then has the members' weights bit for
+            bit, as no fused model can give them back where gains were folded.
         tokenizer: one of `transformers`. Without it, that of the folder or name that the model was loaded from; if
             there is none, a warning says so.
         max_shard_size: bytes of a file at most, or text such as `"500MB"`.
@@ -53,17 +58,26 @@ def save_pretrained(
         progress: show a progress bar (needs `rich`).
 
     Raises:
+        PlanError: the plan is for another model, or names what cannot be one group.
         CheckpointError: the format cannot express the model, or the folder cannot be written; it names the tensor,
             setting or file. What was in the folder before is as it was.
-        SurgeryError: the model was fused in another process, so its members are not known.
+        SurgeryError: the model was fused in another process, so its members are not known; or the plan cannot be
+            applied to it.
         OptionError: no such format.
     """
     if format not in FORMATS:
         raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    chosen = None if plan is None else FusionPlan.resolve(plan)
     companions = Companions.of(model, tokenizer)
-    text = card_text(model, plan_of(getattr(model, "_orig_mod", model)), format, card)
-    save = canonical_save.save if format == "canonical" else nemotron_export.save
-    save(model, Path(directory), tokenizer=companions, max_shard_size=max_shard_size, progress=progress, card=text)
+    text = card_text(model, chosen or plan_of(getattr(model, "_orig_mod", model)), format, card)
+    where = Path(directory)
+    more: dict[str, Any] = {"max_shard_size": max_shard_size, "progress": progress, "card": text}
+    if format == "canonical":
+        canonical_save.save(model, where, plan=chosen, tokenizer=companions, **more)
+        return
+    if chosen is not None:
+        fuse(model, chosen)
+    nemotron_export.save(model, where, tokenizer=companions, **more)
 
 
 def from_pretrained(
@@ -71,6 +85,7 @@ def from_pretrained(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    fused: bool = True,
     progress: bool = False,
 ) -> Any:
     """Load a model folder: a canonical one with its plan applied, a plain one of `transformers`, or nemotron-nas.
@@ -82,6 +97,7 @@ def from_pretrained(
         directory: the folder.
         dtype: what floating-point tensors are cast to; None keeps them as they are stored.
         device: where the model goes.
+        fused: apply the plan's groups; without, only the attention that it drops is dropped.
         progress: show a progress bar (needs `rich`).
 
     Returns:
@@ -96,5 +112,8 @@ def from_pretrained(
     kind = folder.json(canonical_load.CONFIG).get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError(f"{folder.path / canonical_load.CONFIG} has no model_type")
-    load = nemotron_load.load if kind == nemotron_load.MODEL_TYPE else canonical_load.load
-    return load(directory, dtype=dtype, device=device, progress=progress)
+    if kind != nemotron_load.MODEL_TYPE:
+        return canonical_load.load(directory, dtype=dtype, device=device, fused=fused, progress=progress)
+    if not fused:
+        raise CheckpointError(f"{folder.path} has the fused form alone: a nemotron-nas folder keeps no members")
+    return nemotron_load.load(directory, dtype=dtype, device=device, progress=progress)

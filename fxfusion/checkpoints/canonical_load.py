@@ -36,25 +36,28 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    fused: bool = True,
     progress: bool = False,
 ) -> Any:
     """The model of a canonical folder, in eval mode. Arguments and errors as of `fxfusion.from_pretrained`."""
     reader = CheckpointReader.open(directory)
     config = read_config(reader)
     plan = read_plan(reader.folder)
+    if plan is not None and not fused:
+        plan = plan.replace(groups=())
     built = dtype or main_dtype(reader)
     intact = outline(config, built)
     stored = stored_names(intact, reader)
     dtypes = {name: value.dtype for name, value in own_tensors(intact).items()} if dtype is not None else {}
     model = empty_model(copy.deepcopy(config), built)
-    fused = plan is None or _fused_on_meta(model, plan)
-    first = Filling(reader=reader, stored=stored, dtypes=dtypes, device=device if fused else "cpu")
+    done = plan is None or _fused_on_meta(model, plan)
+    first = Filling(reader=reader, stored=stored, dtypes=dtypes, device=device if done else "cpu")
     with byte_bar(progress, "Reading", first.nbytes(model)) as advance:
         Filling(reader=reader, stored=stored, dtypes=dtypes, device=first.device, advance=advance).run(model)
-    if not fused:
+    if not done:
         fuse(model, plan)
     model.config.dtype = built
-    model.config._name_or_path = os.fspath(directory)
+    model.name_or_path = model.config._name_or_path = os.fspath(directory)
     read_generation_config(model, reader.folder)
     return model.to(device).eval()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +26,12 @@ from fxfusion.checkpoints.folder import replacing
 from fxfusion.checkpoints.model_tensors import own_tensors, tied_names
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
-from fxfusion.errors import CheckpointError
+from fxfusion.errors import CheckpointError, SurgeryError
+from fxfusion.models.drop_attention import drop_traced
+from fxfusion.models.ffn_surgery.fuse import fuse, missing_drops
 from fxfusion.models.ffn_surgery.record import fused_state, plan_of
 from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
-from fxfusion.models.fingerprint import decoder_layers, facts_of
+from fxfusion.models.fingerprint import check_fits, decoder_layers, facts_of
 from fxfusion.models.intact_config import intact_config
 from fxfusion.plan import FusionPlan
 
@@ -38,14 +41,17 @@ def save(
     directory: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
+    plan: FusionPlan | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: bool = False,
     card: str | None = None,
 ) -> None:
     """Arguments and errors as of `fxfusion.save_pretrained`; `card` is the content of README.md."""
     bare: Any = getattr(model, "_orig_mod", model)
-    tensors = CanonicalTensors.of(bare)
-    with replacing(directory) as folder:
+    with ExitStack() as undo, replacing(directory) as folder:
+        if plan is not None:
+            _drop(bare, plan, undo)
+        tensors = CanonicalTensors.of(bare, plan)
         config = tensors.config
         disk.write_file(folder / CONFIG, config.to_json_string())
         if getattr(bare, "generation_config", None) is not None:
@@ -59,6 +65,19 @@ def save(
         write_shards(folder, tensors.facts, tensors.values(bare), max_shard_size, progress)
         if tensors.zeros:
             prove_zeros(CheckpointReader.open(folder), config, tensors.layers_without)
+        if plan is not None:
+            fuse(bare, plan)  # which proves it, before the folder takes its place
+        undo.pop_all()
+
+
+def _drop(model: Any, plan: FusionPlan, undo: ExitStack) -> None:
+    """Drop what attention a plan drops; `undo` brings it back."""
+    check_fits(plan, model)
+    if fused_state(model) is not None:
+        raise SurgeryError("the model is fused already: save it without `plan`")
+    missing = missing_drops(model, plan)
+    if missing:
+        drop_traced(model, missing, check=True, whole=undo)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +92,11 @@ class CanonicalTensors:
     layers_without: dict[int, nn.Module]
 
     @classmethod
-    def of(cls, model: Any) -> CanonicalTensors:
-        """Raises `CheckpointError` where the original format cannot hold the model, naming the tensor."""
+    def of(cls, model: Any, planned: FusionPlan | None = None) -> CanonicalTensors:
+        """`planned`: groups to note of a model that is not fused.
+
+        Raises `CheckpointError` where the original format cannot hold the model, naming the tensor.
+        """
         _check_plain(model)
         config = intact_config(model)
         config.architectures, config.dtype = [type(model).__name__], model.dtype
@@ -90,6 +112,8 @@ class CanonicalTensors:
         facts = [TensorFacts(name, tuple(value.shape), dtypes.get(name, value.dtype)) for name, value in wanted.items()]
         zeros = frozenset(wanted.keys() - dtypes.keys())
         plan = plan_of(model)
+        if planned is not None:
+            plan = planned.replace(dropped_attention=plan.dropped_attention)
         path, _ = decoder_layers(intact)
         stray = [name for name in zeros if layer_number(name, path) not in plan.dropped_attention]
         if stray:

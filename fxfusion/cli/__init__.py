@@ -19,7 +19,7 @@ import traceback
 
 import typer
 
-from fxfusion.cli import demo, explain, matrix, plan, report, score, sweep
+from fxfusion.cli import check, demo, explain, export, fuse, generate, matrix, plan, report, score, sweep, unfuse
 from fxfusion.cli import eval as evaluate
 from fxfusion.errors import OptionError, PlanError
 
@@ -39,6 +39,11 @@ for name, body, what in (
     ("eval", evaluate.command, "What a plan costs in quality, gains in speed."),
     ("sweep", sweep.command, "What every depth costs: table, plot, front."),
     ("report", report.command, "One page of all results."),
+    ("fuse", fuse.command, "Write a folder of the fused model."),
+    ("unfuse", unfuse.command, "Write a folder with the groups taken apart."),
+    ("export", export.command, "Write a folder that serving engines load."),
+    ("check", check.command, "Is a model folder whole and right?"),
+    ("generate", generate.command, "Text from a model folder."),
     ("demo", demo.command, "The whole job on a small trained model."),
 ):
     app.command(name, short_help=what)(body)

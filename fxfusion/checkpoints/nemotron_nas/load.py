@@ -64,6 +64,12 @@ def load(
     return finish(decoder)
 
 
+def outline_of(folder: SafeFolder) -> DeciLMForCausalLM:
+    """The model of a folder without weights, from its config alone, on the meta device."""
+    with _naming(folder, "cannot be built"):
+        return empty_decoder(read_config(folder))
+
+
 def read_config(folder: SafeFolder) -> DeciLMConfig:
     """The configuration of a folder. Raises `CheckpointError` that names the setting."""
     found = folder.json(CONFIG)
