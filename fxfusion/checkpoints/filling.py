@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxfusion.checkpoints.model_tensors import own_tensors
 from fxfusion.checkpoints.reading import CheckpointReader
+from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.record import FusedState, fused_state
 from fxfusion.models.ffn_surgery.residue import residue_of
 from fxfusion.models.ffn_surgery.widen import set_parameter
@@ -68,12 +69,45 @@ class Filling:
     def _fill_groups(self, model: Any, state: FusedState) -> None:
         state.residue.clear()  # the meta device knew none of it
         for group in state.recipe.groups:
-            members = {name: self._read(name) for name in group.reads}
+            members = _Members(self._read)
+            state.residue.update(residue_of(group, members))
+            done = _last_uses(group)
             for name, value in group.pack(members):
                 set_parameter(model, state.recipe.fused_name(name) or name, value.to(self.device))
-            state.residue.update(residue_of(group, members))
+                members.forget(done.get(name, ()))
 
     def _read(self, name: str) -> Tensor:
         value = self.reader.read(self.stored[name])
         self.advance(value.nbytes)
         return value.to(self.dtypes.get(name, value.dtype))
+
+
+class _Members(Mapping[str, Tensor]):
+    """Parameters of a group's members, each read when it is first asked for."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        self._reading, self._held = read, dict[str, Tensor]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._held:
+            self._held[name] = self._reading(name)
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._held.pop(name, None)
+
+
+def _last_uses(group: GroupRecipe) -> dict[str, list[str]]:
+    """For a wide parameter: the members' matrices that nothing needs once it is made."""
+    found = {}
+    for number, matrix in enumerate(group.home.projections):
+        last = matrix.own_bias if group.in_bias else matrix.weight
+        found[last] = [member.projections[number].weight for member in group.members]
+    return found
