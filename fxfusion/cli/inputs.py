@@ -23,12 +23,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.texts import batches_from_text
 from fxfusion.cli.options import check_folder
 from fxfusion.errors import FxFusionError, OptionError
 
 _PROBE = 8  # tokens
-_CAUSAL_TOLERANCE = 1e-2  # relative; later tokens change a causal model's logits by rounding at most
 
 
 def load_config(folder: Path) -> Any:
@@ -109,21 +109,11 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise FxFusionError(f"{folder}: the weights of {absent[0]}{more} are missing or of another shape")
     model.eval()
-    _require_causal(model, folder)
+    try:
+        require_causal(model, torch.arange(_PROBE)[None] % vocabulary(config))
+    except ValueError as error:
+        raise FxFusionError(f"{folder}: {error}") from None
     return model
-
-
-def _require_causal(model: PreTrainedModel, folder: Path) -> None:
-    """An encoder may be loaded as a language model too: its tokens see what comes after them."""
-    ids = torch.arange(_PROBE, device=model.device)[None] % vocabulary(model.config)
-    other = ids.clone()
-    other[:, -1] = ids[:, 0]
-    with torch.no_grad():
-        one, two = (model(input_ids=each).logits[:, :-1].float() for each in (ids, other))
-    if float((one - two).abs().max()) > _CAUSAL_TOLERANCE * float(one.abs().max()):
-        raise FxFusionError(
-            f"{folder}: {type(model).__name__} is not causal (logits change with later tokens), so it has no perplexity"
-        )
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -99,7 +99,12 @@ MaxDependency = Annotated[
     float | None, typer.Option(min=0, help="Largest dependency inside a group (0.01: one percent).", show_default=False)
 ]
 MethodOption = Annotated[Method, typer.Option("--method", help="How attention is scored.")]
-NormOption = Annotated[Norm, typer.Option("--norm", help="fold: each FFN keeps its own norm gain; last: one for all.")]
+NormOption = Annotated[
+    Norm | None,
+    typer.Option(
+        "--norm", help="fold: each FFN keeps its own norm gain; last: one for all.", show_default="what measures better"
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

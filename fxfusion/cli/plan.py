@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from fxfusion.cli import options
-from fxfusion.cli.options import Method, Norm, read, read_bytes, read_drop, read_layers, read_share
+from fxfusion.cli.options import Method, read, read_bytes, read_drop, read_layers, read_share
 from fxfusion.cli.results_folder import COMPILED, PLAN, PLANS
 from fxfusion.cli.score import work as score_work
 from fxfusion.cli.session import Session, Work, measuring
@@ -63,7 +63,7 @@ class Wish:
     max_width: int | None
     max_bytes: int | None
     max_dependency: float | None
-    norm: Literal["fold", "last"]
+    norm: Literal["fold", "last"] | None
     method: Literal["cosine", "loss", "kl"]
     preset: Literal["paper"] | None
     splits: list[int] | None
@@ -79,6 +79,8 @@ class Wish:
         given = next((name for name in budgets if getattr(self, name) is not None), None)
         if given is not None:
             raise OptionError(f"--{given.replace('_', '-')}: --preset is a rule that keeps no such budget")
+        if self.norm == "fold":
+            raise OptionError("--norm: --preset paper takes the norm of a group's last FFN, --norm last")
 
 
 @measuring
@@ -93,7 +95,7 @@ def command(
     max_width: options.MaxWidth = None,
     max_bytes: options.MaxBytes = None,
     max_dependency: options.MaxDependency = None,
-    norm: options.NormOption = Norm.fold,
+    norm: options.NormOption = None,
     method: options.MethodOption = Method.loss,
     preset: PresetOption = None,
     splits: Splits = None,
@@ -114,7 +116,7 @@ def command(
         max_width=max_width,
         max_bytes=read(max_bytes, partial(read_bytes, option="--max-bytes")),
         max_dependency=max_dependency,
-        norm=norm.value,
+        norm=None if norm is None else norm.value,
         method=method.value,
         preset=None if preset is None else preset.value,
         splits=read(splits, partial(read_layers, option="--splits")),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxfusion.cli import options
-from fxfusion.cli.options import Method, Norm, check_folder, read, read_bytes, read_layers, show_layers, show_members
+from fxfusion.cli.options import Method, check_folder, read, read_bytes, read_layers, show_layers, show_members
 from fxfusion.cli.plan import tried_work
 from fxfusion.cli.results_folder import PLANS, SWEEP, SWEEP_PLOT, SWEEP_TABLE, replacing
 from fxfusion.cli.score import work as score_work
@@ -36,7 +36,7 @@ def command(
     max_width: options.MaxWidth = None,
     max_bytes: options.MaxBytes = None,
     max_dependency: options.MaxDependency = None,
-    norm: options.NormOption = Norm.fold,
+    norm: options.NormOption = None,
     method: options.MethodOption = Method.loss,
 ) -> dict[str, Any]:
     """Measure the best plan for every depth and several numbers of dropped attentions.
@@ -64,7 +64,7 @@ def command(
         max_width=max_width,
         max_bytes=room,
         max_dependency=max_dependency,
-        norm=norm.value,
+        norm=None if norm is None else norm.value,
         method=method.value,
         cache=run.folder.path,
         progress=True,

@@ -23,29 +23,31 @@ def residue_of(recipe: GroupRecipe, tensors: Tensors) -> Residue:
     kept: Residue = {}
     for member in recipe.members:
         kept |= {name: tensors[name].detach().clone() for name in member.small}
-        columns = zero_columns(member, tensors)
+        hidden = member.projections[0].out_in(tensors[member.projections[0].weight]).shape[1]
+        columns = zero_columns(member, tensors, hidden)
         if columns is not None:
             for matrix in member.projections:
                 kept[matrix.weight + _COLUMNS] = matrix.out_in(tensors[matrix.weight])[:, columns].detach().clone()
-        rows = zero_rows(recipe, member, tensors)
+        rows = zero_rows(recipe, member, tensors, member.down.out_in(tensors[member.down.weight]))
         if rows is not None:
             kept[member.down.weight + _ROWS] = member.down.out_in(tensors[member.down.weight])[rows].detach().clone()
     return kept
 
 
-def zero_columns(member: Member, tensors: Tensors) -> Tensor | None:
-    """Which channels of the stream a gain of the norm takes out, `bool [hidden]`; None where none is."""
-    gains = [constant.value(tensors).reshape(-1) for constant in member.with_role("gain")]
+def zero_columns(member: Member, small: Tensors, hidden: int) -> Tensor | None:
+    """Which channels of the stream a gain of the norm takes out, `bool [hidden]`; None where none is. `small`: the
+    member's small parameters."""
+    gains = [constant.value(small).reshape(-1) for constant in member.with_role("gain")]
     if not gains or gains[0].is_meta:
         return None
     flags = torch.stack(torch.broadcast_tensors(*(gain == 0 for gain in gains))).any(0)
-    hidden = member.projections[0].out_in(tensors[member.projections[0].weight]).shape[1]
     return flags.expand(hidden) if bool(flags.any()) else None
 
 
-def zero_rows(recipe: GroupRecipe, member: Member, tensors: Tensors) -> Tensor | None:
-    """Which channels a scale after the down projection takes out, `bool [hidden]`; None where none is."""
-    scale = recipe.scale(member, tensors, member.down.out_in(tensors[member.down.weight]))
+def zero_rows(recipe: GroupRecipe, member: Member, small: Tensors, down: Tensor) -> Tensor | None:
+    """Which channels a scale after the down projection `[hidden, width]` takes out, `bool [hidden]`; None where none
+    is."""
+    scale = recipe.scale(member, small, down)
     if scale is None or scale.is_meta or not bool((scale == 0).any()):
         return None
     return scale == 0
