@@ -66,3 +66,54 @@ def test_plain_transformers_loads_it(tmp_path: Path, tied: bool) -> None:
     assert found["greedy"] == model.generate(tokens, **options).tolist()
     assert found["beams"] == model.generate(tokens, num_beams=3, **options).tolist()
     assert off(torch.tensor(found["logits"]), logits(fused_decoder(seed=1))) > 1e-2
+
+
+PARALLEL = """
+import json, os, sys
+sys.modules["fxfusion"] = None
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+dist.init_process_group("gloo")
+folder, tokens = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
+options = dict(trust_remote_code=True, distributed_config=DistributedConfig(tp_size=2))
+model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+weight = model.model.layers[2].mlp.gate_proj.weight
+with torch.no_grad(), CommDebugMode() as communication:
+    logits = model(tokens, use_cache=False).logits
+found = {
+    "logits": (logits.full_tensor() if isinstance(logits, DTensor) else logits).tolist(),
+    "slice": list((weight.to_local() if isinstance(weight, DTensor) else weight).shape),
+    "communication": {str(name): count for name, count in communication.get_comm_counts().items()},
+}
+if dist.get_rank() == 0:
+    print(json.dumps(found))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow  # 30 s: two processes
+def test_tensor_parallelism_of_transformers(tmp_path: Path) -> None:
+    model, tokens = fused_decoder(vocab_size=102), ids()
+    save(model, tmp_path / "out")
+    script = tmp_path / "parallel.py"
+    script.write_text(PARALLEL)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "out"), json.dumps(tokens.tolist())],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert off(torch.tensor(found["logits"]), logits(model)) < 1e-5
+    assert found["slice"] == [768 // 2, 64]
+    # One for each of 3 attentions and 4 FFNs, one of which was three; the embedding has its own.
+    assert found["communication"]["c10d.allreduce_"] == 3 + 4
