@@ -1,18 +1,21 @@
 """What a fused model must compute: the parallel form of the groups, taken from the graph before anything was changed.
 
 The parallel form is run operation by operation on the members' own weights, so it owes nothing to how the wide
-weights are made. On the meta device nothing can be computed; there the changed model is captured anew, and its FFNs
-must be as many and as wide as the recipe says.
+weights are made: once as the model computes, and once in wider numbers, each weight widened when it is used. The
+fused model may be off the wider run by twice what the parallel form itself is. On the meta device nothing can be
+computed; there the changed model is captured anew, and its FFNs must be as many and as wide as the recipe says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxfusion.errors import SurgeryError
+from fxfusion.graph import ops
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
@@ -22,29 +25,37 @@ from fxfusion.passes.parallelise import Parallelise
 from fxfusion.pipeline import analyse
 from fxfusion.plan import FusionPlan
 
-_ROUNDING = 128  # times the dtype's epsilon: sums in another order, gains folded; a lost member is off by much more
-_CACHED = 8  # times what the unfused model's own cache is off
+_TIMES = 2.0  # what the parallel form itself is off, and as much again
+_FLOOR = 2  # times the dtype's epsilon, where the parallel form happens to be off by less
 _NORM_IN_FLOAT32 = 1e-6  # what float64 models are off by that compute their norms in float32
+_CACHED = 8  # times what the unfused model's own cache is off
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelForm:
-    """`expected`: logits `[2, tokens, vocabulary]` with the first one, two, ... groups in parallel."""
+    """`exact`: logits `[2, tokens, vocabulary]` with the first one, two, ... groups in parallel, in wider numbers;
+    `errors`: what they are off in the model's own."""
 
     ids: Tensor
-    expected: tuple[Tensor, ...]
+    exact: tuple[Tensor, ...]
+    errors: tuple[float, ...]
 
     @classmethod
     def of(cls, traced: TracedGraph, plan: FusionPlan, ids: Tensor) -> ParallelForm:
-        """Run the graph once for each group."""
-        logits = [_parallel_logits(traced, plan.replace(groups=plan.groups[: end + 1]), ids) for end in _ends(plan)]
-        return cls(ids, tuple(logits))
+        """Run the graph twice for each group."""
+        exact, errors = [], []
+        for end in range(len(plan.groups)):
+            own, wider = _parallel_logits(traced, plan.replace(groups=plan.groups[: end + 1], model=None), ids)
+            exact.append(wider)
+            errors.append(relative(own, wider))
+        return cls(ids, tuple(exact), tuple(errors))
 
     def check(self, model: nn.Module, groups: int) -> float:
         """The relative error of the logits with so many groups fused. Raises `SurgeryError` where it is no rounding."""
-        wanted = self.expected[groups - 1]
-        error = relative(full_logits(model, self.ids), wanted)
-        limit = max(_ROUNDING * torch.finfo(wanted.dtype).eps, _NORM_IN_FLOAT32)
+        found = full_logits(model, self.ids)
+        error = relative(found, self.exact[groups - 1])
+        floor = max(_FLOOR * torch.finfo(found.dtype).eps, _NORM_IN_FLOAT32)
+        limit = max(_TIMES * self.errors[groups - 1], floor)
         if not error <= limit:
             raise SurgeryError(f"the fused model's logits are off by {error:.2g} (allowed {limit:.2g})")
         return error
@@ -82,19 +93,39 @@ def _cached_error(model: nn.Module, ids: Tensor) -> float | None:
     return None if decoded is None else relative(decoded, full_logits(model, ids))
 
 
-def _ends(plan: FusionPlan) -> range:
-    return range(len(plan.groups))
-
-
 @torch.no_grad()
-def _parallel_logits(traced: TracedGraph, plan: FusionPlan, ids: Tensor) -> Tensor:
+def _parallel_logits(traced: TracedGraph, plan: FusionPlan, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits as the model computes, and in wider numbers."""
     work = traced.captured.copy()
     by_name = {node.name: node for node in work.module.graph.nodes}
     work.module.graph.output_node().args = (by_name[traced.logits.name],)
-    groups = analyse(work, plan.replace(model=None, scores=None)).groups
+    groups = analyse(work, plan).groups
     run_passes(work.module, [Parallelise(groups)], History())
-    logits: Tensor = fx.Interpreter(work.module).run(*traced.inputs(ids).values())
-    return logits.detach().clone()
+    own: Tensor = fx.Interpreter(work.module).run(*traced.inputs(ids).values())
+    wider: Tensor = _Wider(work.module).run(*traced.inputs(ids).values())
+    return own.detach().clone(), wider.detach().clone()
+
+
+class _Wider(fx.Interpreter):
+    """Computes in float32 what a half-precision model computes, in float64 everything else."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        values = [ops.tensor_value(node) for node in module.graph.nodes if node.op == "placeholder"]
+        kinds = [value.dtype for value in values if value is not None and value.is_floating_point()]
+        is_half = any(kind.itemsize < 4 for kind in kinds)
+        self._wide = torch.float32 if is_half else torch.float64
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if ops.is_mode_switch(n):
+            return args, kwargs
+        return fx.node.map_aggregate(args, self._widened), fx.node.map_aggregate(kwargs, self._widened)
+
+    def _widened(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(self._wide)
+        return self._wide if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
 def check_widths(model: nn.Module, before: TracedGraph, recipe: FuseRecipe, ids: Tensor) -> None:
