@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.blocks import Blocks, ResidualBlock, find_blocks
 from fxfusion.models.effects import Effects
+from fxfusion.models.ffn_surgery.quantised import is_quantised
 from fxfusion.models.interface import input_places, logits_node
 from fxfusion.pipeline import normalising_passes
 
@@ -244,7 +245,9 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> TracedGraph:
             found, notes = capture_model(model, (), inputs)
     if len(found) != 1:
         raise CaptureError(f"the model must be captured as one graph to be run in parts; {'; '.join(notes)}")
-    captured = found[0].copy()
+    values = found[0].values
+    opaque = {name: why for name, why in found[0].opaque.items() if not is_quantised(values[name])}
+    captured = replace(found[0].copy(), opaque=opaque)  # modules can hold what the backend cannot pack
     run_passes(captured.module, normalising_passes(captured.weights), History())
     return _traced(captured, input_places(captured, inputs), logits_node(captured, ids), ids.numel())
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fxfusion.models.ffn_surgery import quantised
 from fxfusion.models.ffn_surgery.channels import Run, spread
 from fxfusion.models.ffn_surgery.layout import Constant, Matrix, Member, Tensors, wide_dtype
 from fxfusion.policy import NormMode
@@ -99,6 +100,10 @@ class GroupRecipe:
     def _projection(self, tensors: Tensors, number: int) -> Tensor:
         """Rows of every member, gains folded in: `[pieces * width, hidden]`, stored as the first member's is."""
         matrix = self.home.projections[number]
+        weights = [tensors[member.projections[number].weight] for member in self.members]
+        if quantised.is_quantised(weights[0]):
+            places = [self.slices(number, place) for place in range(len(self.members))]
+            return quantised.joined(weights, places, 0, self._rows(number))
         stored = _empty_like(tensors[matrix.weight], matrix, self._rows(number))
         wide = matrix.out_in(stored)
         for place, member in enumerate(self.members):
@@ -110,10 +115,10 @@ class GroupRecipe:
 
     def _projection_bias(self, tensors: Tensors, number: int) -> Tensor:
         example = tensors[self.home.projections[number].weight]
-        wide = example.new_zeros(self._rows(number))
+        wide = torch.zeros(self._rows(number), dtype=example.dtype, device=example.device)
         for place, member in enumerate(self.members):
             matrix = member.projections[number]
-            weight = matrix.out_in(tensors[matrix.weight])
+            weight = matrix.out_in(quantised.plain(tensors[matrix.weight]))
             for target, source in self.slices(number, place):
                 wide[target] = _shifted(member, matrix, weight[source], source, tensors)
         return wide
@@ -121,6 +126,9 @@ class GroupRecipe:
     def _down(self, tensors: Tensors) -> Tensor:
         matrix = self.home.down
         example = tensors[matrix.weight]
+        if quantised.is_quantised(example):
+            places = [self.columns(place) for place in range(len(self.members))]
+            return quantised.joined([tensors[m.down.weight] for m in self.members], places, 1, self.width)
         hidden = matrix.out_in(example).shape[0]
         size = (self.width, hidden) if matrix.transposed else (hidden, self.width)
         stored = example.new_empty(size)

@@ -16,6 +16,7 @@ from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.layout import Constant, Cut, Matrix, Member, TailStep
+from fxfusion.models.ffn_surgery.quantised import FUSE_FIRST
 from fxfusion.models.traced import TracedGraph
 from fxfusion.passes.ffn import FfnNode, Group, Linear
 from fxfusion.passes.lift_weights import constant_graph, constant_needs
@@ -124,7 +125,10 @@ class LayoutReader:
     def _parameter(self, ffn: FfnNode, node: fx.Node) -> str:
         name = self._name(ffn, node)
         if name is None:
-            raise SurgeryError(f"{ffn.name}: {node} is computed, not a parameter that could become wider")
+            raise SurgeryError(
+                f"{ffn.name}: {node} is computed, not a parameter that could become wider "
+                f"(where it is computed from a quantised weight: {FUSE_FIRST})"
+            )
         return name
 
     def _name(self, ffn: FfnNode, node: fx.Node) -> str | None:

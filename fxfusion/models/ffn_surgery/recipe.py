@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from fxfusion.errors import PlanError, RefusalCode, SurgeryError
+from fxfusion.errors import PlanError, Refusal, RefusalCode, SurgeryError
 from fxfusion.models.attention_sites import layer_list_path
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
+from fxfusion.models.ffn_surgery.quantised import FUSE_FIRST, check_group
 from fxfusion.models.ffn_surgery.read_layout import LayoutReader
 from fxfusion.models.surgery_proof import proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel
@@ -54,6 +55,7 @@ class FuseRecipe:
             if refusal.code in (RefusalCode.PLAN_UNMATCHED, RefusalCode.PLAN_ABSENT)
         ]
         if unmet or len(found.groups) < len(plan.groups):
+            _refuse_opaque(found.refusals, plan, model)
             raise PlanError(f"the plan does not fit this model: {'; '.join(unmet) or 'it has no FFN'}")
         path = layer_list_path(traced)
         count = len(list(model.get_submodule(path).children()))
@@ -63,6 +65,8 @@ class FuseRecipe:
         recipe = cls(groups=groups, path=path, count=count)
         recipe._check_layers(traced)
         recipe._check_shards(shards)
+        for group in groups:
+            check_group(group, {name: reader.tensor(name) for name in group.reads})
         return recipe, found.groups
 
     @property
@@ -129,6 +133,17 @@ def has_mixer(model: nn.Module, layer: int) -> bool:
 
     record = read_record(getattr(model, "config", None))
     return record is None or layer not in record.dropped_attention
+
+
+def _refuse_opaque(refusals: Sequence[Refusal], plan: FusionPlan, model: nn.Module) -> None:
+    """Say so where weights are of a kind that cannot be joined, or where the model is known to be quantised."""
+    planned = {str(member) for group in plan.groups for member in group}
+    for refusal in refusals:
+        ends = {refusal.layer, *refusal.layer.split(".")}
+        if refusal.code is RefusalCode.TENSOR_SUBCLASS and ends & planned:
+            raise SurgeryError(f"{refusal.layer}: {refusal.message}: {FUSE_FIRST} (or shard)")
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise SurgeryError(f"{type(model).__name__} is quantised, and its FFNs cannot be read: {FUSE_FIRST}")
 
 
 def _layers_of(group: Group, traced: TracedGraph) -> Sequence[int]:

@@ -8,13 +8,14 @@ Parameters that were trained since they were fused give members whose parallel f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fxfusion.errors import SurgeryError
+from fxfusion.models.ffn_surgery import quantised
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe, through
 from fxfusion.models.ffn_surgery.layout import Matrix, wide_dtype
 from fxfusion.models.ffn_surgery.residue import kept_columns, kept_rows, zero_columns, zero_rows
@@ -55,6 +56,8 @@ class Unpacking:
         member, home = self.recipe.members[place], self.recipe.home.projections[number]
         whole = home.out_in(self.wide[home.weight])
         pieces = sum(cut.projection == number for cut in member.cuts)
+        if quantised.is_quantised(whole):
+            return quantised.joined([whole], [_back(self.recipe.slices(number, place))], 0, pieces * member.width)
         rows = whole.new_empty(pieces * member.width, whole.shape[1])
         for target, source in self.recipe.slices(number, place):
             rows[source] = whole[target]
@@ -89,6 +92,8 @@ class Unpacking:
     def _down(self, small: SmallParameters, place: int) -> Tensor:
         member, home = self.recipe.members[place], self.recipe.home.down
         whole = home.out_in(self.wide[home.weight])
+        if quantised.is_quantised(whole):
+            return quantised.joined([whole], [_back(self.recipe.columns(place))], 1, member.width)
         columns = self.recipe.own_columns(place, whole)
         scale = self.recipe.scale(member, small.base, columns)
         if scale is None:
@@ -103,7 +108,11 @@ class Unpacking:
 
 def _stored(matrix: Matrix, out_in: Tensor) -> Tensor:
     """A weight as its layer keeps it, with memory of its own."""
-    return matrix.out_in(out_in).contiguous()
+    return out_in if quantised.is_quantised(out_in) else matrix.out_in(out_in).contiguous()
+
+
+def _back(places: Sequence[tuple[slice, slice]]) -> list[tuple[slice, slice]]:
+    return [(own, wide) for wide, own in places]
 
 
 def _divided(rows: Tensor, gain: Tensor) -> Tensor:

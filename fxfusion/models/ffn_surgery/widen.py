@@ -45,7 +45,7 @@ def empty(module: nn.Module) -> None:
     """Let go of all parameters of a module; meta tensors of the same sizes take their places."""
     for part in module.modules():
         for name, value in list(part.named_parameters(recurse=False)):
-            nothing = torch.empty_like(value, device="meta")
+            nothing = torch.empty(value.shape, dtype=value.dtype, device="meta")  # a plain tensor, whatever it was
             part.register_parameter(name, nn.Parameter(nothing, requires_grad=value.requires_grad))
 
 
