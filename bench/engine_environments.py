@@ -30,6 +30,8 @@ def run_script(engine: str, script: str, arguments: Sequence[str | Path], scratc
     """
     caches = {"HF_HOME": str(scratch / "huggingface"), "VLLM_CACHE_ROOT": str(scratch / "vllm")}
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    # Threads wait for one another by spinning: where other processes use the cores too, a step then takes seconds.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     command = [str(python_of(engine)), str(SCRIPTS / script), *map(str, arguments)]
     log = scratch / f"{Path(script).stem}.log"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM", "HF_"))}
@@ -41,7 +43,7 @@ def run_script(engine: str, script: str, arguments: Sequence[str | Path], scratc
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=scratch,
-                env={**kept, **settings, **caches},
+                env={**kept, **settings, **threads, **caches},
                 timeout=timeout,
                 check=False,
             )

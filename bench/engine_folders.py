@@ -26,7 +26,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fxfusion
 from bench.reference.load import load_model, load_tokenizer
-from fxfusion.checkpoints.nemotron_nas.export import save
 from fxfusion.cli.steps import DROPPED, GROUP, PLAN
 from fxfusion.errors import FxFusionError
 
@@ -101,10 +100,10 @@ def write_folders(root: Path) -> None:
     """
     tokenizer = load_tokenizer()
     dropped = fxfusion.drop_attention(load_model(), DROPPED)
-    save(dropped, root / "unfused", tokenizer=tokenizer)
+    fxfusion.save_pretrained(dropped, root / "unfused", "nemotron-nas", tokenizer=tokenizer)
     answer_of(dropped, tokenizer).write(root / "unfused")
     fused = fxfusion.fuse(copy.deepcopy(dropped), PLAN)
-    save(fused, root / "fused", tokenizer=tokenizer)
+    fxfusion.save_pretrained(fused, root / "fused", "nemotron-nas", tokenizer=tokenizer)
     answer_of(fused, tokenizer).write(root / "fused")
     shutil.copytree(root / "fused", root / "damaged")
     damage(root / "damaged")

@@ -6,9 +6,6 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process for the scheduler alone
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Threads wait for one another by spinning: where other processes use the cores too, a step then takes seconds.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def options(tensor_parallel_size: int = 1) -> dict:

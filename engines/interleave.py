@@ -1,0 +1,48 @@
+"""Time what is compared in turn: each round runs every candidate once, in an order drawn anew.
+
+    python time_ENGINE.py REQUEST.json RESULT.json
+
+REQUEST.json is {"folders": {"fused": FOLDER, "unfused": FOLDER, "control": FOLDER}, "rounds": N, "options": {...}}.
+RESULT.json has the versions, and for each workload its tokens a call and the seconds of every call. The control is the
+unfused folder once more: how much its ratio differs from 1 is noise.
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Call = Callable[[], Any]
+Workloads = dict[str, tuple[int, Call]]  # tokens of one call, and the call
+PROMPT = list(range(100, 116))  # token ids; speed does not depend on which
+WARM_UP = 2
+
+
+def main(load: Callable[[str, dict], Any], workloads: Callable[[Any], Workloads], facts: dict) -> None:
+    """`load(folder, options)` gives a model, `workloads(model)` names what to run, with the tokens of one call."""
+    request = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    models = {name: load(folder, request["options"]) for name, folder in request["folders"].items()}
+    offered = {name: workloads(model) for name, model in models.items()}
+    found: dict[str, Any] = {}
+    for workload, (tokens, _) in offered["unfused"].items():
+        calls = {name: each[workload][1] for name, each in offered.items()}
+        found[workload] = {"tokens": tokens, "seconds": in_turn(calls, request["rounds"])}
+        print("timed", workload, flush=True)
+    Path(sys.argv[2]).write_text(json.dumps({**facts, "workloads": found}), encoding="utf-8")
+
+
+def in_turn(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round."""
+    order, draw = list(calls), random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(WARM_UP + rounds):
+        draw.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            calls[name]()
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
