@@ -1,0 +1,174 @@
+"""`fxfusion fuse`, `unfuse`, `export`, `check`, `generate`: a folder in, a folder out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import fxfusion
+from tests.fxfusion.cli.conftest import Run, call
+
+PLAN = {"dropped_attention": [1, 2], "groups": [[0, 1, 2]]}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    fxfusion.FusionPlan(**PLAN).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def fused(model: Path, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A canonical folder: not to be changed."""
+    folder = tmp_path_factory.mktemp("fused") / "model"
+    assert call("fuse", model, folder, "--plan", plan) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(fused: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    assert call("export", fused, folder) == 0
+    return folder
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+    return found
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_canonical_folder_keeps_every_weight_and_loads_fused(model: Path, fused: Path) -> None:
+    before, after = weights(model), weights(fused)
+    assert after.keys() == before.keys()
+    attention = [name for name in before if ".1.self_attn." in name or ".2.self_attn." in name]
+    norms = [f"model.layers.{layer}.input_layernorm.weight" for layer in (1, 2)]
+    assert all(torch.equal(after[name], before[name]) for name in before.keys() - {*attention, *norms})
+    assert not any(after[name].any() for name in (*attention, *norms))
+    loaded = fxfusion.from_pretrained(fused)
+    assert len(loaded.model.layers) == 1 and loaded.model.layers[0].mlp.gate_proj.out_features == 120
+    wanted = fxfusion.fuse(AutoModelForCausalLM.from_pretrained(model), PLAN)
+    assert torch.allclose(logits(loaded), logits(wanted), atol=1e-5)
+
+
+def test_plain_transformers_loads_it_as_the_unfused_model(model: Path, fused: Path) -> None:
+    dropped = fxfusion.drop_attention(AutoModelForCausalLM.from_pretrained(model), [1, 2])
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(fused)), logits(dropped), atol=1e-5)
+
+
+def test_unfuse_gives_the_weights_without_groups(run: Run, fused: Path, tmp_path: Path) -> None:
+    ran = run("unfuse", fused, tmp_path / "out", "--json")
+    assert ran.code == 0 and ran.json["after"]["groups"] == [] and ran.json["after"]["layers"] == 3
+    before, after = weights(fused), weights(tmp_path / "out")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    again = run("unfuse", tmp_path / "out", tmp_path / "more")
+    assert again.code == 1 and "nothing is fused in it" in again.error
+
+
+def test_export_writes_what_engines_load(run: Run, fused: Path, exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    assert config["model_type"] == "nemotron-nas" and config["num_hidden_layers"] == 1
+    loaded = fxfusion.from_pretrained(exported)
+    assert torch.allclose(logits(loaded), logits(fxfusion.from_pretrained(fused)), atol=1e-5)
+
+
+def test_fuse_straight_into_the_engines_format(
+    run: Run, model: Path, plan: Path, exported: Path, tmp_path: Path
+) -> None:
+    ran = run("fuse", model, tmp_path / "out", "--plan", plan, "--format", "nemotron-nas", "--json")
+    assert ran.code == 0 and (ran.json["before"]["layers"], ran.json["after"]["layers"]) == (3, 1)
+    ours, theirs = weights(tmp_path / "out"), weights(exported)
+    assert ours.keys() == theirs.keys() and all(torch.allclose(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("command", ["fuse", "export"])
+def test_a_dry_run_reads_no_weights_and_writes_nothing(
+    run: Run, model: Path, plan: Path, tmp_path: Path, command: str
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(model / "config.json", bare)
+    ran = run(command, bare, tmp_path / "out", "--plan", plan, "--dry-run", "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.json["before"]["layers"], ran.json["after"]["layers"]) == (3, 1)
+    assert not (tmp_path / "out").exists()
+    if command == "export":
+        assert ran.json["export"]["config"]["block_configs"][0]["ffn"]["ffn_mult"] == 1.5 * 256 / 32
+        assert ran.json["export"]["engines"]["mlx-lm"] is None
+
+
+def test_check_passes_on_good_folders(run: Run, model: Path, fused: Path, exported: Path) -> None:
+    for folder, checks in ((model, 4), (fused, 5), (exported, 4)):
+        ran = run("check", folder, "--json")
+        assert ran.code == 0 and ran.json["good"] and len(ran.json["checks"]) == checks
+    assert ran.json["engines"]["vllm"] is None
+
+
+def test_check_names_what_is_wrong(run: Run, fused: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fused, tmp_path / "folder"))
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-64])
+    ran = run("check", folder, "--json")
+    assert ran.code == 1 and not ran.json["good"] and "model.safetensors" in ran.json["checks"][0]["detail"]
+    found = weights(fused)
+    found["model.norm.weight"][0] = float("nan")
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    ran = run("check", folder)
+    assert ran.code == 1 and "FAIL  computes: logits of 14 tokens are not finite" in ran.out
+
+
+def test_generate_continues_prompts(run: Run, fused: Path, exported: Path, model: Path, plan: Path) -> None:
+    shared = ("--prompt", "3 4 5", "--new-tokens", 6, "--json")
+    texts = [run("generate", folder, *shared).json["texts"][0]["tokens"] for folder in (fused, exported)]
+    texts.append(run("generate", model, "--plan", plan, *shared).json["texts"][0]["tokens"])
+    texts.append(run("generate", fused, "--cache", "static", *shared).json["texts"][0]["tokens"])
+    assert texts[0] == texts[1] == texts[2] == texts[3] and len(texts[0]) == 6
+    intact = run("generate", model, *shared).json["texts"][0]["tokens"]
+    assisted = run("generate", model, "--draft", fused, *shared).json["texts"][0]["tokens"]
+    assert assisted == intact
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "why"),
+    [
+        (("fuse", "MODEL", "OUT"), 2, "--plan: give the plan file"),
+        (("fuse", "MODEL", "OUT", "--plan", "WRONG"), 2, "layer 7 does not exist"),
+        (("fuse", "OUT", "OUT", "--plan", "PLAN"), 1, "no such folder"),
+        (("export", "OUT", "OUT"), 1, "no such folder"),
+        (("check", "OUT"), 1, "no such folder"),
+        (("unfuse", "MODEL", "OUT"), 1, "nothing is fused in it"),
+        (("generate", "MODEL"), 2, "--prompt: give the text"),
+        (("generate", "MODEL", "--prompt", "3", "--cache", "paged"), 2, "expected dynamic or static"),
+    ],
+)
+def test_wrong_use_says_what_is_wrong(
+    run: Run, model: Path, plan: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, why: str
+) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    fxfusion.FusionPlan(dropped_attention=[7]).save(wrong)
+    names = {"MODEL": model, "OUT": tmp_path / "out", "PLAN": plan, "WRONG": wrong}
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    ran = run(*(names.get(argument, argument) for argument in arguments))
+    assert ran.code == code and why in ran.error
+    assert not (tmp_path / "out").exists()
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_replaced(run: Run, model: Path, plan: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("all my work")
+    ran = run("fuse", model, tmp_path, "--plan", plan)
+    assert ran.code == 1 and "thesis.tex" in ran.error
+    assert (tmp_path / "thesis.tex").read_text() == "all my work"
