@@ -22,6 +22,7 @@ from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE
 from fxfusion.errors import CheckpointError, OptionError
+from fxfusion.models.bare_model import bare_model
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.plan import FusionPlan
@@ -68,12 +69,13 @@ def save_pretrained(
     if format not in FORMATS:
         raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     chosen = None if plan is None else FusionPlan.resolve(plan)
-    companions = Companions.of(model, tokenizer)
-    text = card_text(model, chosen or plan_of(getattr(model, "_orig_mod", model)), format, card)
+    bare = bare_model(model)
+    companions = Companions.of(bare, tokenizer)
+    text = card_text(bare, chosen or plan_of(bare), format, card)
     where = Path(directory)
     more: dict[str, Any] = {"max_shard_size": max_shard_size, "progress": progress, "card": text}
     if format == "canonical":
-        canonical_save.save(model, where, plan=chosen, tokenizer=companions, **more)
+        canonical_save.save(bare, where, plan=chosen, tokenizer=companions, **more)
         return
     if chosen is not None:
         fuse(model, chosen)

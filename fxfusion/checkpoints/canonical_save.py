@@ -27,6 +27,7 @@ from fxfusion.checkpoints.model_tensors import own_tensors, tied_names
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
 from fxfusion.errors import CheckpointError, SurgeryError
+from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_attention import drop_traced
 from fxfusion.models.ffn_surgery.fuse import fuse, missing_drops
 from fxfusion.models.ffn_surgery.record import fused_state, plan_of
@@ -47,7 +48,11 @@ def save(
     card: str | None = None,
 ) -> None:
     """Arguments and errors as of `fxfusion.save_pretrained`; `card` is the content of README.md."""
-    bare: Any = getattr(model, "_orig_mod", model)
+    bare: Any = bare_model(model)
+    _check_plain(bare)
+    missing = next((name for name, value in own_tensors(bare).items() if value.is_meta), None)
+    if missing is not None:
+        raise CheckpointError(f"{missing} is on the meta device: there is nothing to write")
     with ExitStack() as undo, replacing(directory) as folder:
         if plan is not None:
             _drop(bare, plan, undo)
@@ -93,7 +98,7 @@ class CanonicalTensors:
 
     @classmethod
     def of(cls, model: Any, planned: FusionPlan | None = None) -> CanonicalTensors:
-        """`planned`: groups to note of a model that is not fused.
+        """`planned`: groups to note of a model that is not fused. Works on the meta device too, for a dry run.
 
         Raises `CheckpointError` where the original format cannot hold the model, naming the tensor.
         """
@@ -108,7 +113,8 @@ class CanonicalTensors:
         wanted = own_tensors(intact)
         unknown = dtypes.keys() - wanted.keys()
         if unknown:
-            raise CheckpointError(f"{min(unknown)} is no tensor of the model that the config builds")
+            hint = "; merge the adapters first" if hasattr(model, "peft_config") else ""
+            raise CheckpointError(f"{min(unknown)} is no tensor of the model that the config builds{hint}")
         facts = [TensorFacts(name, tuple(value.shape), dtypes.get(name, value.dtype)) for name, value in wanted.items()]
         zeros = frozenset(wanted.keys() - dtypes.keys())
         plan = plan_of(model)
@@ -152,8 +158,6 @@ def _check_plain(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(f"{type(model).__name__} is no transformers model: a checkpoint needs its config")
     for name, value in model.state_dict(keep_vars=True).items():
-        if value.is_meta:
-            raise CheckpointError(f"{name} is on the meta device: there is nothing to write")
         if type(value.detach()) is not Tensor:
             kind = type(value.detach()).__name__
             raise CheckpointError(
@@ -165,7 +169,7 @@ def _check_ties(model: Any, intact: Any) -> None:
     """A tensor that the config ties to another is not written, so it has to be the same."""
     for target, source in tied_names(intact).items():
         one, other = model.get_parameter_or_buffer(target), model.get_parameter_or_buffer(source)
-        if one is not other and not (one.shape == other.shape and one.equal(other)):
+        if one is not other and not one.is_meta and not (one.shape == other.shape and one.equal(other)):
             raise CheckpointError(
                 f"the config says that {target} is {source}, and they differ: set "
                 "model.config.tie_word_embeddings = False"

@@ -104,7 +104,7 @@ def _hub_name(name: str) -> str | None:
 
 def _folder_name(model: Any) -> str:
     name = base_name(model)
-    return Path(name).resolve().name if name else type(getattr(model, "_orig_mod", model)).__name__
+    return Path(name).resolve().name if name else type(model).__name__
 
 
 def _first(value: Any) -> str | None:

@@ -65,7 +65,7 @@ class Companions:
 
 def base_name(model: Any) -> str:
     """What the model was loaded from, a folder or a name on the hub; "" where it is not known."""
-    found = getattr(getattr(model, "_orig_mod", model), "name_or_path", "")
+    found = getattr(model, "name_or_path", "")
     return found if isinstance(found, str) else ""
 
 

@@ -19,8 +19,12 @@ from fxfusion.errors import CheckpointError
 _MAX_BUFFER_BYTES = 2**32
 
 
+# Settings by which a config names code: classes in the folder, kernels on the hub.
+_NAMES_CODE = ("auto_map", "attn_implementation", "experts_implementation", "use_kernels", "kernel_config")
+
+
 def config_of(data: Mapping[str, Any], where: object) -> Any:
-    """The transformers config for the content of a `config.json`; code that it names (`auto_map`) is never run.
+    """The transformers config for the content of a `config.json`; code that it names is neither run nor fetched.
 
     Raises `CheckpointError` where transformers has no such model, or the values do not fit it.
     """
@@ -32,10 +36,25 @@ def config_of(data: Mapping[str, Any], where: object) -> Any:
         raise CheckpointError(f"{where}: transformers has no model_type {kind!r}{hint}")
     if data.get("quantization_config") is not None:
         raise CheckpointError(f"{where}: the weights are quantised; fuse first, then quantise")
+    if "fxfusion" in data:
+        raise CheckpointError(
+            f"{where}: the model was changed by fxfusion and then saved without it; fxfusion.save_pretrained writes "
+            "what is needed to load it"
+        )
     try:
-        return CONFIG_MAPPING[kind].from_dict({name: value for name, value in data.items() if name != "auto_map"})
+        return CONFIG_MAPPING[kind].from_dict(_without_code(data))
     except Exception as error:  # whatever a config class makes of bad values
         raise CheckpointError(f"{where}: no valid config of a {kind} model: {error}") from error
+
+
+def _without_code(value: Any) -> Any:
+    """The same without the settings that name code or are private, at every depth."""
+    if isinstance(value, list):
+        return [_without_code(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    kept = {name: item for name, item in value.items() if name not in _NAMES_CODE and not name.startswith("_")}
+    return {name: _without_code(item) for name, item in kept.items()}
 
 
 def outline(config: Any, dtype: torch.dtype | None = None) -> Any:

@@ -66,6 +66,7 @@ def test_buffers_that_a_config_makes_too_large_are_refused(monkeypatch: pytest.M
         ({"model_type": "x", "auto_map": {}}, "code of the folder is never run"),
         ({"model_type": ["llama"]}, "no model_type"),
         ({"model_type": "llama", "quantization_config": {}}, "quantised"),
+        ({"model_type": "llama", "fxfusion": {"fused": {}}}, "saved without it; fxfusion.save_pretrained"),
         ({"model_type": "llama", "num_attention_heads": "many"}, "no valid config of a llama model"),
     ],
 )
@@ -77,3 +78,16 @@ def test_bad_configs_are_named(data: dict[str, object], why: str) -> None:
 def test_a_model_that_writes_no_text_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"no causal language model can be built from the config \(t5\)"):
         outline(config_of({"model_type": "t5"}, "config.json"))
+
+
+def test_code_that_a_config_names_is_neither_run_nor_fetched() -> None:
+    named = {
+        "attn_implementation": "org/kernel",
+        "_attn_implementation": "org/kernel",
+        "auto_map": {"AutoModel": "x.Y"},
+    }
+    config = config_of({"model_type": "llama", "hidden_size": 32, **named, "rope_parameters": None}, "config.json")
+    assert config._attn_implementation is None and config.hidden_size == 32
+    assert not hasattr(config, "auto_map")
+    inner = config_of({"model_type": "gemma3", "text_config": {"hidden_size": 32, **named}, **named}, "config.json")
+    assert inner.text_config._attn_implementation is None and inner.text_config.hidden_size == 32
