@@ -1,0 +1,84 @@
+"""The public functions: formats, tokenizer and card beside the model, the reference model there and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fxfusion
+from bench.reference.load import MODEL_FOLDER, heldout_batches, load_model
+from fxfusion.errors import CheckpointError, OptionError
+from tests.end_to_end.caching import RED, off, recomputed
+from tests.fxfusion.checkpoints import models
+from tests.fxfusion.checkpoints.models import logits
+
+PLAN = {"dropped_attention": [5, 6, 7, 8, 9], "groups": [[4, 5, 6], [7, 8, 9]]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["fold", "last"])
+def test_the_reference_model_there_and_back(tmp_path: Path, norm: str) -> None:
+    """Fused, saved, loaded: the same model. Loaded by transformers: the model that only lost its attention."""
+    torch._dynamo.reset()
+    ids = heldout_batches(batch=2, seq=64, limit=1)[0]
+    without = recomputed(fxfusion.drop_attention(load_model(), PLAN["dropped_attention"]), ids)
+    model = fxfusion.fuse(load_model(), PLAN | {"norm": norm})
+    fused = recomputed(model, ids)
+    fxfusion.save_pretrained(model, tmp_path / "m", max_shard_size="10MB")
+    again = fxfusion.from_pretrained(tmp_path / "m")
+    assert off(recomputed(again, ids), fused) < (1e-5 if norm == "fold" else 1e-7)
+    if norm == "last":
+        assert all(value.equal(again.state_dict()[name]) for name, value in model.state_dict().items())
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert off(recomputed(plain, ids), without) < 1e-5
+    assert off(fused, without) > RED
+    assert fxfusion.from_pretrained(tmp_path / "m", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_tokenizer_and_card_lie_beside_the_model(tmp_path: Path) -> None:
+    model = load_model()
+    fxfusion.save_pretrained(model, tmp_path / "m", card={"license": "apache-2.0", "quality": {"perplexity": 21.29}})
+    assert AutoTokenizer.from_pretrained(tmp_path / "m")("def f").input_ids
+    card = ModelCard.load(tmp_path / "m" / "README.md")
+    assert card.data.license == "apache-2.0" and "| perplexity | 21.29 |" in card.text
+    again = fxfusion.from_pretrained(tmp_path / "m")
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    fxfusion.save_pretrained(again, tmp_path / "n")
+    assert (tmp_path / "n" / "tokenizer.json").read_bytes() == (MODEL_FOLDER / "tokenizer.json").read_bytes()
+
+
+def test_a_model_may_be_saved_where_it_came_from(tmp_path: Path) -> None:
+    fxfusion.save_pretrained(load_model(), tmp_path / "m")
+    again = fxfusion.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    fxfusion.save_pretrained(again, tmp_path / "m")
+    assert (tmp_path / "m" / "tokenizer.json").exists()
+    assert fxfusion.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
+
+
+def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="expected one of canonical, nemotron-nas, got 'gguf'"):
+        fxfusion.save_pretrained(models.intact(), tmp_path / "m", format="gguf")  # type: ignore[arg-type]
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer")
+def test_the_other_format_is_read_by_its_own_reader(tmp_path: Path) -> None:
+    model = models.fused()
+    fxfusion.save_pretrained(model, tmp_path / "m", format="nemotron-nas")
+    assert "trust_remote_code=True" in (tmp_path / "m" / "README.md").read_text()
+    assert off(logits(fxfusion.from_pretrained(tmp_path / "m")), logits(model)) < 1e-5
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        fxfusion.from_pretrained(tmp_path / "m")
+    (tmp_path / "m").mkdir()
+    with pytest.raises(CheckpointError, match="config.json is missing"):
+        fxfusion.from_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="config.json has no model_type"):
+        fxfusion.from_pretrained(tmp_path / "m")
