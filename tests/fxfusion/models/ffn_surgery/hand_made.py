@@ -28,7 +28,8 @@ class PlusOne(nn.Module):
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """How the members look. `biases`: on their projections and down; `plus_one`: the gain is `1 + weight`;
-    `scale`: a vector after the down projection; `multiplier`: a number there; `slope`: one number in the activation."""
+    `scale`: a vector after the down projection, `offset`: one that is added after it, `multiplier`: a number there;
+    `slope`: one number in the activation."""
 
     norm: Any = "fold"
     packed: str = ""
@@ -37,6 +38,7 @@ class Form:
     shift: bool = False
     plus_one: bool = False
     scale: bool = False
+    offset: bool = False
     multiplier: float = 1.0
     slope: bool = False
     shards: int = 1
@@ -47,7 +49,7 @@ def recipe(form: Form) -> GroupRecipe:
     home, last = members[0], members[-1]
     fills = [(constant.names[0], 0.0 if form.plus_one else 1.0) for constant in home.with_role("gain")]
     fills += [(constant.names[0], 0.0) for constant in home.with_role("shift")]
-    fills += [(step.names[0], 1.0) for _, step in home.tail if isinstance(step, Constant)]
+    fills += [(step.names[0], float(kind == "mul")) for kind, step in home.tail if isinstance(step, Constant)]
     copies = zip(home.prologue, last.prologue, strict=True) if form.norm == "last" else ()
     return GroupRecipe(
         members=members,
@@ -55,7 +57,7 @@ def recipe(form: Form) -> GroupRecipe:
         fills=tuple(fills),
         copies=tuple((first.names[0], own.names[0]) for first, own in copies),
         in_bias=form.biases or (form.shift and form.norm == "fold"),
-        down_bias=form.biases,
+        down_bias=form.biases or form.offset,
         shards=form.shards,
     )
 
@@ -74,6 +76,7 @@ def _member(form: Form, layer: int, width: int) -> Member:
     prologue = (gain, Constant((f"{layer}.norm.bias",))) if form.shift else (gain,)
     roles: Any = ("fixed",) * len(prologue) if form.norm == "last" else ("gain", "shift")[: len(prologue)]
     tail: list[TailStep] = [("mul", Constant((f"{layer}.scale",)))] if form.scale else []
+    tail += [("add", Constant((f"{layer}.offset",)))] if form.offset else []
     tail += [("mul", form.multiplier)] if form.multiplier != 1.0 else []
     return Member(
         layer=layer,
@@ -129,8 +132,9 @@ def branch(member: Member, tensors: Mapping[str, Tensor], n: Tensor, norm_of: Me
     for constant in member.middle:
         inner = inner * (constant.value(tensors) if constant is not None else 1.0)
     out = _linear(member.down, tensors, inner)
-    for _, step in member.tail:
-        out = out * (step.value(tensors) if isinstance(step, Constant) else step)
+    for kind, step in member.tail:
+        value = step.value(tensors) if isinstance(step, Constant) else step
+        out = out * value if kind == "mul" else out + value
     return out
 
 

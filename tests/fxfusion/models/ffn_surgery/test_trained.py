@@ -126,3 +126,23 @@ def test_one_number_that_became_one_for_each_channel_is_refused_by_name() -> Non
     assert off(hand_made.parallel(group, back, n), hand_made.fused(group, trained, n)) <= LIMIT
     with pytest.raises(SurgeryError, match=r"0\.slope was one number, and training since has made it one per channel"):
         given_back(group, hand_made.trained(wide, ["0.slope"]), members)
+
+
+def test_what_is_added_after_the_down_projection_comes_back_and_is_refused_once_trained() -> None:
+    group, n = hand_made.recipe(Form(scale=True, offset=True, biases=True, multiplier=0.5)), hand_made.stream()
+    members = hand_made.parameters(group)
+    wide = hand_made.packed(group, members)
+    assert off(hand_made.fused(group, wide, n), hand_made.parallel(group, members, n)) <= LIMIT
+    trained = hand_made.trained(wide, ["0.down.weight", "0.down.bias"])
+    back = given_back(group, trained, members)
+    assert off(hand_made.parallel(group, back, n), hand_made.fused(group, trained, n)) <= LIMIT
+    for name in ("0.offset", "0.scale"):
+        with pytest.raises(SurgeryError, match=rf"{name} was trained since it was fused, and cannot be shared out"):
+            given_back(group, hand_made.trained(wide, [name]), members)
+
+
+def test_a_trained_sum_of_biases_that_no_member_has_is_refused_by_name() -> None:
+    group = hand_made.recipe(Form(offset=True))
+    members = hand_made.parameters(group)
+    with pytest.raises(SurgeryError, match=r"0\.down\.bias was trained since it was fused, and no member has such"):
+        given_back(group, hand_made.trained(hand_made.packed(group, members), ["0.down.bias"]), members)
