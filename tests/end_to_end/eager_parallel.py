@@ -49,6 +49,41 @@ def randomised(model: nn.Module, seed: int = 0, only: str = "") -> Any:
     return model.eval()
 
 
+def with_widths(model: Any, widths: Sequence[int], seed: int = 3) -> Any:
+    """Each layer's FFN as wide as its number says, random; 0 takes it away, with its norm."""
+    for layer, width in zip(model.model.layers, widths, strict=True):
+        if width == 0:
+            layer.mlp, layer.post_attention_layernorm = NoFfn(), nn.Identity()
+            continue
+        layer.mlp.intermediate_size = width
+        for name in ("gate_proj", "up_proj"):
+            layer.mlp.set_submodule(name, nn.Linear(layer.mlp.hidden_size, width, bias=False))
+        layer.mlp.down_proj = nn.Linear(width, layer.mlp.hidden_size, bias=False)
+    return randomised(model, seed, only="mlp")
+
+
+class NoFfn(nn.Module):
+    """What stands in for an FFN that was pruned away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class NoAttention(nn.Module):
+    """What stands in for an attention that was pruned away."""
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+def without_attention(model: Any, layers: Sequence[int]) -> Any:
+    """Some layers' attention taken away by hand, with its norm."""
+    for number in layers:
+        layer = model.model.layers[number]
+        layer.self_attn, layer.input_layernorm = NoAttention(), nn.Identity()
+    return model
+
+
 def token_ids(batch: int = 2, seed: int = 1) -> Tensor:
     return torch.randint(3, 64, (batch, 9), generator=torch.Generator().manual_seed(seed))
 
@@ -87,9 +122,8 @@ def parallel_logits(
         if number == group[0]:
             members = [layers[member] for member in group if hasattr(layers[member].mlp, "down_proj")]
             gains = [(layers[group[-1]] if norm == "last" else m).post_attention_layernorm for m in members]
-            attention = None if number in dropped or not hasattr(layer.self_attn, "q_proj") else layer
-            if hasattr(layer.self_attn, "qkv_proj"):
-                attention = None if number in dropped else layer
+            keeps = number not in dropped and any(True for _ in layer.self_attn.parameters())
+            attention = layer if keeps else None
             parallel.append(ParallelLayer(attention, [member.mlp for member in members], gains))
     inner.model.layers = nn.ModuleList(parallel)
     inner.config.num_hidden_layers = len(parallel)

@@ -81,7 +81,7 @@ def _check_kind(present: Sequence[Wrapper]) -> None:
 
     for wrapper in present:
         layer = wrapper.module
-        if type(layer) is not Linear:
+        if not isinstance(layer, Linear) or type(layer).forward is not Linear.forward:
             kind = f"{type(layer).__module__.rpartition('.')[0].rpartition('.')[2]}.{type(layer).__name__}"
             raise SurgeryError(f"{wrapper.path}: an adapter of kind {kind} cannot be carried over: {MERGE_FIRST}")
         if layer.lora_variant:

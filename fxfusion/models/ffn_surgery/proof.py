@@ -18,6 +18,7 @@ from fxfusion.errors import SurgeryError
 from fxfusion.graph import ops
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
+from fxfusion.models.ffn_surgery.quantised import plain
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.surgery_proof import cached_logits, full_logits, relative
 from fxfusion.models.traced import TracedGraph, TracedModel
@@ -124,7 +125,7 @@ class _Wider(fx.Interpreter):
 
     def _widened(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(self._wide)
+            return plain(value).to(self._wide)
         return self._wide if isinstance(value, torch.dtype) and value.is_floating_point else value
 
 
