@@ -9,6 +9,7 @@ the model. Members are freed group by group.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
         taken = Adapters.taken_off(model, bare, adapters, undo)
         check_fits(chosen, bare)
         surgery = _prepare(bare, chosen, check, shards, undo)
+        gc.collect()  # graphs are full of cycles, and hold the members' weights
         taken.read(surgery.recipe, check)
         if surgery.recipe.groups:
             surgery.run()

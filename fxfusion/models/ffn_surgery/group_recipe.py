@@ -21,7 +21,7 @@ from fxfusion.models.ffn_surgery.channels import Run, spread
 from fxfusion.models.ffn_surgery.layout import Constant, Matrix, Member, Tensors, wide_dtype
 from fxfusion.policy import NormMode
 
-_CHUNK = 1 << 22  # numbers that are folded at a time: bounds what is needed beside the wide weights
+_CHUNK = 1 << 18  # numbers that are folded at a time: what an allocator keeps of larger ones would add up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +100,8 @@ class GroupRecipe:
     def _projection(self, tensors: Tensors, number: int) -> Tensor:
         """Rows of every member, gains folded in: `[pieces * width, hidden]`, stored as the first member's is."""
         matrix = self.home.projections[number]
-        weights = [tensors[member.projections[number].weight] for member in self.members]
-        if quantised.is_quantised(weights[0]):
+        if quantised.is_quantised(tensors[matrix.weight]):
+            weights = [tensors[member.projections[number].weight] for member in self.members]
             places = [self.slices(number, place) for place in range(len(self.members))]
             return quantised.joined(weights, places, 0, self._rows(number))
         stored = _empty_like(tensors[matrix.weight], matrix, self._rows(number))
