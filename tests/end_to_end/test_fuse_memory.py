@@ -1,4 +1,4 @@
-"""Fusing in place never holds two forms of more than one group: measured in a process of its own, on 2 GB of weights."""
+"""Fusing in place never holds two forms of more than one group: measured in a child process, on 2 GB of weights."""
 
 from __future__ import annotations
 
