@@ -199,10 +199,15 @@ def against_the_eye(study: Study) -> dict[str, Any]:
                 best = study.planner.best_at(dropped, depth)
                 if by_eye is None or best is None:
                     continue
-                ours = study.row(dropped, best.plan.groups, best.plan.norm)
+                paper = FusionPlan(dropped_attention=dropped, groups=by_eye, norm="last")
                 rows.append(
-                    {"dropped": list(dropped), "depth": depth, "planner": ours}
-                    | {"paper": study.row(dropped, by_eye, "last")}
+                    {
+                        "dropped": list(dropped),
+                        "depth": depth,
+                        "planner": study.row(dropped, best.plan.groups, best.plan.norm),
+                        "paper": study.row(dropped, by_eye, "last"),
+                        "difference": study.meter.difference(best.plan, paper).to_dict(),
+                    }
                 )
     won = sum(one["planner"]["loss_increase"]["value"] <= one["paper"]["loss_increase"]["value"] for one in rows)
     return {"rows": rows, "points": len(rows), "planner_lower_or_equal": won}

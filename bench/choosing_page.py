@@ -5,15 +5,14 @@ Every sentence that compares two numbers is made from the numbers, so that the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from tabulate import tabulate
+from bench.choosing_cells import Row, cell, compare, fine_cell, groups_of, span, table, value, yes
+from bench.choosing_plots import plot_drop_curves, plot_planner
 
 DOCS = Path("docs")
-Row = Mapping[str, Any]
 
 
 def write_page(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
@@ -96,7 +95,7 @@ Per block, the paper's section 5.5 (low ratio, high cosine: candidates for runni
 
 def intensity_section(found: Mapping[str, Any]) -> str:
     rows = [
-        [row["depth"], row["variant"], groups_of(row), cell(row["perplexity"]), cell(row["loss_increase"])]
+        [row["depth"], variant(row), groups_of(row), cell(row["perplexity"]), cell(row["loss_increase"])]
         for row in found["rows"]
     ]
     return f"""## Fusion at rising intensity (the paper's table 3)
@@ -105,6 +104,10 @@ Attention dropped from layers {span(found["dropped"])}. The paper's rule leaves 
 cuts the rest evenly; it is shown with the paper's norm (`last`) and with each member's own norm (`fold`).
 
 {table(["FFNs left", "variant", "groups", "perplexity", "loss"], rows)}"""
+
+
+def variant(row: Row) -> str:
+    return f"planner, norm={row['norm']}" if row["variant"] == "planner" else str(row["variant"])
 
 
 def ends_section(found: Mapping[str, Any]) -> str:
@@ -244,84 +247,37 @@ def planner_section(found: Mapping[str, Any]) -> str:
             groups_of(row["paper"]),
             cell(row["paper"]["loss_increase"]),
             groups_of(row["planner"]),
+            row["planner"]["norm"],
             cell(row["planner"]["loss_increase"]),
+            "same plan" if same_plan(row) else fine_cell(row["difference"]),
         ]
         for row in found["rows"]
     ]
-    worst = max(0.0, *(value(row["planner"]) - value(row["paper"]) for row in found["rows"]))
     return f"""## The planner against the paper's rule at equal depth
 
 For several sets of dropped attentions, at each depth that the paper's rule reaches: both fuse the same model to the
-same number of FFNs. Chosen on calibration text, measured on held-out text. The planner loses less or as much at
-**{found["planner_lower_or_equal"]} of {found["points"]}** points; where it loses more, by at most {worst:.4f} nats.
+same number of FFNs. Chosen on calibration text, measured on held-out text. The paper's rule (even cuts, the ends out,
+norm=last) is the planner's first proposal, and it departs from it only where the paired interval on the calibration
+text says that another is better. "Difference" is the planner's loss less that of the paper's rule, paired token by
+token. {planner_summary(found)}
 
 ![planner against the paper's rule](figures/planner.svg)
 
-{table(["FFNs left", "attention dropped", "paper's rule", "loss", "planner", "loss"], rows)}"""
+{table(["FFNs left", "attention dropped", "paper's rule", "loss", "planner", "norm", "loss", "difference"], rows)}"""
 
 
-def plot_drop_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for index, (name, curve) in enumerate(curves.items()):
-        xs = range(len(curve))
-        axes.plot(xs, [value(row) for row in curve], "o-", ms=3, label=name, color=f"C{index}")
-        low, high = ([row["loss_increase"][end] for row in curve] for end in ("low", "high"))
-        axes.fill_between(xs, low, high, alpha=0.15, color=f"C{index}", linewidth=0)
-    axes.set_xlabel("attentions dropped")
-    axes.set_ylabel("loss above intact [nats per token]")
-    axes.set_yscale("symlog", linthresh=0.05)
-    axes.grid(alpha=0.3)
-    axes.legend(title="order by")
-    figure.savefig(path, metadata={"Date": None})
+def planner_summary(found: Mapping[str, Any]) -> str:
+    """How often the planner is better, the same and worse."""
+    departed = [row["difference"] for row in found["rows"] if not same_plan(row)]
+    kept = found["points"] - len(departed)
+    lower = sum(difference["value"] < 0 for difference in departed)
+    surely = sum(difference["high"] < 0 for difference in departed)
+    worst = max((difference["value"] for difference in departed), default=0.0)
+    more = f"; where it loses more, by at most {worst:.4f} nats" if worst > 0 else ""
+    return f"""The planner loses less or as much at **{found["planner_lower_or_equal"]} of {found["points"]}** points:
+it keeps the paper's plan at {kept}, and the other {len(departed)} lose less at {lower} (with an interval below zero at
+{surely}){more}."""
 
 
-def plot_planner(rows: Sequence[Row], path: Path) -> None:
-    figure = Figure(figsize=(5.2, 4.8), layout="constrained")
-    axes = figure.subplots()
-    paper, ours = [value(row["paper"]) for row in rows], [value(row["planner"]) for row in rows]
-    axes.plot(paper, ours, "o", ms=4, alpha=0.7)
-    ends = [min([*paper, *ours]), max([*paper, *ours])]
-    axes.plot(ends, ends, color="black", linewidth=0.8)
-    axes.set_xlabel("paper's rule: loss above intact [nats]")
-    axes.set_ylabel("planner: loss above intact [nats]")
-    axes.set_title("each point: one set of dropped attentions, one depth", fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None})
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    return tabulate(rows, headers=header, tablefmt="github", disable_numparse=True)
-
-
-def cell(estimate: Mapping[str, float | None]) -> str:
-    def shown(name: str) -> str:
-        number = estimate[name]
-        return "-" if number is None else f"{number:.2f}" if abs(number) >= 10 else f"{number:.3f}"
-
-    return f"{shown('value')} [{shown('low')}, {shown('high')}]"
-
-
-def value(row: Row) -> float:
-    return float(row["loss_increase"]["value"])
-
-
-def compare(one: Row, other: Row, what: str, instead: str) -> str:
-    difference = value(one) - value(other)
-    word = "costs" if difference > 0 else "gains"
-    return f"{what} {word} {abs(difference):.3f} nats against {instead}"
-
-
-def groups_of(row: Row) -> str:
-    return "; ".join(span(group) for group in row["groups"]) or "-"
-
-
-def span(layers: Sequence[int]) -> str:
-    """`4-8` for neighbours, else all of them."""
-    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]}-{layers[-1]}"
-    return " ".join(map(str, layers)) or "-"
-
-
-def yes(flag: bool) -> str:
-    return "in" if flag else "out"
+def same_plan(row: Mapping[str, Any]) -> bool:
+    return all(row["planner"][name] == row["paper"][name] for name in ("groups", "norm"))

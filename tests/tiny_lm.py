@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.blocks import HIDDEN, Attention, Block, Gated, Rms, randomise
@@ -13,12 +14,18 @@ from tests.blocks import HIDDEN, Attention, Block, Gated, Rms, randomise
 VOCABULARY = 13
 
 
+class CausalAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part[:, None] for part in self.qkv(x).chunk(3, -1))
+        return x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+
+
 class Decoder(nn.Module):
     """One decoder layer: attention, then an FFN, each added to the stream."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention = Attention(HIDDEN)
+        self.attention = CausalAttention(HIDDEN)
         self.mlp = Block(Rms(HIDDEN), Gated(HIDDEN, width))
 
     def forward(self, x: Tensor) -> Tensor:

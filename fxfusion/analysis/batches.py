@@ -17,6 +17,10 @@ Batch = Tensor | Mapping[str, Any]
 Model = nn.Module | Callable[..., Any]
 T = TypeVar("T")
 
+_PROBE = 8  # tokens
+# How much the logits may change, relative, when a later token does: a causal model's by so many roundings where experts
+# see the tokens in another grouping, and in half precision by no more than this.
+_ROUNDINGS, _CHANGED = 32, 0.05
 IGNORED = -100  # the label that means "do not count this token" in the whole PyTorch world
 
 
@@ -99,6 +103,29 @@ def model_device(model: Model, who: str = "the model") -> torch.device | None:
     if weight is not None and weight.is_meta:
         raise ValueError(f"{who} is on the meta device: its weights are missing")
     return None if weight is None else weight.device
+
+
+def require_causal(model: nn.Module, batch: Batch) -> None:
+    """Raises ValueError where the logits change with later tokens: an encoder may be loaded as a language model too.
+
+    A few tokens of the batch are run twice, the last one changed. A batch of more than ids, mask and labels cannot be
+    cut to a few tokens and is believed.
+    """
+    inputs = as_inputs(batch, 0)
+    if inputs.keys() - {"input_ids", "attention_mask", "labels"} or not isinstance(inputs.get("input_ids"), Tensor):
+        return
+    ids = inputs["input_ids"][:1, :_PROBE]
+    other = ids.clone()
+    other[:, -1] = torch.where(ids[:, -1] == 0, 1, ids[:, -1] - 1)
+    device = model_device(model)
+    with measuring(model):
+        found = [logits_of(run_model(model, {"input_ids": each}, device), ids.shape, 0) for each in (ids, other)]
+    before, after = (logits[:, :-1].double() for logits in found)
+    finite = before.isfinite() & after.isfinite()  # what is not finite is somebody else's finding
+    change = (before - after)[finite].norm()
+    if change > min(_ROUNDINGS * torch.finfo(found[0].dtype).eps, _CHANGED) * before[finite].norm():
+        name = type(model).__name__
+        raise ValueError(f"{name} is not causal (its logits change with later tokens), so it has no perplexity")
 
 
 @contextmanager

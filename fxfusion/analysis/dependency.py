@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fxfusion.analysis.batches import Batch, measuring, model_device
+from fxfusion.analysis.batches import Batch, measuring, model_device, require_causal
 from fxfusion.analysis.dependency_store import MatrixState, load_matrix, save_matrix
 from fxfusion.analysis.resume import model_key, progress_bar
 from fxfusion.analysis.token_batches import TokenBatch, read_batches
@@ -112,13 +112,14 @@ def dependency_matrix(
         OptionError: an unknown unit, a layer without attention to drop, a folder with another measurement.
         CaptureError: a model that is not one graph.
         ValueError: no batches, nothing in them that counts, no such blocks, a value that is not finite, a model
-            on `meta`.
+            on `meta` or one that is not causal.
     """
     if unit not in get_args(Unit):
         raise OptionError(f"unit must be one of {', '.join(get_args(Unit))}, got {unit!r}")
     traced = TracedModel(model, dropped_attention)
     model_device(traced.model)  # refuses a model that cannot be measured
     read = read_batches(batches)
+    require_causal(traced.model, read[0].inputs)
     graph = traced.graph(read[0].inputs)
     blocks = blocks_of(graph, unit)
     facts = {"unit": unit, "dropped_attention": list(traced.dropped_attention), "layers": [b.layer for b in blocks]}

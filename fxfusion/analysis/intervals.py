@@ -56,6 +56,12 @@ class Estimate:
         """The three numbers; those that are not finite are None, so that the dict is valid JSON."""
         return {name: number if math.isfinite(number) else None for name, number in asdict(self).items()}
 
+    def below_zero(self, choices: int = 1) -> bool:
+        """Whether the interval lies below zero, widened (Bonferroni) where this is the best of so many tries."""
+        normal = NormalDist()
+        widen = normal.inv_cdf(_TAIL / choices) / normal.inv_cdf(_TAIL)
+        return self.value + widen * (self.high - self.value) < 0
+
     def exp(self) -> Estimate:
         """`exp` of all three numbers: the perplexity of a loss, the ratio of perplexities of a loss increase."""
         return Estimate(_exp(self.value), _exp(self.low), _exp(self.high))

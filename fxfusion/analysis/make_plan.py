@@ -34,7 +34,7 @@ def make_plan(
     max_width: int | None = None,
     max_bytes: int | None = None,
     max_dependency: float | None = None,
-    norm: NormMode = "fold",
+    norm: NormMode | None = None,
     method: Method = "loss",
     preset: Literal["paper"] | None = None,
     splits: Iterable[int] | None = None,
@@ -54,41 +54,56 @@ def make_plan(
         target_depth: how many FFNs one behind the other may remain; at least that much attention is dropped.
         max_members, max_width [intermediate channels], max_bytes: of one fused FFN.
         max_dependency: largest entry of the dependency matrix inside a group.
-        norm: see `FusionPlan`. method: see `attention_scores`.
+        norm: see `FusionPlan`; None measures both and keeps the paper's, `"last"`, on the paper's groups unless
+            `"fold"` is measured better. method: see `attention_scores`.
         preset: `"paper"` leaves the leading and the last FFN of each run out and takes the norm of a group's last
             member; groups are cut at `splits` (layers at which one begins) or where `max_bytes` is full, not measured.
         cache: a folder where scores, matrices and measured plans are kept: the next call measures only what is new.
         progress: show progress bars. command: what is noted in the plan as its maker.
 
     Without any budget only chains that the model has already are fused. Of the plans within the budget the one with
-    the fewest FFNs is chosen, among those the one with the least loss; the first and last FFN of a chain stay out
-    where measurement says that they cost more than their share.
+    the fewest FFNs is chosen, among those the one with the least loss (the plainest, if none is measured better); the
+    first and last FFN of a chain stay out where measurement says that they cost more than their share.
 
     Raises:
-        OptionError: a budget that cannot be (negative, more layers than there are).
+        OptionError: a budget that cannot be (negative, more layers than there are), or arguments that contradict
+            each other.
         PlanError: no plan fits the budget; the message says what is possible.
         CaptureError: the model cannot be captured as one graph.
     """
     budget = Budget(
         drop=drop, max_perplexity_increase=max_perplexity_increase, max_kl=max_kl, target_depth=target_depth
     )
+    if drop is not None and dropped_attention is not None:
+        raise OptionError("drop and dropped_attention were both given; the second names the layers itself")
     limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
-    planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
     if preset is not None:
-        chosen = _preset(planner, preset, budget, dropped_attention, splits)
+        _check_preset(preset, budget, limits, norm)
     elif splits is not None:
         raise OptionError("splits belong to preset='paper'; the planner cuts by measurement")
+    planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
+    if preset is not None:
+        chosen = _paper(planner, budget, dropped_attention, splits)
     else:
         chosen = search(planner, budget, dropped_attention).plan
     return recorded(planner, chosen, command)
 
 
-def _preset(
-    planner: Planner, preset: str, budget: Budget, dropped: Sequence[int] | None, splits: Iterable[int] | None
-) -> FusionPlan:
-    """The paper's rule on the run of attentions that is cheapest to drop (or those given)."""
+def _check_preset(preset: str, budget: Budget, limits: Limits, norm: NormMode | None) -> None:
+    """Raises `OptionError` for a budget of quality or depth: a rule measures nothing, so it cannot keep it."""
     if preset != "paper":
         raise OptionError(f"preset: expected 'paper', got {preset!r}")
+    given = {name: getattr(budget, name) for name in ("max_perplexity_increase", "max_kl", "target_depth")}
+    given |= {name: getattr(limits, name) for name in ("max_members", "max_width", "max_dependency")}
+    named = next((name for name, value in given.items() if value is not None), None)
+    if named is not None:
+        raise OptionError(f"{named}: preset='paper' is a rule that keeps no such budget")
+    if norm == "fold":
+        raise OptionError("norm: preset='paper' takes the norm of a group's last member, norm='last'")
+
+
+def _paper(planner: Planner, budget: Budget, dropped: Sequence[int] | None, splits: Iterable[int] | None) -> FusionPlan:
+    """The paper's rule on the run of attentions that is cheapest to drop (or those given)."""
     if dropped is None:
         number = budget.count(len(planner.meter.mixers)) or 0
         dropped = planner.drops(number)[-1]

@@ -17,8 +17,10 @@ from torch import Tensor, fx
 from fxfusion.capture import CapturedGraph
 from fxfusion.errors import NotFusedError, PlanError, RefusalCode
 from fxfusion.graph.editor import erase_dead_code
+from fxfusion.graph.pass_base import History
+from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.traced import TracedGraph, TracedModel
-from fxfusion.pipeline import Analysis, analyse, fuse_captured
+from fxfusion.pipeline import Analysis, analyse, fuse_captured, normalising_passes
 from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
 from fxfusion.report import GraphReport
@@ -93,7 +95,7 @@ def without_mixers(graph: TracedGraph, layers: Iterable[int]) -> CapturedGraph:
     for block in blocks:
         by_name[block.after.name].replace_all_uses_with(by_name[block.before.name])
     erase_dead_code(work.module.graph)
-    work.module.recompile()
+    run_passes(work.module, normalising_passes(work.weights), History())  # views around a mixer may cancel now
     return work
 
 

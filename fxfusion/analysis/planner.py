@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from fxfusion.analysis.budget import Budget
-from fxfusion.analysis.candidates import DroppedModel, candidates, shallowest
+from fxfusion.analysis.candidates import DroppedModel, candidates, equal_cuts, shallowest
 from fxfusion.analysis.dependency import dependency_matrix
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.partition import Limits
@@ -31,8 +31,7 @@ from fxfusion.policy import NormMode
 # An end of a chain stays out where fusing it costs more than so many times what the other merges cost on average, and
 # at least so many nats per token: below 1 % of the perplexity, one FFN less is worth more.
 _UNFAIR, _NOTICED = 2.0, 0.01
-# Losses [nats] that a few thousand tokens cannot tell apart: then the first proposal is taken, the plainest one.
-_SAME = 0.005
+_ANYTHING = Budget()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +52,14 @@ class Measured:
 
 @dataclass(slots=True)
 class Planner:
-    """Proposes and measures plans for one model on the same batches. `method`: of `attention_scores`."""
+    """Proposes and measures plans for one model on the same batches.
+
+    `norm`: None measures both modes. `method`: of `attention_scores`.
+    """
 
     meter: PlanMeter
     limits: Limits = field(default_factory=Limits)
-    norm: NormMode = "fold"
+    norm: NormMode | None = None
     method: Method = "loss"
     cache: str | os.PathLike[str] | None = None
     progress: bool = False
@@ -129,19 +131,41 @@ class Planner:
             self._dropped[key] = DroppedModel(key, chains, tuple(matrices), self.meter.ffns)
         return self._dropped[key]
 
-    def measure(self, model: DroppedModel, groups: Sequence[Sequence[Any]]) -> Measured:
-        plan = model.plan(groups, self.norm)
+    def measure(self, model: DroppedModel, groups: Sequence[Sequence[Any]], norm: NormMode | None = None) -> Measured:
+        plan = model.plan(groups, norm or self.norm or "fold")
         return Measured(plan, model.depth(groups), model.bytes_of(groups), self.meter.quality(plan))
 
-    def best_at(self, dropped: Sequence[int], depth: int) -> Measured | None:
-        """The best of all proposals that leave `depth` FFNs; None if the limits allow none.
+    def best_at(self, dropped: Sequence[int], depth: int, budget: Budget = _ANYTHING) -> Measured | None:
+        """The best of all proposals within the budget's quality that leave `depth` FFNs; None if there is none.
 
-        Of those that measurement cannot tell apart the first: even cuts without the ends of a chain come first.
+        The plainest one is kept unless the best is measured better, beyond what chance gives the best of so many. It
+        is the paper's rule where that reaches the depth: even cuts without the ends of a chain, the last member's norm
+        (where the norm is free), which is kept in the same way.
         """
         model = self.without(dropped)
-        found = [self.measure(model, groups) for groups in candidates(model, self.limits, depth)]
-        best = min((measured.cost for measured in found), default=0.0)
-        return next((measured for measured in found if measured.cost <= best + _SAME), None)
+        tried = (self.measure(model, groups) for groups in candidates(model, self.limits, depth))
+        found = [one for one in tried if budget.allows(one.quality)]
+        if not found:
+            return None
+        by_eye = found[0].plan.groups == equal_cuts(model, depth, 1, 1)
+        plainest = self._with_better_norm(model, found[0], "last" if by_eye else "fold", budget)
+        best = min(found, key=_cost)
+        if best is found[0] or not self._is_better(best, plainest, choices=len(found) - 1):
+            return plainest
+        return self._with_better_norm(model, best, "fold", budget)
+
+    def _with_better_norm(self, model: DroppedModel, fold: Measured, kept: NormMode, budget: Budget) -> Measured:
+        """The same groups with the norm mode to be kept, or with the other one where that is measured better."""
+        if self.norm is not None or not fold.plan.groups:
+            return fold
+        last = self.measure(model, fold.plan.groups, "last")
+        if not budget.allows(last.quality):
+            return fold
+        one, other = (fold, last) if kept == "fold" else (last, fold)
+        return other if self._is_better(other, one) else one
+
+    def _is_better(self, one: Measured, than: Measured, choices: int = 1) -> bool:
+        return one.cost < than.cost and self.meter.difference(one.plan, than.plan).below_zero(choices)
 
     def depths(self, dropped: Sequence[int]) -> range:
         """The numbers of FFNs that can be had, from the fewest to all."""
@@ -163,8 +187,8 @@ class Planner:
         if not budget.allows(self.unfused(dropped)):
             return None  # fusing costs on top of dropping
         for depth in self.depths(dropped):
-            found = self.best_at(dropped, depth) if below is None or depth < below else None
-            if found is not None and budget.allows(found.quality):
+            found = self.best_at(dropped, depth, budget) if below is None or depth < below else None
+            if found is not None:
                 return found
         return None
 
@@ -176,7 +200,7 @@ class Planner:
         ends = [(chain.members[-1], chain.members[0] if chain.leading else None) for chain in model.chains]
         for member in (member for pair in ends for member in pair if member is not None):
             groups = [tuple(other for other in group if other != member) for group in best.plan.groups]
-            smaller = self.measure(model, [group for group in groups if len(group) > 1])
+            smaller = self.measure(model, [group for group in groups if len(group) > 1], best.plan.norm)
             others = unfused.depth - smaller.depth  # merges that remain
             if smaller.depth == best.depth or others == 0:
                 continue
@@ -186,17 +210,20 @@ class Planner:
         return best
 
 
+def _cost(measured: Measured) -> float:
+    return measured.cost
+
+
 def search(planner: Planner, budget: Budget, dropped: Sequence[int] | None = None) -> Measured:
     """The best plan within the budget. Raises `PlanError` that says what is possible where there is none."""
     sets = _proposals(planner, budget, dropped)
     if budget.target_depth is not None:
-        at_depth = [planner.best_at(layers, budget.target_depth) for layers in sets]
-        found = [measured for measured in at_depth if measured is not None and budget.allows(measured.quality)]
-        best = min(found, key=lambda measured: measured.cost, default=None)
+        at_depth = [planner.best_at(layers, budget.target_depth, budget) for layers in sets]
+        best = min((measured for measured in at_depth if measured is not None), key=_cost, default=None)
     elif budget.limits_quality:
         best = _fewest(planner, budget, sets)
     else:
-        fused = min((planner.fused(layers) for layers in sets), key=lambda measured: measured.cost)
+        fused = min((planner.fused(layers) for layers in sets), key=_cost)
         best = planner.without_costly_ends(fused)
     if best is None:
         raise PlanError(_why_none(planner, sets))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.analysis.batches import measuring, model_device
+from fxfusion.analysis.batches import measuring, model_device, require_causal
 from fxfusion.analysis.divergence import WITH_REFERENCE, token_measures
 from fxfusion.analysis.resume import model_key, progress_bar
 from fxfusion.analysis.score_cache import Address, ScoreCache
@@ -42,6 +42,7 @@ class ScoreRuns:
         self.model = self.traced.model
         model_device(self.model)  # refuses a model that cannot be measured
         cache.open(lambda: model_key(self.traced), [batch.key for batch in batches])
+        require_causal(self.model, batches[0].inputs)
         blocks = self.traced.graph(batches[0].inputs).blocks.mixers
         self.layers = _wanted(layers, sorted({block.layer for block in blocks}))
         self.names = {block.layer: block.name for block in reversed(blocks)}

@@ -111,7 +111,7 @@ def sweep(
     max_width: int | None = None,
     max_bytes: int | None = None,
     max_dependency: float | None = None,
-    norm: NormMode = "fold",
+    norm: NormMode | None = None,
     method: Method = "loss",
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,

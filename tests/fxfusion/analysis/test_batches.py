@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +13,15 @@ from fxfusion.analysis.batches import (
     logits_of,
     measuring,
     model_device,
+    require_causal,
     run_model,
     split_targets,
     with_progress,
 )
+from fxfusion.analysis.dependency import dependency_matrix
+from fxfusion.analysis.meter import PlanMeter
+from fxfusion.analysis.scores import attention_scores
+from fxfusion.plan import FusionPlan
 
 IDS = torch.arange(1, 11).view(2, 5)
 
@@ -72,6 +78,44 @@ def test_a_model_that_is_not_causal_is_refused() -> None:
     for model in (masked, both):
         with pytest.raises(ValueError, match=f"{type(model).__name__}. is not a causal language model"):
             model_device(model)
+
+
+def bert(is_decoder: bool, dtype: torch.dtype, spread: float = 0.1) -> Any:
+    """Loaded as a causal language model either way: only its logits tell, by little if the weights are small."""
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=16, initializer_range=spread, is_decoder=is_decoder, use_cache=False)
+    return BertLMHeadModel(config).eval().to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "spread"), [(torch.float64, 0.02), (torch.float32, 0.02), (torch.bfloat16, 0.5)])
+def test_tokens_that_see_later_ones_are_noticed(dtype: torch.dtype, spread: float) -> None:
+    ids = torch.randint(11, (3, 12), generator=torch.Generator().manual_seed(0))
+    ids[0, 7] = 0  # the changed token is one that the model knows
+    require_causal(bert(True, dtype, spread), ids)
+    with pytest.raises(ValueError, match="BertLMHeadModel is not causal .its logits change with later tokens"):
+        require_causal(bert(False, dtype, spread), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def test_what_is_measured_must_be_causal() -> None:
+    model, batches = bert(False, torch.float32), [torch.randint(11, (3, 12))]
+    measures: list[Callable[[], object]] = [
+        lambda: attention_scores(model, batches),
+        lambda: dependency_matrix(model, batches, unit="block"),
+        lambda: PlanMeter(model, batches).quality(FusionPlan()),
+    ]
+    for measure in measures:
+        with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
+            measure()
+
+
+def test_what_is_not_finite_is_no_sign_of_the_future() -> None:
+    model = bert(True, torch.float32)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    require_causal(model, torch.ones(1, 9, dtype=torch.int64))
 
 
 def test_logits_must_fit_the_ids() -> None:

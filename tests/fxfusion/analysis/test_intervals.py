@@ -149,3 +149,20 @@ def test_estimate_to_dict_and_exp() -> None:
     estimate = Estimate(0.0, -math.inf, 5000.0)
     assert estimate.to_dict() == {"value": 0.0, "low": None, "high": 5000.0}
     assert estimate.exp() == Estimate(1.0, 0.0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "choices", "below"),
+    [
+        (Estimate(-1.0, -1.9, -0.1), 1, True),
+        (Estimate(-1.0, -1.9, -0.1), 2, False),  # z is 2.24 for the best of two, 1.96 for one
+        (Estimate(-1.0, -1.8, -0.2), 2, True),
+        (Estimate(-1.0, -3.0, 1.0), 1, False),
+        (Estimate(1.0, 0.5, 1.5), 1, False),
+        (Estimate(0.0, 0.0, 0.0), 1, False),
+        (Estimate(-1.0, -math.inf, math.inf), 1, False),  # one sequence says nothing
+        (Estimate(math.nan, math.nan, math.nan), 1, False),
+    ],
+)
+def test_below_zero_is_beyond_chance(estimate: Estimate, choices: int, below: bool) -> None:
+    assert estimate.below_zero(choices) == below

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxfusion.analysis import meter as meter_file
 from fxfusion.analysis.budget import Budget
-from fxfusion.analysis.candidates import candidates
+from fxfusion.analysis.candidates import candidates, equal_cuts
 from fxfusion.analysis.make_plan import make_plan
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.partition import Limits
@@ -20,10 +20,12 @@ from fxfusion.analysis.quality import Estimate, Quality
 from fxfusion.analysis.sweep import run_sweep
 from fxfusion.errors import FxFusionError, OptionError, PlanError
 from fxfusion.plan import FusionPlan
+from fxfusion.policy import NormMode
 from tests.tiny_lm import TinyLm, ids
 
 BATCHES = [ids(3, 9, seed=5), ids(3, 9, seed=6)]
 LAYERS = 5
+NORMS: tuple[NormMode, ...] = ("fold", "last")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,9 @@ def test_at_a_depth_the_best_of_all_proposals_is_taken(planner: Planner) -> None
         for groups in candidates(planner.without(dropped), planner.limits, 3)
     ]
     alone = search(planner, Budget(target_depth=3, drop=2))
-    same = 0.005  # of these the plainest is taken
-    assert len(rivals) > 1 and found.cost <= min(rival.cost for rival in rivals) + same
-    assert max(rival.cost for rival in rivals) > found.cost + same, "and there was something to choose"
+    assert len(rivals) > 1 and max(rival.cost for rival in rivals) > found.cost, "and there was something to choose"
+    better = [planner.meter.difference(rival.plan, found.plan) for rival in rivals]
+    assert not any(difference.below_zero(choices=len(rivals)) for difference in better)
     assert alone.depth == 3
 
 
@@ -81,18 +83,27 @@ def test_limits_reach_the_groups() -> None:
 
 
 class PricedMeter(PlanMeter):
-    """A meter whose losses are set by hand: so much for each merge, and so much more where a group has a member."""
+    """A meter whose losses are set by hand: so much for each merge, so much more where a group has a member, and for
+    `norm="last"`. The interval of a difference reaches `noise` to both sides."""
 
-    def __init__(self, per_merge: float, extra: dict[int, float]) -> None:
+    def __init__(
+        self, per_merge: float, extra: dict[int, float] | None = None, last: float = 0.0, noise: float = 0.0
+    ) -> None:
         super().__init__(TinyLm(LAYERS), BATCHES)
-        self.per_merge, self.extra = per_merge, extra
+        self.per_merge, self.extra, self.last, self.noise = per_merge, extra or {}, last, noise
+
+    def price(self, plan: FusionPlan) -> float:
+        members = [member for group in plan.groups for member in group]
+        price = self.per_merge * (len(members) - len(plan.groups)) + self.last * (plan.norm == "last")
+        return price + sum(more for layer, more in self.extra.items() if layer in members)
 
     def quality(self, plan: FusionPlan) -> Quality:
-        members = [member for group in plan.groups for member in group]
-        price = self.per_merge * (len(members) - len(plan.groups))
-        price += sum(more for layer, more in self.extra.items() if layer in members)
-        one = Estimate(price, price, price)
+        one = Estimate(*[self.price(plan)] * 3)
         return Quality(loss=one, perplexity=one.exp(), tokens=1, sequences=2, kl=one, top1=one, loss_increase=one)
+
+    def difference(self, plan: FusionPlan, other: FusionPlan) -> Estimate:
+        value = self.price(plan) - self.price(other)
+        return Estimate(value, value - self.noise, value + self.noise)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +120,69 @@ class PricedMeter(PlanMeter):
 def test_a_costly_end_stays_out_and_a_cheap_one_does_not(
     per_merge: float, extra: dict[int, float], group: tuple[int, ...]
 ) -> None:
-    priced = Planner(PricedMeter(per_merge, extra))
+    priced = Planner(PricedMeter(per_merge, extra), norm="fold")
     full = priced.fused((2, 3, 4))
     assert full.plan.groups == ((1, 2, 3, 4),)
     assert priced.without_costly_ends(full).plan.groups == (group,)
+
+
+@pytest.mark.parametrize(
+    ("last", "noise", "fixed", "chosen"),
+    [
+        (0.1, 0.01, None, "fold"),  # measured better
+        (0.1, 0.2, None, "last"),  # perhaps better: the paper's rule stays
+        (0.0, 0.0, None, "last"),  # alike
+        (-0.1, 0.01, None, "last"),
+        (0.1, 0.01, "last", "last"),  # asked for
+        (-0.1, 0.01, "fold", "fold"),
+    ],
+)
+def test_the_papers_norm_stays_unless_the_members_own_are_measured_better(
+    last: float, noise: float, fixed: NormMode | None, chosen: NormMode
+) -> None:
+    priced = Planner(PricedMeter(0.01, last=last, noise=noise), norm=fixed)
+    found = priced.best_at((1, 2, 3, 4), 3)
+    assert found is not None and found.plan.norm == chosen
+    assert found.plan.groups == equal_cuts(priced.without((1, 2, 3, 4)), 3, 1, 1) == ((1, 2, 3),)
+
+
+@pytest.mark.parametrize(
+    ("gain", "noise", "inside"),
+    [(0.1, 0.01, False), (0.1, 0.09, True), (0.1, 0.2, True), (-0.1, 0.01, True)],
+)
+def test_other_groups_are_taken_only_if_measured_better(gain: float, noise: float, inside: bool) -> None:
+    """Layer 2 costs more, and one proposal fuses without it; an interval that only just excludes zero is not enough
+    for the best of several."""
+    found = Planner(PricedMeter(0.01, {2: gain}, noise=noise)).best_at((1, 2, 3, 4), 3)
+    assert found is not None and found.plan.groups == (((1, 2, 3),) if inside else ((0, 1), (3, 4)))
+
+
+def test_a_budget_takes_what_keeps_it_even_if_not_surely_better() -> None:
+    priced = Planner(PricedMeter(0.01, {2: 0.1}, last=0.3, noise=0.2))
+    dropped = (1, 2, 3, 4)
+    free, bound = priced.best_at(dropped, 3), priced.best_at(dropped, 3, Budget(max_kl=0.05))
+    assert free is not None and free.plan.groups == ((1, 2, 3),)
+    assert bound is not None and bound.plan.groups == ((0, 1), (3, 4)) and bound.plan.norm == "fold"
+    between = priced.best_at(dropped, 3, Budget(max_kl=0.15))
+    assert between is not None and between.plan.groups == ((1, 2, 3),) and between.plan.norm == "fold"
+    assert priced.best_at(dropped, 3, Budget(max_kl=0.01)) is None
+
+
+def test_beyond_the_papers_rule_own_norms_stay_unless_the_last_is_measured_better() -> None:
+    for last, noise, chosen in ((-0.1, 0.2, "fold"), (-0.1, 0.01, "last")):
+        found = Planner(PricedMeter(0.01, last=last, noise=noise)).fused((1, 2, 3, 4))
+        assert found.plan.groups == ((0, 1, 2, 3, 4),) and found.plan.norm == chosen
+
+
+def test_both_norms_are_measured_on_the_model(planner: Planner) -> None:
+    model = planner.without((1, 2, 3, 4))
+    fold, last = (planner.measure(model, [(1, 2, 3)], norm) for norm in NORMS)
+    assert fold.cost != last.cost and fold.plan.norm == "fold" and last.plan.norm == "last"
+    difference = planner.meter.difference(fold.plan, last.plan)
+    assert difference.value == pytest.approx(fold.cost - last.cost, abs=1e-6)
+    assert difference.low <= difference.value <= difference.high
+    itself = planner.meter.difference(last.plan, last.plan)
+    assert itself == Estimate(0.0, 0.0, 0.0) and not itself.below_zero()
 
 
 def test_make_plan_records_what_made_it(tmp_path: Path) -> None:
@@ -154,6 +224,21 @@ def test_the_preset_leaves_the_ends_out() -> None:
         make_plan(TinyLm(LAYERS), BATCHES, splits=[2])
     with pytest.raises(PlanError, match="no group begins at layer 0"):
         make_plan(TinyLm(LAYERS), BATCHES, dropped_attention=(1, 2, 3, 4), preset="paper", splits=[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"drop": 2, "dropped_attention": [1]}, "drop and dropped_attention were both given"),
+        ({"preset": "paper", "drop": 2, "max_kl": 0.1}, "max_kl: preset='paper' is a rule"),
+        ({"preset": "paper", "drop": 2, "max_members": 3}, "max_members: preset='paper' is a rule"),
+        ({"preset": "paper", "drop": 2, "norm": "fold"}, "norm: preset='paper' takes the norm of a group's last"),
+        ({"preset": "eye"}, "expected 'paper', got 'eye'"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make_plan(TinyLm(LAYERS), BATCHES, **more)
 
 
 def test_a_sweep_has_a_front(planner: Planner, tmp_path: Path) -> None:

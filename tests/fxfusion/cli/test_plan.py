@@ -71,6 +71,7 @@ def test_the_papers_rule_leaves_the_ends_out_and_drops_every_attention_with_a_wa
         (["--drop-attention", "4-2"], 2, "backwards"),
         (["--splits", "2"], 2, "--splits goes with --preset paper"),
         (["--preset", "paper", "--max-kl", "1"], 2, "--max-kl"),
+        (["--preset", "paper", "--norm", "fold"], 2, "--norm"),
         (["--preset", "magic"], 2, "--preset"),
         (["--max-bytes", "5X"], 2, "--max-bytes"),
         (["--max-perplexity-increase", "-5%"], 2, "--max-perplexity-increase"),
