@@ -79,7 +79,7 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 engine-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the engines need Python 3.11 or newer: make PYTHON=...")'
 
-# Python compiles what the tests import; compiling all of it would take longer than the tests.
+# Not compiled: of thousands of files the tests import few, and Python compiles those itself.
 .venv-mlx/installed: engines/mlx.txt | engine-python
 	@echo "Installing mlx-lm into .venv-mlx."
 	@[ -x .venv-mlx/bin/python ] || $(PYTHON) -m venv .venv-mlx
