@@ -42,6 +42,7 @@ def load(
     """The model of a canonical folder, in eval mode. Arguments and errors as of `fxfusion.from_pretrained`."""
     reader = CheckpointReader.open(directory)
     config = read_config(reader)
+    generation = read_generation_config(reader.folder)
     plan = read_plan(reader.folder)
     if plan is not None and not fused:
         plan = plan.replace(groups=())
@@ -58,7 +59,8 @@ def load(
         fuse(model, plan)
     model.config.dtype = built
     model.name_or_path = model.config._name_or_path = os.fspath(directory)
-    read_generation_config(model, reader.folder)
+    if generation is not None:
+        model.generation_config = generation
     return model.to(device).eval()
 
 
@@ -86,15 +88,15 @@ def main_dtype(reader: CheckpointReader) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
-def read_generation_config(model: Any, folder: SafeFolder) -> None:
-    """Settings of `generate`, where the folder has them."""
+def read_generation_config(folder: SafeFolder) -> Any:
+    """Settings of `generate`, None where the folder has none. Raises `CheckpointError`."""
     from transformers import GenerationConfig
 
     if not folder.has(GENERATION_CONFIG):
-        return
+        return None
     settings = folder.json(GENERATION_CONFIG)
     try:
-        model.generation_config = GenerationConfig.from_dict(settings)
+        return GenerationConfig.from_dict(settings)
     except Exception as error:  # whatever the class makes of bad values
         raise CheckpointError(f"{folder.path / GENERATION_CONFIG} is not valid: {error}") from error
 

@@ -47,7 +47,7 @@ def _fused_again(folder: Path) -> Any:
     return load(folder)
 
 
-@pytest.mark.parametrize("norm", ["fold", "last"])
+@pytest.mark.parametrize("norm", ["last", pytest.param("fold", marks=pytest.mark.slow)])
 def test_a_fused_model_comes_back(saved: dict[str, Path], norm: str) -> None:
     again, model = _fused_again(saved[norm]), models.fused(norm)
     found, expected = again.state_dict(), model.state_dict()
@@ -59,6 +59,7 @@ def test_a_fused_model_comes_back(saved: dict[str, Path], norm: str) -> None:
     assert not again.training and all(value.requires_grad for value in again.parameters())
 
 
+@pytest.mark.slow
 def test_a_fused_model_that_was_loaded_can_be_unfused_and_saved_again(saved: dict[str, Path], tmp_path: Path) -> None:
     again = load(saved["fold"])
     save(again, tmp_path / "m")
@@ -105,7 +106,8 @@ def test_dropped_attention_is_never_read_and_members_go_group_by_group(
     assert reads[-len(members) :] == members, "something else was read between the members of a group"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_precision(saved: dict[str, Path], dtype: torch.dtype) -> None:
     again = load(saved["last"], dtype=dtype)
     assert {value.dtype for value in again.parameters()} == {dtype} == {again.dtype, again.config.dtype}

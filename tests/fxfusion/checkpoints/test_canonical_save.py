@@ -46,7 +46,7 @@ def test_plain_transformers_loads_what_is_left(tmp_path: Path) -> None:
     assert zeros == stored.keys() - model.state_dict().keys() and len(zeros) == 3 * 5
 
 
-@pytest.mark.parametrize("norm", ["fold", "last"])
+@pytest.mark.parametrize("norm", ["fold", pytest.param("last", marks=pytest.mark.slow)])
 def test_a_fused_model_is_written_unfused(tmp_path: Path, norm: str) -> None:
     save(models.fused(norm), tmp_path / "m")
     found, expected = models.plain(tmp_path / "m").state_dict(), models.dropped().state_dict()
@@ -103,6 +103,7 @@ def test_zeros_are_no_attention_in_every_family(tmp_path: Path, family: Family) 
     assert off(recomputed(loaded, token_ids()), expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_attention_that_zeros_do_not_silence_is_refused(tmp_path: Path) -> None:
     """Queries of zeros over their own length, without an epsilon, are no numbers."""
     torch._dynamo.reset()
