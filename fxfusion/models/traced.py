@@ -134,7 +134,7 @@ class TracedGraph:
             raise OptionError(f"there is no attention to drop in layers {missing}; it is in layers {have}")
         captured = self.captured.copy()
         copies = {node.name: node for node in captured.module.graph.nodes}
-        for block in blocks:
+        for block in reversed(blocks):  # what one leaves may be what the next one reads
             copies[block.after.name].replace_all_uses_with(copies[block.before.name])
         erase_dead_code(captured.module.graph)
         captured.module.recompile()

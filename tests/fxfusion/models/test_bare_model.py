@@ -1,0 +1,95 @@
+"""What others wrap around a model is looked through, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import fxfusion
+from fxfusion.errors import PlanError, SurgeryError
+from fxfusion.models.bare_model import bare_model
+from tests.end_to_end.eager_parallel import llama, parallel_logits, relative, token_ids
+
+PLAN = {"dropped_attention": [1, 2], "groups": [[0, 1, 2]]}
+
+
+class DistributedDataParallel(nn.Module):
+    """As torch's looks from outside: one child, `module`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.fixture
+def model() -> Any:
+    return llama()
+
+
+def test_compile_and_adapters_are_looked_through(model: Any) -> None:
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    for outer in (model, torch.compile(model), wrapped, torch.compile(wrapped)):
+        assert bare_model(outer) is model
+
+
+@pytest.mark.parametrize("act", [fxfusion.fuse, fxfusion.drop_attention])
+def test_a_wrapper_that_knows_the_parameters_is_refused(model: Any, act: Any) -> None:
+    with pytest.raises(SurgeryError, match=r"DistributedDataParallel knows the parameters .* \(`.module`\)"):
+        act(DistributedDataParallel(model), PLAN if act is fxfusion.fuse else [1])
+    assert len(model.model.layers) == 4
+
+
+def test_real_ddp_is_refused(model: Any, tmp_path: Any) -> None:
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(SurgeryError, match="DistributedDataParallel knows the parameters"):
+            fxfusion.fuse(nn.parallel.DistributedDataParallel(model), PLAN)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_compiles_anew_after_fusing(model: Any) -> None:
+    wanted = parallel_logits(model, [1, 2], [[0, 1, 2]], token_ids())
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        before = compiled(input_ids=token_ids(), use_cache=False).logits
+        assert fxfusion.fuse(compiled, PLAN) is compiled
+        found = compiled(input_ids=token_ids(), use_cache=False).logits
+    assert relative(found, wanted) <= 1e-5 < 1e-3 < relative(found, before)
+
+
+@pytest.mark.slow
+def test_a_model_compiled_in_place_is_fused(model: Any) -> None:
+    wanted = parallel_logits(model, [1, 2], [[0, 1, 2]], token_ids())
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(input_ids=token_ids(), use_cache=False)
+        fxfusion.fuse(model, PLAN)
+        assert relative(model(input_ids=token_ids(), use_cache=False).logits, wanted) <= 1e-5
+
+
+def _tied_within_the_group(model: Any) -> None:
+    model.model.layers[2].mlp.gate_proj.weight = model.model.layers[1].mlp.gate_proj.weight
+
+
+def _shared_module(model: Any) -> None:
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+
+
+def _tied_with_another_layer(model: Any) -> None:
+    model.model.layers[3].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+
+
+@pytest.mark.parametrize("tie", [_tied_within_the_group, _shared_module, _tied_with_another_layer])
+def test_tied_ffn_weights_are_refused_by_name(model: Any, tie: Any) -> None:
+    tie(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises((PlanError, SurgeryError), match=r"model.layers.\d.mlp.*model.layers.\d.mlp"):
+        fxfusion.fuse(model, PLAN)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
