@@ -133,13 +133,15 @@ class TracedGraph:
             have = sorted({block.layer for block in self.blocks.mixers})
             raise OptionError(f"there is no attention to drop in layers {missing}; it is in layers {have}")
         captured = self.captured.copy()
-        copies = {node.name: node for node in captured.module.graph.nodes}
+        graph = captured.module.graph
+        copies = {node.name: node for node in graph.nodes}
         for block in reversed(blocks):  # what one leaves may be what the next one reads
             copies[block.after.name].replace_all_uses_with(copies[block.before.name])
-        erase_dead_code(captured.module.graph)
-        captured.module.recompile()
+        place = list(graph.output_node().all_input_nodes).index(copies[self.logits.name])
+        erase_dead_code(graph)
+        run_passes(captured.module, normalising_passes(captured.weights), History())  # views around a mixer may cancel
         places = {name: copies[node.name] for name, node in self.places.items()}
-        return _traced(captured, places, copies[self.logits.name], self.tokens)
+        return _traced(captured, places, graph.output_node().all_input_nodes[place], self.tokens)
 
     def needed(self, wanted: Iterable[fx.Node], removed: Iterable[ResidualBlock] = ()) -> set[fx.Node]:
         """The nodes that some values depend on, themselves included, with some blocks left out. Computes nothing."""

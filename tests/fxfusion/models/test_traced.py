@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 from fxfusion.errors import CaptureError, OptionError
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import TracedGraph, TracedModel, evaluating, model_inputs
+from fxfusion.pipeline import analyse
+from fxfusion.policy import FusionPolicy
 from tests.end_to_end.families import Family, layers_of
 from tests.fxfusion.models import tiny
 from tests.fxfusion.models.tiny import FAMILIES, Causal, causal, family_model, token_ids, traced, traced_family
@@ -413,3 +415,16 @@ def test_inputs_lose_labels_and_gain_no_cache() -> None:
     assert model_inputs(model, given)["use_cache"] is False
     assert model_inputs(causal(tiny.plain), ids).keys() == {"input_ids"}
     assert given.keys() == {"input_ids", "labels"}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_views_around_a_mixer_that_is_left_out_do_not_break_chains(name: str) -> None:
+    """Where each layer folds batch and sequence into one axis and back, these views cancel once attention is gone."""
+    _, model, ids, _ = traced(name)
+    graph = TracedModel(model, [1, 2, 3]).graph(ids)
+    (chain,) = analyse(graph.captured, FusionPolicy()).chains
+    assert len(chain.members) == 4
+    intact = TracedModel(model).graph(ids)
+    removed = intact.blocks.mixers_of([1, 2, 3])
+    wanted = intact.run(ids, keep=[intact.logits], removed=removed)[intact.logits]
+    assert torch.allclose(graph.run(ids, keep=[graph.logits])[graph.logits], wanted)
