@@ -88,6 +88,7 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     fused: bool = True,
+    shards: int = 1,
     progress: bool = False,
 ) -> Any:
     """Load a model folder: a canonical one with its plan applied, a plain one of `transformers`, or nemotron-nas.
@@ -100,6 +101,7 @@ def from_pretrained(
         dtype: what floating-point tensors are cast to; None keeps them as they are stored.
         device: where the model goes.
         fused: apply the plan's groups; without, only the attention that it drops is dropped.
+        shards: see `fuse`: for tensor parallelism over so many devices.
         progress: show a progress bar (needs `rich`).
 
     Returns:
@@ -115,7 +117,11 @@ def from_pretrained(
     if not isinstance(kind, str):
         raise CheckpointError(f"{folder.path / canonical_load.CONFIG} has no model_type")
     if kind != nemotron_load.MODEL_TYPE:
-        return canonical_load.load(directory, dtype=dtype, device=device, fused=fused, progress=progress)
+        return canonical_load.load(directory, dtype=dtype, device=device, fused=fused, shards=shards, progress=progress)
     if not fused:
         raise CheckpointError(f"{folder.path} has the fused form alone: a nemotron-nas folder keeps no members")
+    if shards != 1:
+        raise CheckpointError(
+            f"{folder.path} has its channels in one order: fuse with shards={shards} before exporting"
+        )
     return nemotron_load.load(directory, dtype=dtype, device=device, progress=progress)

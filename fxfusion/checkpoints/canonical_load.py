@@ -37,6 +37,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     fused: bool = True,
+    shards: int = 1,
     progress: bool = False,
 ) -> Any:
     """The model of a canonical folder, in eval mode. Arguments and errors as of `fxfusion.from_pretrained`."""
@@ -51,12 +52,12 @@ def load(
     stored = stored_names(intact, reader)
     dtypes = {name: value.dtype for name, value in own_tensors(intact).items()} if dtype is not None else {}
     model = empty_model(copy.deepcopy(config), built)
-    done = plan is None or _fused_on_meta(model, plan)
+    done = plan is None or _fused_on_meta(model, plan, shards)
     first = Filling(reader=reader, stored=stored, dtypes=dtypes, device=device if done else "cpu")
     with byte_bar(progress, "Reading", first.nbytes(model)) as advance:
         Filling(reader=reader, stored=stored, dtypes=dtypes, device=first.device, advance=advance).run(model)
     if not done:
-        fuse(model, plan)
+        fuse(model, plan, shards=shards)
     model.config.dtype = built
     model.name_or_path = model.config._name_or_path = os.fspath(directory)
     if generation is not None:
@@ -101,12 +102,12 @@ def read_generation_config(folder: SafeFolder) -> Any:
         raise CheckpointError(f"{folder.path / GENERATION_CONFIG} is not valid: {error}") from error
 
 
-def _fused_on_meta(model: Any, plan: FusionPlan) -> bool:
+def _fused_on_meta(model: Any, plan: FusionPlan, shards: int) -> bool:
     """Apply a plan to a model without weights. False, and nothing done, where its code does not run on the meta
     device; such a model is fused when it has its weights."""
     try:
         with all_on_meta(model):
-            fuse(model, plan)
+            fuse(model, plan, shards=shards)
     except SurgeryError as error:
         log.info("the plan is applied after the weights are read, since it cannot be before: %s", error)
         return False

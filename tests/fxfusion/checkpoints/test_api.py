@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fxfusion
 from bench.reference.load import MODEL_FOLDER, heldout_batches, load_model
-from fxfusion.errors import CheckpointError, OptionError
+from fxfusion.errors import CheckpointError, OptionError, PlanError
 from tests.end_to_end.caching import RED, off, recomputed
 from tests.fxfusion.checkpoints import models
 from tests.fxfusion.checkpoints.models import logits
@@ -82,3 +82,41 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="config.json has no model_type"):
         fxfusion.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer")
+def test_channels_in_the_order_of_several_devices(tmp_path: Path) -> None:
+    plan = {"dropped_attention": [1, 2], "groups": [[0, 1, 2]], "norm": "last"}
+    fxfusion.save_pretrained(models.intact(), tmp_path / "model", plan=plan)
+    one, two = (fxfusion.from_pretrained(tmp_path / "model", shards=shards) for shards in (1, 2))
+    rows = [model.model.layers[0].mlp.gate_proj.weight for model in (one, two)]
+    assert not torch.equal(rows[0], rows[1])
+    assert torch.equal(rows[0].sort(0).values, rows[1].sort(0).values)
+    ids = torch.arange(2, 12)[None]
+    assert torch.allclose(one(ids).logits, two(ids).logits, atol=1e-5)
+    fxfusion.save_pretrained(one, tmp_path / "export", format="nemotron-nas")
+    with pytest.raises(CheckpointError, match="fuse with shards=2 before exporting"):
+        fxfusion.from_pretrained(tmp_path / "export", shards=2)
+    with pytest.raises(CheckpointError, match="keeps no members"):
+        fxfusion.from_pretrained(tmp_path / "export", fused=False)
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer")
+def test_a_plan_keeps_the_members_weights_and_fuses_the_model(tmp_path: Path) -> None:
+    model = models.intact()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fxfusion.save_pretrained(model, tmp_path / "model", plan={"dropped_attention": [1, 2], "groups": [[0, 1, 2]]})
+    assert len(model.model.layers) == 2, "fused in place"
+    members = fxfusion.from_pretrained(tmp_path / "model", fused=False)
+    assert all(torch.equal(value, before[name]) for name, value in members.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer")
+def test_a_plan_that_does_not_fit_writes_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    model = models.intact()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PlanError, match="is in no chain"):
+        fxfusion.save_pretrained(model, tmp_path / "model", plan={"dropped_attention": [1], "groups": [[2, 3]]})
+    assert not (tmp_path / "model").exists()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model.config, "fxfusion")
