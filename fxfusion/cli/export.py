@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fxfusion.cli.card import Measured, card_of
 from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, Plan, ShardSize, converting, facts, show
 from fxfusion.cli.options import ModelDir, check_folder
 
@@ -14,6 +15,7 @@ def command(
     model_dir: ModelDir,
     out_dir: OutDir,
     plan: Plan = None,
+    results: Measured = None,
     max_shard_size: ShardSize = "2GB",
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
@@ -41,9 +43,9 @@ def command(
     if chosen is not None:
         with run.screen.busy("fusing"):
             fuse(model, chosen)
-    after = facts(model, plan_of(model))
+    after, card = facts(model, plan_of(model)), card_of(results, plan_of(model))
     progress = run.screen.notes.is_terminal
-    save_pretrained(model, out_dir, "nemotron-nas", max_shard_size=max_shard_size, progress=progress)
+    save_pretrained(model, out_dir, "nemotron-nas", max_shard_size=max_shard_size, card=card, progress=progress)
     show(run.screen, "exported", after)
     engines = engines_that_load(SafeFolder.of(out_dir).json("config.json"))
     say_engines(run, engines)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fxfusion.cli.card import Measured, card_of
 from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, Plan, ShardSize, converting, facts, show
 from fxfusion.cli.options import ModelDir, check_folder, show_layers, show_members
 from fxfusion.errors import OptionError
@@ -24,6 +25,7 @@ def command(
     out_dir: OutDir,
     plan: Plan = None,
     format: FormatOption = Format.canonical,
+    results: Measured = None,
     max_shard_size: ShardSize = "2GB",
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
@@ -39,16 +41,17 @@ def command(
     chosen = FusionPlan.load(plan)
     check_folder(model_dir)
     result = {"model": str(model_dir), "out": str(out_dir), "format": format.value, "dry_run": dry_run}
+    card = card_of(results, chosen)
     say_plan(run, chosen)
     if dry_run:
         from fxfusion.cli.dry_run import fused_without_weights
 
         return result | fused_without_weights(run, model_dir, chosen, format, max_shard_size)
-    return result | _write(run, model_dir, out_dir, chosen, format, max_shard_size)
+    return result | _write(run, model_dir, out_dir, chosen, format, {"max_shard_size": max_shard_size, "card": card})
 
 
 def _write(
-    run: Conversion, model_dir: Path, out_dir: Path, plan: Any, format: Format, max_shard_size: str
+    run: Conversion, model_dir: Path, out_dir: Path, plan: Any, format: Format, more: dict[str, Any]
 ) -> dict[str, Any]:
     from fxfusion.checkpoints.api import save_pretrained
     from fxfusion.models.ffn_surgery.fuse import fuse
@@ -57,14 +60,14 @@ def _write(
     model = run.load(model_dir)
     before = facts(model, plan_of(model))
     show(run.screen, "before", before)
-    progress = run.screen.notes.is_terminal
+    more["progress"] = run.screen.notes.is_terminal
     if format is Format.canonical:
         with run.screen.busy("writing, and proving the fused form"):
-            save_pretrained(model, out_dir, plan=plan, max_shard_size=max_shard_size, progress=progress)
+            save_pretrained(model, out_dir, plan=plan, **more)
     else:
         with run.screen.busy("fusing"):
             fuse(model, plan)
-        save_pretrained(model, out_dir, format.value, max_shard_size=max_shard_size, progress=progress)
+        save_pretrained(model, out_dir, format.value, **more)
     after = facts(model, plan_of(model))
     show(run.screen, "after", after)
     run.screen.line(f"written: {out_dir}")

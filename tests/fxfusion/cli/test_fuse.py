@@ -172,3 +172,35 @@ def test_a_folder_that_is_no_checkpoint_is_not_replaced(run: Run, model: Path, p
     ran = run("fuse", model, tmp_path, "--plan", plan)
     assert ran.code == 1 and "thesis.tex" in ran.error
     assert (tmp_path / "thesis.tex").read_text() == "all my work"
+
+
+def measured(folder: Path, plan: dict[str, Any]) -> Path:
+    """A results folder as `fxfusion eval` leaves it."""
+    estimate = {"value": 21.29, "low": 20.18, "high": 22.47}
+    contents = {"groups": plan["groups"], "dropped_attention": plan["dropped_attention"], "norm": "fold"}
+    latest = {
+        "plan_contents": contents,
+        "text": {"tokens": 4096, "sources": ["/corpus/held_out.txt"]},
+        "quality": {"intact model": {"perplexity": estimate, "kl": None}, "fused": {"perplexity": estimate}},
+    }
+    folder.mkdir()
+    (folder / "quality.json").write_text(json.dumps({"latest": latest, "kept": {}}))
+    return folder
+
+
+def test_what_was_measured_goes_into_the_card(run: Run, fused: Path, tmp_path: Path) -> None:
+    results = measured(tmp_path / "results", PLAN)
+    ran = run("export", fused, tmp_path / "out", "--results", results)
+    assert ran.code == 0, ran.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| perplexity, fused | 21.29 [20.18, 22.47] |" in card and "4,096 tokens of held_out.txt" in card
+
+
+def test_measurements_of_another_plan_are_refused(run: Run, model: Path, plan: Path, tmp_path: Path) -> None:
+    results = measured(tmp_path / "results", {"dropped_attention": [1], "groups": [[0, 1]]})
+    ran = run("fuse", model, tmp_path / "out", "--plan", plan, "--results", results)
+    assert ran.code == 2 and "another plan" in ran.error
+    (tmp_path / "none").mkdir()
+    ran = run("fuse", model, tmp_path / "out", "--plan", plan, "--results", tmp_path / "none")
+    assert ran.code == 2 and "run `fxfusion eval` with it first" in ran.error
+    assert not (tmp_path / "out").exists()
