@@ -7,8 +7,7 @@ from typing import Any
 
 import typer
 
-from fxfusion.cli.conversion import Conversion, converting
-from fxfusion.cli.export import say_engines
+from fxfusion.cli.conversion import Conversion, converting, say_engines
 from fxfusion.cli.options import ModelDir, check_folder
 from fxfusion.errors import FxFusionError
 
@@ -51,7 +50,7 @@ def _engines(run: Conversion, model_dir: Path) -> dict[str, str | None] | None:
     if config.get("model_type") != MODEL_TYPE:
         return None
     engines = engines_that_load(config)
-    say_engines(run, engines)
+    say_engines(run.screen, engines)
     return engines
 
 

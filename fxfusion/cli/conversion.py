@@ -116,3 +116,8 @@ def show(screen: Screen, name: str, found: dict[str, Any]) -> None:
     """One line on a model."""
     size = f"{found['parameters']:,} parameters, {found['bytes'] / 2**20:,.1f} MiB"
     screen.line(f"{name}: {found['architecture']}, {found['layers']} layers, {size}")
+
+
+def say_engines(screen: Screen, engines: dict[str, str | None]) -> None:
+    """Which engines load a nemotron-nas folder, by their own rules."""
+    screen.table(("engine", "loads it"), [(name, why or "yes") for name, why in engines.items()])

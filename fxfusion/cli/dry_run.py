@@ -9,7 +9,7 @@ from fxfusion.checkpoints.canonical_load import read_plan
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
 from fxfusion.checkpoints.nemotron_nas.load import MODEL_TYPE, outline_of
 from fxfusion.checkpoints.reading import SafeFolder
-from fxfusion.cli.conversion import Conversion, Format, facts, show
+from fxfusion.cli.conversion import Conversion, Format, facts, say_engines, show
 from fxfusion.cli.inputs import build_without_weights
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
@@ -33,10 +33,8 @@ def fused_without_weights(
     show(run.screen, "after", after)
     found: dict[str, Any] = {"before": before, "after": after}
     if format is Format.nemotron_nas:
-        from fxfusion.cli.export import say_engines
-
         export = plan_export(model, max_shard_size=max_shard_size)
         found["export"] = export.to_dict()
-        say_engines(run, export.engines)
+        say_engines(run.screen, export.engines)
         run.screen.line(f"would write {len(export.tensors)} tensors, {export.nbytes / 2**20:,.1f} MiB")
     return found

@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from fxfusion.cli.card import Measured, card_of
-from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, Plan, ShardSize, converting, facts, show
+from fxfusion.cli.conversion import (
+    Conversion,
+    DryRun,
+    Format,
+    OutDir,
+    Plan,
+    ShardSize,
+    converting,
+    facts,
+    say_engines,
+    show,
+)
 from fxfusion.cli.options import ModelDir, check_folder
 
 
@@ -48,11 +59,6 @@ def command(
     save_pretrained(model, out_dir, "nemotron-nas", max_shard_size=max_shard_size, card=card, progress=progress)
     show(run.screen, "exported", after)
     engines = engines_that_load(SafeFolder.of(out_dir).json("config.json"))
-    say_engines(run, engines)
+    say_engines(run.screen, engines)
     run.screen.line(f"written: {out_dir}")
     return {**result, "after": after, "engines": engines}
-
-
-def say_engines(run: Conversion, engines: dict[str, str | None]) -> None:
-    """Which engines load such a folder, by their own rules."""
-    run.screen.table(("engine", "loads it"), [(name, why or "yes") for name, why in engines.items()])

@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fxfusion.errors import SurgeryError
 
-if TYPE_CHECKING:
-    from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
-
 FUSE_FIRST = "fuse first, then quantise"
-_LEAST_BLOCK = 16  # smaller blocks would need more room for scales than they save
 _PER_BLOCK = ("scale", "zero_point")
 Places = Sequence[tuple[slice, slice]]  # where channels go in the whole, and where they come from
 
@@ -49,33 +45,6 @@ def plain(weight: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, weight).dequantize()) if is_quantised(weight) else weight
 
 
-def check_group(recipe: GroupRecipe, tensors: Mapping[str, Tensor]) -> None:
-    """Raises `SurgeryError` where quantised weights of a group cannot become one exactly."""
-    for number, home in enumerate(recipe.home.matrices):
-        names = [member.matrices[number].weight for member in recipe.members]
-        quantised = [name for name in names if is_quantised(tensors[name])]
-        if not quantised:
-            continue
-        kinds = {_kind(tensors[name]) for name in names}
-        if len(kinds) > 1:
-            raise SurgeryError(f"{', '.join(names)} are quantised in different ways: {FUSE_FIRST}")
-        is_down = number == len(recipe.home.projections)
-        if home.transposed:
-            raise SurgeryError(f"{home.weight} is quantised and stored transposed: {FUSE_FIRST}")
-        if not is_down and (recipe.home.with_role("gain") or recipe.home.with_role("shift")):
-            raise SurgeryError(
-                f"{home.weight} is quantised, so the norm's gain cannot be folded into it: use norm='last', or "
-                f"{FUSE_FIRST}"
-            )
-        if is_down and any(recipe.scale(m, tensors, tensors[m.down.weight]) is not None for m in recipe.members):
-            raise SurgeryError(f"{home.weight} is quantised, so no scale can be folded into it: {FUSE_FIRST}")
-        block = _common_block([tensors[name] for name in names], _edges(recipe) if is_down else ())
-        if block < _LEAST_BLOCK:
-            raise SurgeryError(
-                f"{home.weight}: the members' scales fit together only in blocks of {block}: {FUSE_FIRST}"
-            )
-
-
 @torch.no_grad()
 def joined(weights: Sequence[Tensor], places: Sequence[Places], dim: int, size: int) -> Tensor:
     """One quantised weight of `size` channels along `dim` (0: rows, 1: columns), from parts of several.
@@ -83,7 +52,7 @@ def joined(weights: Sequence[Tensor], places: Sequence[Places], dim: int, size: 
     Raises `SurgeryError` where it does not stand for the same numbers.
     """
     runs = (edge for place in places for pair in place for part in pair for edge in (part.start, part.stop))
-    block = _common_block(weights, runs if dim else ())
+    block = common_block(weights, runs if dim else ())
     fine = [_refined(weight, block) for weight in weights]
     first = fine[0]
     shape = [size if axis == dim else length for axis, length in enumerate(weights[0].shape)]
@@ -134,7 +103,7 @@ def _settings(weight: Any) -> dict[str, Any]:
     return {name: getattr(weight, name) for name in names}
 
 
-def _kind(weight: Tensor) -> tuple[Any, ...]:
+def kind_of(weight: Tensor) -> tuple[Any, ...]:
     """What must be the same for weights to be joined."""
     if not is_quantised(weight):
         return (type(weight),)
@@ -149,12 +118,6 @@ def _rebuilt(example: Any, parts: Mapping[str, Tensor], block: int) -> Tensor:
     return cast(Tensor, type(example)(**parts, **settings))
 
 
-def _common_block(weights: Sequence[Tensor], edges: Iterable[int]) -> int:
+def common_block(weights: Sequence[Tensor], edges: Iterable[int]) -> int:
     """The widest block along the columns that the blocks of all weights, cut at these edges, consist of."""
     return math.gcd(*(cast(Any, weight).block_size[1] for weight in weights), *edges)
-
-
-def _edges(recipe: GroupRecipe) -> list[int]:
-    """Where runs of the members' channels begin and end."""
-    pairs = (pair for place in range(len(recipe.members)) for pair in recipe.columns(place))
-    return [edge for pair in pairs for part in pair for edge in (part.start, part.stop)]

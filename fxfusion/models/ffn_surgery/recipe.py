@@ -14,8 +14,9 @@ from torch import nn
 
 from fxfusion.errors import PlanError, Refusal, RefusalCode, SurgeryError
 from fxfusion.models.attention_sites import layer_list_path
+from fxfusion.models.ffn_surgery.check_quantised import check_group
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
-from fxfusion.models.ffn_surgery.quantised import FUSE_FIRST, check_group
+from fxfusion.models.ffn_surgery.quantised import FUSE_FIRST
 from fxfusion.models.ffn_surgery.read_layout import LayoutReader
 from fxfusion.models.surgery_proof import proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel
