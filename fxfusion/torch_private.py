@@ -192,3 +192,9 @@ def reset_dynamo() -> None:
     import torch._dynamo
 
     torch._dynamo.reset()
+
+
+def hooks_in(module: torch.nn.Module) -> list[str]:
+    """Paths, from the module down, of what has forward or backward hooks."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [path for path, part in module.named_modules() if any(vars(part).get(kind) for kind in kinds)]

@@ -229,3 +229,13 @@ def test_inductor_takes_a_dynamo_graph_with_mode_and_options() -> None:
     x = torch.randn(4)
     torch.testing.assert_close(torch.compile(lambda x: x.sin() + 1, backend=backend)(x), x.sin() + 1)
     assert seen
+
+
+def test_hooks_are_found_by_path() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    assert private.hooks_in(model) == []
+    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+        handle = getattr(model[1][0], register)(lambda *_: None)
+        assert private.hooks_in(model) == ["1.0"]
+        handle.remove()
+    assert private.hooks_in(model) == []

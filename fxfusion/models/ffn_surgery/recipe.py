@@ -23,6 +23,7 @@ from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.passes.ffn import Group
 from fxfusion.pipeline import analyse
 from fxfusion.plan import FusionPlan
+from fxfusion.torch_private import hooks_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,7 @@ class FuseRecipe:
         groups = tuple(replace(group, shards=shards) for group in read)
         recipe = cls(groups=groups, path=path, count=count)
         recipe._check_layers(traced)
+        recipe._check_hooks(model)
         recipe._check_shards(shards)
         for group in groups:
             check_group(group, {name: reader.tensor(name) for name in group.reads})
@@ -103,6 +105,14 @@ class FuseRecipe:
         start = f"{self.path}." if self.path else ""
         head, _, rest = name.removeprefix(start).partition(".")
         return (int(head), rest) if name.startswith(start) and head.isdigit() else (None, name)
+
+    def _check_hooks(self, model: nn.Module) -> None:
+        """Hooks on a layer that goes would go with it, unsaid."""
+        for layer in self.removed:
+            path = f"{self.path}.{layer}"
+            for found in hooks_in(model.get_submodule(path)):
+                name = f"{path}.{found}".rstrip(".")
+                raise SurgeryError(f"{name} has hooks, which would be lost with its layer: remove them first")
 
     def _check_shards(self, shards: int) -> None:
         for member in (member for group in self.groups for member in group.members):

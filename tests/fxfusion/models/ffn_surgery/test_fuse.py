@@ -252,3 +252,15 @@ def test_half_precision() -> None:
     model = llama().to(torch.bfloat16)
     fxfusion.fuse(model, PLAN)
     assert model.model.layers[0].mlp.gate_proj.weight.dtype == torch.bfloat16
+
+
+def test_hooks_on_a_layer_that_goes_are_not_lost_unsaid() -> None:
+    model = llama()
+    handle = model.model.layers[2].mlp.register_forward_hook(lambda *_: None)
+    before = snapshot(model)
+    with pytest.raises(SurgeryError, match=r"layers.2.mlp has hooks"):
+        fxfusion.fuse(model, PLAN)
+    assert_same(model, before)
+    handle.remove()
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert len(fxfusion.fuse(model, PLAN).model.layers) == 2
