@@ -34,7 +34,7 @@ _TIMEOUT = 1800.0  # seconds; compiling takes minutes on few cores
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--only", choices=RUNS)
     chosen = parser.parse_args()
     names = [chosen.only] if chosen.only else list(RUNS)
