@@ -125,9 +125,11 @@ def against_removal(study: Study) -> dict[str, Any]:
     """Section 5.2: fusing FFNs against removing them, for the same number of FFNs that are left."""
     dropped = study.run_of(RUN)
     rows = []
-    for depth in range(study.meter.ffns - 1, study.planner.depths(dropped)[0] - 1, -1):
+    depths = range(study.meter.ffns - 1, study.planner.depths(dropped)[0] - 1, -1)
+    order = cheapest_ffns(study, dropped, len(depths))
+    for depth in depths:
         best = study.planner.best_at(dropped, depth)
-        removed = cheapest_ffns(study, dropped, study.meter.ffns - depth)
+        removed = sorted(order[: study.meter.ffns - depth])
         rows.append(
             {
                 "depth": depth,
@@ -140,7 +142,7 @@ def against_removal(study: Study) -> dict[str, Any]:
 
 
 def cheapest_ffns(study: Study, dropped: Sequence[int], count: int) -> list[int]:
-    """FFNs whose removal, one after another, costs least on calibration text."""
+    """FFNs whose removal, one after another, costs least on calibration text, the first removed first."""
     gone: list[int] = []
     layers = [block.layer for block in study.meter.graph.blocks.ffns]
     sample = study.calibration[:2]
@@ -151,7 +153,7 @@ def cheapest_ffns(study: Study, dropped: Sequence[int], count: int) -> list[int]
             if layer not in gone
         }
         gone.append(min(losses, key=losses.__getitem__))
-    return sorted(gone)
+    return gone
 
 
 def without(study: Study, mixers: Sequence[int], ffns: Sequence[int]) -> Any:

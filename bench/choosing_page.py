@@ -274,9 +274,9 @@ def planner_summary(found: Mapping[str, Any]) -> str:
     surely = sum(difference["high"] < 0 for difference in departed)
     worst = max((difference["value"] for difference in departed), default=0.0)
     more = f"; where it loses more, by at most {worst:.4f} nats" if worst > 0 else ""
-    return f"""The planner loses less or as much at **{found["planner_lower_or_equal"]} of {found["points"]}** points:
-it keeps the paper's plan at {kept}, and the other {len(departed)} lose less at {lower} (with an interval below zero at
-{surely}){more}."""
+    return f"""The planner loses less or as much at **{found["planner_lower_or_equal"]} of {found["points"]}** points.
+It keeps the paper's plan at {kept}; of the other {len(departed)} it loses less at {lower} (with an interval below zero
+at {surely}){more}."""
 
 
 def same_plan(row: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from bench.choosing_cells import Row, value
@@ -23,7 +24,7 @@ def plot_drop_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
     axes.set_yscale("symlog", linthresh=0.05)
     axes.grid(alpha=0.3)
     axes.legend(title="order by")
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
 
 
 def plot_planner(rows: Sequence[Row], path: Path) -> None:
@@ -37,4 +38,10 @@ def plot_planner(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylabel("planner: loss above intact [nats]")
     axes.set_title("each point: one set of dropped attentions, one depth", fontsize="small")
     axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None})
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The same plot is the same file: its ids are drawn by name, not by chance."""
+    with rc_context({"svg.hashsalt": "fxfusion"}):
+        figure.savefig(path, metadata={"Date": None})
