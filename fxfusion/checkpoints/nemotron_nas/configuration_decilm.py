@@ -60,6 +60,8 @@ class DeciLMConfig(LlamaConfig):
     """
 
     model_type: ClassVar[str] = "nemotron-nas"
+    # There is none without blocks. Older transformers (5.19, under vLLM) would make one, only to print another.
+    has_no_defaults_at_init: ClassVar[bool] = True
 
     intermediate_size: int | None = None  # type: ignore[assignment]  # null in published files
     block_configs: list[Any] | None = None
