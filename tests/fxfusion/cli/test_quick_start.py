@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-COMMANDS = ("score", "matrix", "plan", "explain", "eval", "sweep", "report", "demo")
+CHOOSING = ("score", "matrix", "plan", "explain", "eval", "sweep", "report")
+KEEPING = ("fuse", "unfuse", "export", "check", "generate")
+COMMANDS = (*CHOOSING, *KEEPING, "demo")
 HEAVY = ("torch", "transformers", "networkx", "jinja2", "tabulate", "pydantic", "matplotlib", "yaml")
 LIMIT = 0.5  # seconds
 HELP = "import sys; sys.argv = ['fxfusion', *{words}]\nfrom fxfusion.cli import main\nmain()"
