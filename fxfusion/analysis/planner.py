@@ -82,17 +82,24 @@ class Planner:
     @property
     def order(self) -> tuple[int, ...]:
         """All attentions in the order in which greedy dropping takes them."""
-        if not self._order:
-            self._order = tuple(self._score(greedy=True).order)
-        return self._order
+        return self.first(len(self.meter.mixers))
 
-    def _score(self, greedy: bool) -> AttentionScores:
+    def first(self, number: int) -> tuple[int, ...]:
+        """The attentions that greedy dropping takes first. Each one more costs a score of all that are left."""
+        if len(self._order) < number:  # without a cache measured anew: then twice as many, so as not to come here often
+            wanted = min(max(number, 2 * len(self._order)), len(self.meter.mixers))
+            self._scores = self._score(greedy=True, drop=wanted)
+            self._order = tuple(self._scores.order)
+        return self._order[:number]
+
+    def _score(self, greedy: bool, drop: int | None = None) -> AttentionScores:
         path = None if self.cache is None else os.path.join(self.cache, "scores.json")
         return attention_scores(
             self.meter.model,
             self.meter.batches,
             self.method,
             greedy=greedy,
+            drop=drop,
             cache=path,
             progress=self.progress,
         )
@@ -102,10 +109,11 @@ class Planner:
         if number == 0:
             return ((),)
         mixers = self.meter.mixers
+        greedy = self.first(number)  # this scores them too
         value = {layer: float(self.scores[layer]) for layer in mixers}
         runs = [mixers[start : start + number] for start in range(len(mixers) - number + 1)]
         run = min(runs, key=lambda layers: sum(value[layer] for layer in layers))
-        found = (self.order[:number], sorted(mixers, key=value.__getitem__)[:number], run)
+        found = (greedy, sorted(mixers, key=value.__getitem__)[:number], run)
         return tuple(dict.fromkeys(tuple(sorted(layers)) for layers in found))
 
     def without(self, dropped: Sequence[int]) -> DroppedModel:

@@ -134,7 +134,10 @@ def command(
 
 def work(run: Session, wish: Wish) -> list[Work]:
     """For dry runs: the scores are needed where the layers are not named."""
-    scored = [score_work(run, wish.method, greedy=False), score_work(run, wish.method, greedy=True)]
+    from fxfusion.analysis.budget import Budget
+
+    number = Budget(drop=wish.drop).count(len(run.mixers))
+    scored = [score_work(run, wish.method, greedy=False), score_work(run, wish.method, greedy=True, drop=number)]
     matrices = [Work("dependency matrix of each set of dropped layers")]
     parts = [*(scored if wish.dropped_attention is None else []), *(matrices if wish.preset is None else [])]
     return [*parts, tried_work(run)]

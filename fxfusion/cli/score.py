@@ -48,12 +48,16 @@ def command(run: Session, method: MethodOption = Method.loss, greedy: Greedy = F
     return scores.to_dict()
 
 
-def work(run: Session, method: str, greedy: bool) -> Work:
-    """For dry runs. A pass without one attention starts at its layer, so it takes about half a pass."""
+def work(run: Session, method: str, greedy: bool, drop: int | None = None) -> Work:
+    """For dry runs. A pass without one attention starts at its layer, so it takes about half a pass.
+
+    `drop`: how many are dropped greedily (default: all).
+    """
     count = len(run.mixers)
     passes = 1 if method == "cosine" else 1 + count
     if greedy:
-        passes += count * (count - 1) // 2 + count
+        gone = count if drop is None else drop
+        passes += sum(count - step for step in range(1, gone)) + gone
     found = run.folder.read(run.folder.scores(method, greedy)) or {}
     known: Known = "begun" if run.folder.file(MEASURED).exists() else ""
     if found.get("text", {}).get("digest") == run.text_facts["digest"]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxfusion.analysis import meter as meter_file
+from fxfusion.analysis import planner as planner_file
 from fxfusion.analysis.budget import Budget
 from fxfusion.analysis.candidates import candidates, equal_cuts
 from fxfusion.analysis.make_plan import make_plan
@@ -17,6 +18,7 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.partition import Limits
 from fxfusion.analysis.planner import Planner, search
 from fxfusion.analysis.quality import Estimate, Quality
+from fxfusion.analysis.scores import attention_scores
 from fxfusion.analysis.sweep import run_sweep
 from fxfusion.errors import FxFusionError, OptionError, PlanError
 from fxfusion.plan import FusionPlan
@@ -239,6 +241,21 @@ def test_the_preset_leaves_the_ends_out() -> None:
 def test_arguments_that_contradict_each_other_are_refused(more: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         make_plan(TinyLm(LAYERS), BATCHES, **more)
+
+
+def test_only_as_many_attentions_are_dropped_greedily_as_are_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def scored(*given: Any, drop: int | None = None, **more: Any) -> Any:
+        asked.append(drop)
+        return attention_scores(*given, drop=drop, **more)
+
+    monkeypatch.setattr(planner_file, "attention_scores", scored)
+    fresh = Planner(PlanMeter(TinyLm(LAYERS), BATCHES))
+    first = [fresh.first(number) for number in (2, 1, 3, LAYERS)]
+    assert asked == [2, 4, LAYERS], "2 and 1 are known, 3 is twice as many, and no more than there are"
+    assert [len(one) for one in first] == [2, 1, 3, LAYERS] and all(one == first[-1][: len(one)] for one in first)
+    assert fresh.order == first[-1] and len(asked) == 3
 
 
 def test_a_sweep_has_a_front(planner: Planner, tmp_path: Path) -> None:

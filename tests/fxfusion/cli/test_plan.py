@@ -95,4 +95,5 @@ def test_a_budget_that_no_plan_keeps_says_what_is_possible(run: Run, args: list[
 def test_a_dry_run_says_what_is_known(run: Run, args: list[object], results: Path) -> None:
     ran = run(*args, "--drop", 2, "--dry-run", "--json")
     assert [part["known"] for part in ran.json["work"]] == ["known", "begun", "", ""]
+    assert [part["passes"] for part in ran.json["work"]] == [1 + 3, 1 + 3 + 2 + 2, None, None], "not the third step"
     assert ran.json["writes"][0] == str(results / "plan.yaml") and not (results / "plan.yaml").exists()
