@@ -23,6 +23,7 @@ TESTED = {
     "emit_artifact",
     "ends_at_graph_break",
     "fake_mode_of",
+    "hooks_in",
     "inductor_modes",
     "inductor_option_names",
     "is_fsdp_managed",
