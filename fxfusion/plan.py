@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fxfusion import plan_file
 from fxfusion.errors import PlanError
 from fxfusion.plan_file import Place
+from fxfusion.plan_group import MixerMode, PlannedGroup, check_groups, with_mixers
 from fxfusion.plan_record import (
     CheckedLayer,
-    CheckedMember,
     LayerScore,
     MadeBy,
     Member,
@@ -32,12 +32,17 @@ __all__ = ["FusionPlan", "LayerScore", "MadeBy", "Member", "ModelFacts", "Scores
 
 VERSION = 1
 SUFFIXES = (".yaml", ".yml", ".json")
+_HOIST = "hoist"
 
 _HEADER = """\
 Plan of fxfusion: which layers lose their attention, and which FFNs become one. It may be edited.
 A layer is the position of a decoder layer in the model as it was loaded, counted from 0."""
 
-_Group = Annotated[tuple[CheckedMember, ...], Field(json_schema_extra={"minItems": 2})]
+
+def _shorthands(schema: dict[str, Any]) -> None:
+    """What a plan may be given besides its fields."""
+    words = "short for mixers: hoist in every group that does not name its mixers"
+    schema["properties"][_HOIST] = {"default": False, "description": words, "title": "Hoist", "type": "boolean"}
 
 
 class FusionPlan(Record):
@@ -45,13 +50,24 @@ class FusionPlan(Record):
 
     `groups`: each a list of at least two members; a member is the position of a decoder layer (int)
     or the module path of an FFN (str), such as `"model.layers.3.mlp"`. Members of a group must be
-    neighbours in one chain. `dropped_attention`: layers whose attention was removed before capture;
+    neighbours in one chain. Where token mixers lie between them the group is a window, written
+    `{"members": [4, 5], "mixers": "hoist"}` (or `"wide"`): see `fxfusion.plan_group`. `hoist=True` is
+    short for `"hoist"` in every group that does not name its mixers; it is not a field.
+    `dropped_attention`: layers whose attention was removed before capture;
     the compiler does not remove attention itself, it records what the plan assumes.
     `norm`: see `FusionPolicy`. The other fields are a record: they do not change what is fused.
+
+    Each of `plan.groups` is a tuple of its members that also has `.mixers`; `plan.mixers_of(index)` and
+    `plan.windows` tell the same. A slice of `plan.groups` goes into another plan with its mixers, `list(group)`
+    loses them: write `group.to_data()` where a group becomes plain data.
     """
 
-    groups: tuple[_Group, ...] = Field(
-        default=(), description="lists of FFNs that become one FFN each: neighbouring layers, or module paths of FFNs"
+    model_config = ConfigDict(json_schema_extra=_shorthands)
+
+    groups: tuple[PlannedGroup, ...] = Field(
+        default=(),
+        description="lists of FFNs that become one FFN each: neighbouring layers, or module paths of FFNs; or "
+        "{members: [4, 5], mixers: hoist} (or wide), whose mixers go before its FFNs",
     )
     dropped_attention: tuple[CheckedLayer, ...] = Field(default=(), description="layers that lose their attention")
     norm: NormMode = Field(
@@ -80,20 +96,22 @@ class FusionPlan(Record):
             raise refuse(why, "version")
         return fields
 
+    @model_validator(mode="before")
+    @classmethod
+    def _hoist_is_written_out(cls, fields: Any) -> Any:
+        if not isinstance(fields, Mapping) or _HOIST not in fields:
+            return fields
+        rest = {name: value for name, value in fields.items() if name != _HOIST}
+        if not isinstance(fields[_HOIST], bool):
+            raise refuse(f"expected true or false, got {short(fields[_HOIST])}", _HOIST)
+        if fields[_HOIST] and isinstance(rest.get("groups"), list | tuple):
+            rest["groups"] = [with_mixers(group, "hoist") for group in rest["groups"]]
+        return rest
+
     @field_validator("groups")
     @classmethod
-    def _groups_are_groups(cls, groups: tuple[tuple[Member, ...], ...]) -> tuple[tuple[Member, ...], ...]:
-        seen: dict[Member, int] = {}
-        for index, group in enumerate(groups):
-            if len(group) < 2:
-                plural = "" if len(group) == 1 else "s"
-                raise refuse(f"group {index} has {len(group)} member{plural}; a group needs at least two", index)
-            for member in group:
-                if member in seen:
-                    name = f"layer {member}" if isinstance(member, int) else repr(member)
-                    raise refuse(f"{name} is in group {seen[member]} and again in group {index}", index)
-                seen[member] = index
-        return tuple(_ordered(group) for group in groups)
+    def _groups_are_groups(cls, groups: tuple[PlannedGroup, ...]) -> tuple[PlannedGroup, ...]:
+        return check_groups(groups)
 
     @field_validator("dropped_attention")
     @classmethod
@@ -108,6 +126,15 @@ class FusionPlan(Record):
             place, why = problem
             raise refuse(why, *place)
         return self
+
+    @property
+    def windows(self) -> tuple[PlannedGroup, ...]:
+        """The groups whose mixers are moved."""
+        return tuple(group for group in self.groups if group.is_window)
+
+    def mixers_of(self, index: int) -> MixerMode:
+        """What becomes of the mixers between the members of group `index`: `"none"`, `"hoist"` or `"wide"`."""
+        return self.groups[index].mixers
 
     def unknown_layer(self, count: int) -> tuple[Place, str] | None:
         """The first layer number that a model of `count` decoder layers lacks: where it stands, and a sentence."""
@@ -156,7 +183,8 @@ class FusionPlan(Record):
             lines = [str(document.error(place, why)) for place, why in _problems(error)]
             raise PlanError("\n".join(lines)) from None
         for index, group in enumerate(document.data.get("groups", ())):
-            numbers = [member for member in group if isinstance(member, int)]
+            members = group["members"] if isinstance(group, dict) else group
+            numbers = [member for member in members if isinstance(member, int)]
             if numbers != sorted(numbers):  # of no matter from a program; by hand, it is a slip of the fingers
                 raise document.error(("groups", index), f"the layers {numbers} are not in increasing order")
         return plan
@@ -183,12 +211,6 @@ def schema_text() -> str:
 
 def _is_file_name(value: Any) -> bool:
     return isinstance(value, str) and (value.lower().endswith(SUFFIXES) or os.path.exists(value))
-
-
-def _ordered(group: tuple[Member, ...]) -> tuple[Member, ...]:
-    """The layer numbers of a group in increasing order: a group is a set, and equal plans should be equal."""
-    numbers = iter(sorted(member for member in group if isinstance(member, int)))
-    return tuple(next(numbers) if isinstance(member, int) else member for member in group)
 
 
 # How pydantic's terms read to somebody who edits a file.
@@ -219,7 +241,7 @@ def _problems(error: ValidationError) -> list[tuple[Place, str]]:
             found.append((place, item["ctx"]["why"]))
         elif item["type"] == "extra_forbidden":
             record = _RECORDS[tuple(step for step in place[:-1] if isinstance(step, str))]
-            known = ", ".join(record.model_fields)
+            known = ", ".join([*record.model_fields, *([_HOIST] if record is FusionPlan else [])])
             found.append((place, f"unknown field {str(place[-1])!r} (known: {known})"))
         elif item["type"] == "missing":
             found.append((place, "is missing"))

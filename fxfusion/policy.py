@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fxfusion.errors import OptionError
+from fxfusion.plan_file import located
+from fxfusion.plan_group import PlannedGroup, check_groups, with_mixers
+from fxfusion.plan_record import refuse
 
 NormMode = Literal["fold", "last"]
 
@@ -20,6 +23,9 @@ class FusionPolicy(BaseModel):
     `max_members` [FFNs] and `max_width` [intermediate channels] split a chain into several groups.
     `norm`: `"fold"` gives every member its own norm gain (folded into its weights); `"last"` gives
     every member the last member's norm (arXiv 2503.18908, eq. 5).
+    `windows`: layers whose mixers go before their FFNs, `[[4, 5], {"members": [6, 7], "mixers": "wide"}]` (a list
+    means `"hoist"`); see `fxfusion.plan_group`. A window is one group, exactly its members: the fields above do
+    not apply to it, except `norm`. Members are as in `FusionPlan`. APPROXIMATE, so nothing moves unless named here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +36,20 @@ class FusionPolicy(BaseModel):
     max_members: int | None = Field(default=None, ge=2)
     max_width: int | None = Field(default=None, ge=1)
     norm: NormMode = "fold"
+    windows: tuple[PlannedGroup, ...] = ()
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _a_list_means_hoist(cls, windows: Any) -> Any:
+        return [with_mixers(window, "hoist") for window in windows] if isinstance(windows, list | tuple) else windows
+
+    @field_validator("windows")
+    @classmethod
+    def _windows_move_mixers(cls, windows: tuple[PlannedGroup, ...]) -> tuple[PlannedGroup, ...]:
+        for index, window in enumerate(windows):
+            if not window.is_window:
+                raise refuse("a window moves mixers: expected hoist or wide, got 'none'", index, "mixers")
+        return check_groups(windows, "window")
 
     @classmethod
     def resolve(cls, value: str | Mapping[str, object] | FusionPolicy | None) -> FusionPolicy:
@@ -57,9 +77,11 @@ def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """One line per wrong field: its name, what is wrong, and the fields there are."""
     parts = []
     for item in error.errors():
-        field = ".".join(str(step) for step in item["loc"]) or "value"
+        field = located((*item["loc"], *item.get("ctx", {}).get("at", ())), "").removesuffix(": ") or "value"
         if item["type"] == "extra_forbidden":
             parts.append(f"unknown field {field!r} (known: {', '.join(model.model_fields)})")
+        elif item["type"] == "plan":
+            parts.append(f"{field}: {item['msg']}")
         else:
             parts.append(f"{field}: {item['msg']}, got {item['input']!r}")
     return "; ".join(parts)

@@ -139,7 +139,7 @@ class PlanMeter:
 
 
 def _key(plan: FusionPlan) -> str:
-    return json.dumps([sorted(plan.dropped_attention), [list(group) for group in plan.groups], plan.norm])
+    return json.dumps([sorted(plan.dropped_attention), [group.to_data() for group in plan.groups], plan.norm])
 
 
 class _Store:

@@ -37,7 +37,7 @@ class SweepPoint:
         return {
             "depth": self.measured.depth,
             "dropped_attention": list(plan.dropped_attention),
-            "groups": [list(group) for group in plan.groups],
+            "groups": [group.to_data() for group in plan.groups],
             "norm": plan.norm,
             "fused_bytes": self.measured.fused_bytes,
             "on_front": self.on_front,

@@ -107,7 +107,7 @@ def facts(model: Any, plan: FusionPlan) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in weights),
         "bytes": sum(value.numel() * value.element_size() for value in weights),
         "dropped_attention": list(plan.dropped_attention),
-        "groups": [list(group) for group in plan.groups],
+        "groups": [group.to_data() for group in plan.groups],
         "norm": plan.norm,
     }
 

@@ -33,7 +33,7 @@ def command(
     result = {"model": str(model_dir), "out": str(out_dir), "dry_run": dry_run}
     if dry_run:
         run.screen.line(f"dry run: would write {out_dir} with {len(plan.groups)} groups taken apart")
-        return {**result, "groups": [list(group) for group in plan.groups]}
+        return {**result, "groups": [group.to_data() for group in plan.groups]}
     from fxfusion.checkpoints.api import save_pretrained
     from fxfusion.models.ffn_surgery.record import plan_of
 

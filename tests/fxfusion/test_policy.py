@@ -36,6 +36,15 @@ def test_dicts_and_policies_are_taken_as_they_are() -> None:
         policy.keep_last = 3  # type: ignore[misc]
 
 
+def test_a_window_is_hoisted_unless_it_says_otherwise() -> None:
+    given = [[5, 4], ["a.1", "a.2"], {"members": [6, 7], "mixers": "wide"}, {"members": [8, 9]}]
+    windows = FusionPolicy.resolve({"windows": given}).windows
+    assert [list(window) for window in windows] == [[4, 5], ["a.1", "a.2"], [6, 7], [8, 9]]
+    assert [window.mixers for window in windows] == ["hoist", "hoist", "wide", "hoist"]
+    assert FusionPolicy(windows=windows) == FusionPolicy.resolve({"windows": given}) != FusionPolicy()
+    assert FusionPolicy().windows == ()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -47,6 +56,11 @@ def test_dicts_and_policies_are_taken_as_they_are() -> None:
         ({"keep_last": "many"}, "keep_last"),
         ({"include_leading": []}, "include_leading"),
         ({"windws": ()}, "unknown field 'windws'"),
+        ({"windows": 3}, "windows: Input should be a valid tuple, got 3"),
+        ({"windows": [[1]]}, r"windows\[0\]: window 0 has 1 member; a window needs at least two"),
+        ({"windows": [[1, 2], [2, 3]]}, r"windows\[1\]: layer 2 is in window 0 and again in window 1"),
+        ({"windows": [{"members": [1, 2], "mixers": "none"}]}, r"windows\[0\].mixers: a window moves mixers"),
+        ({"windows": [{"members": [1, -2]}]}, r"windows\[0\].members\[1\]: layer -2 is negative"),
         ({"keep_last": -1, "norm": "first"}, "keep_last.*norm"),
     ],
 )
