@@ -27,8 +27,9 @@ def test_a_group_is_a_tuple_that_knows_its_mixers() -> None:
 
 def test_the_same_members_with_other_mixers_are_another_group() -> None:
     plain, hoist, wide = (PlannedGroup((4, 5), mixers) for mixers in ("none", "hoist", "wide"))
-    assert plain == (4, 5) and (4, 5) == plain and hash(plain) == hash((4, 5)) and not plain != (4, 5)
-    assert hoist != (4, 5) and (4, 5) != hoist and hoist != plain and hoist != wide and hoist != PlannedGroup((4, 6))
+    members = (4, 5)
+    assert plain == members and members == plain and hash(plain) == hash(members) and (plain != members) is False
+    assert hoist != members and members != hoist and hoist != plain and hoist != wide and hoist != PlannedGroup((4, 6))
     assert len({plain, hoist, wide, (4, 5), PlannedGroup((4, 5), "hoist")}) == 3
     assert hoist != "45" and repr(plain) == "(4, 5)" and repr(hoist) == "PlannedGroup((4, 5), 'hoist')"
 
