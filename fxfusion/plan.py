@@ -20,6 +20,7 @@ from fxfusion.plan_record import (
     Member,
     ModelFacts,
     Record,
+    ResidueFile,
     Scores,
     Versions,
     refuse,
@@ -28,7 +29,7 @@ from fxfusion.plan_record import (
 )
 from fxfusion.policy import NormMode
 
-__all__ = ["FusionPlan", "LayerScore", "MadeBy", "Member", "ModelFacts", "Scores", "Versions", "schema_text"]
+__all__ = ["FusionPlan", "LayerScore", "MadeBy", "Member", "ModelFacts", "ResidueFile", "Scores", "Versions", "schema_text"]
 
 VERSION = 1
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -77,6 +78,9 @@ class FusionPlan(Record):
     model: ModelFacts | None = Field(default=None, description="the model that the plan was made for")
     scores: Scores | None = Field(default=None, description="what each layer's attention is worth (a record)")
     made_by: MadeBy | None = Field(default=None, description="command, date, seed and versions (a record)")
+    residue: ResidueFile | None = Field(
+        default=None, description="file beside the fused weights with what they do not tell of their members, by sha256"
+    )
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -229,6 +233,7 @@ _RECORDS: dict[tuple[str, ...], type[BaseModel]] = {
     ("scores", "values"): LayerScore,
     ("made_by",): MadeBy,
     ("made_by", "versions"): Versions,
+    ("residue",): ResidueFile,
 }
 
 

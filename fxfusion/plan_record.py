@@ -101,6 +101,13 @@ class Scores(Record):
         return values
 
 
+class ResidueFile(Record):
+    """What a folder of fused weights keeps so that its members can be given back: a file beside the plan."""
+
+    file: Annotated[str, Field(min_length=1)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class Versions(Record):
     """Versions of what made a plan."""
 

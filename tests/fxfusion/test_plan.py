@@ -82,6 +82,8 @@ def test_a_group_is_a_set_of_layers() -> None:
         ),
         ({"made_by": {"seed": 1.5}}, "made_by.seed: expected a whole number, got 1.5"),
         ({"made_by": {"versions": {"jax": "1"}}}, "made_by.versions.jax: unknown field 'jax' (known: fxfusion"),
+        ({"residue": {"file": "a.st", "sha256": "ab"}}, "residue.sha256: String should match pattern"),
+        ({"residue": {"file": "a.st"}}, "residue.sha256: is missing"),
         ({"norm": "x", "groups": 3}, "groups: expected a list, got 3; norm: Input should be"),
     ],
 )
@@ -204,4 +206,4 @@ def test_the_schema_knows_every_field() -> None:
     assert group["minItems"] == 2
     assert group["items"]["anyOf"] == [{"minimum": 0, "type": "integer"}, {"minLength": 1, "type": "string"}]
     assert schema["properties"]["dropped_attention"]["items"] == {"minimum": 0, "type": "integer"}
-    assert set(schema["$defs"]) == {"LayerScore", "MadeBy", "ModelFacts", "Scores", "Versions"}
+    assert set(schema["$defs"]) == {"LayerScore", "MadeBy", "ModelFacts", "ResidueFile", "Scores", "Versions"}

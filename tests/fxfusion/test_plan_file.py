@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from fxfusion import FusionPlan, plan_file
 from fxfusion.errors import PlanError
-from fxfusion.plan import LayerScore, MadeBy, ModelFacts, Scores, Versions
+from fxfusion.plan import LayerScore, MadeBy, ModelFacts, ResidueFile, Scores, Versions
 
 FULL = FusionPlan(
     groups=[[4, 5, 6], ["model.layers.8.mlp", "model.layers.9.mlp"]],
@@ -32,6 +32,7 @@ FULL = FusionPlan(
         values=(LayerScore(layer=4, value=0.0123456789, error=1.5e-5), LayerScore(layer=5, value=2e-7)),
     ),
     made_by=MadeBy(command="fxfusion plan --drop 5", date="2026-01-02", seed=0, versions=Versions(torch="2.13.0")),
+    residue=ResidueFile(file="fxfusion_residue.st", sha256="0123456789abcdef" * 4),
 )
 
 
@@ -91,6 +92,8 @@ plans = st.builds(
         seed=st.none() | st.integers(-(2**59), 2**59),
         versions=st.none() | st.builds(Versions, torch=st.none() | texts),
     ),
+    residue=st.none()
+    | st.builds(ResidueFile, file=texts.filter(bool), sha256=st.text("0123456789abcdef", min_size=64, max_size=64)),
 )
 
 
@@ -142,6 +145,9 @@ def test_the_file_reads_well(tmp_path: Path) -> None:
         "  seed: 0",
         "  versions:",
         "    torch: 2.13.0",
+        "residue:",
+        "  file: fxfusion_residue.st",
+        f"  sha256: {'0123456789abcdef' * 4}",
     ]
 
 
@@ -287,7 +293,7 @@ def test_every_problem_has_its_line(tmp_path: Path) -> None:
         "plan.yaml:3: groups: expected a list, got 3",
         "plan.yaml:1: norm: Input should be 'fold' or 'last', got 'x'",
         "plan.yaml:2: foo: unknown field 'foo' "
-        "(known: groups, dropped_attention, norm, version, model, scores, made_by, hoist)",
+        "(known: groups, dropped_attention, norm, version, model, scores, made_by, residue, hoist)",
     ]
 
 
