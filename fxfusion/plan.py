@@ -29,7 +29,17 @@ from fxfusion.plan_record import (
 )
 from fxfusion.policy import NormMode
 
-__all__ = ["FusionPlan", "LayerScore", "MadeBy", "Member", "ModelFacts", "ResidueFile", "Scores", "Versions", "schema_text"]
+__all__ = [
+    "FusionPlan",
+    "LayerScore",
+    "MadeBy",
+    "Member",
+    "ModelFacts",
+    "ResidueFile",
+    "Scores",
+    "Versions",
+    "schema_text",
+]
 
 VERSION = 1
 SUFFIXES = (".yaml", ".yml", ".json")
