@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 import fxfusion
 from bench.record import record
 from bench.reference.load import heldout_batches, load_model
+from bench.tables import table
 
 # Of `fxfusion plan --drop 5` on calibration text (bench/results/whole_path.json).
 PLAN = fxfusion.FusionPlan(dropped_attention=[1, 4, 6, 10, 11], groups=[[3, 4], [5, 6], [9, 10, 11]])
@@ -107,7 +107,7 @@ def main() -> None:
     }
     rows = [(name, f"{value:.3f}") for name, value in found.items() if isinstance(value, float)]
     rows += [(f"tokens/s, {name}", f"{value:.1f}") for name, value in found["tokens_per_second"].items()]
-    print(tabulate(rows))
+    print(table(rows, ("", "value")))
     predictions = {"acceptance_rate": "0.5 to 0.8 (top-1 agreement of the fused model on held-out text is 0.71)"}
     print(f"written: {record('assisted', {**facts, **found}, predictions=predictions).name}")
 

@@ -18,17 +18,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from tabulate import tabulate
 from torch import nn
 
-from bench.record import record
-from bench.timing import measure, ratio
+from bench.record import Measurement, record
+from bench.tables import ratio_table, table
+from bench.timing import measure
 from fxfusion import ffn_fusion, last_reports
 
 SHAPES = ((256, 704), (1024, 2816), (2048, 1024))
 DTYPES = (torch.float32, torch.bfloat16)
 TOKENS = (1, 16, 128)
 MEMBERS = 8
+# Ratios of samples: what it shows, by its name in the file.
+FASTER, OF_HAND_WRITTEN, CONTROL = "unfused/fused", "hand_written/fused", "unfused/unfused_again"
 PREDICTION = "small shapes gain most (fewer kernels per byte); 128 tokens about even; wide module equal to fused"
 
 
@@ -52,7 +54,7 @@ def compiled(module: nn.Module, backend: Any) -> Callable[[torch.Tensor], torch.
     return torch.compile(copy.deepcopy(module), backend=backend, dynamic=False, fullgraph=True)
 
 
-def cell(hidden: int, width: int, dtype: torch.dtype, tokens: int, rounds: int, threads: int) -> dict[str, Any]:
+def cell(hidden: int, width: int, dtype: torch.dtype, tokens: int, rounds: int, threads: int) -> Measurement:
     """All candidates of one cell, in one interleaved run."""
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -72,29 +74,23 @@ def cell(hidden: int, width: int, dtype: torch.dtype, tokens: int, rounds: int, 
         samples = measure(
             {name: lambda module=module: module(x) for name, module in modules.items()}, rounds=rounds, threads=threads
         )
-    return {
-        "hidden": hidden,
-        "width": width,
-        "dtype": str(dtype).removeprefix("torch."),
-        "tokens": tokens,
-        "unfused_over_fused": ratio(samples["unfused"], samples["fused"]).to_dict(),
-        "hand_written_over_fused": ratio(samples["hand_written"], samples["fused"]).to_dict(),
-        "a_a_control": ratio(samples["unfused"], samples["unfused_again"]).to_dict(),
-        "samples_seconds": samples,
-    }
+    place = {"hidden": hidden, "width": width, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens}
+    pairs = [tuple(name.split("/")) for name in (FASTER, OF_HAND_WRITTEN, CONTROL)]
+    return Measurement.of(place, samples, pairs)
 
 
-def summarise(cells: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(cells: list[Measurement]) -> dict[str, Any]:
     """The figures that the issue asks for."""
-    gains = [c["unfused_over_fused"]["value"] for c in cells]
+
+    def mean(name: str) -> float:
+        return round(statistics.geometric_mean(one.ratios[name].value for one in cells), 4)
+
     return {
-        "geomean_over_unfused": round(statistics.geometric_mean(gains), 4),
-        "geomean_of_hand_written": round(
-            statistics.geometric_mean(c["hand_written_over_fused"]["value"] for c in cells), 4
-        ),
-        "geomean_a_a": round(statistics.geometric_mean(c["a_a_control"]["value"] for c in cells), 4),
-        "cells_below_0.97": sum(c["unfused_over_fused"]["high"] < 0.97 for c in cells),
-        "cells_below_0.95_of_hand_written": sum(c["hand_written_over_fused"]["high"] < 0.95 for c in cells),
+        "geomean_over_unfused": mean(FASTER),
+        "geomean_of_hand_written": mean(OF_HAND_WRITTEN),
+        "geomean_a_a": mean(CONTROL),
+        "cells_below_0.97": sum(one.ratios[FASTER].high < 0.97 for one in cells),
+        "cells_below_0.95_of_hand_written": sum(one.ratios[OF_HAND_WRITTEN].high < 0.95 for one in cells),
     }
 
 
@@ -109,22 +105,13 @@ def main() -> None:
     rounds = 5 if arguments.quick else arguments.rounds
     grid = [(h, w, dtype, tokens) for h, w in shapes for dtype in DTYPES for tokens in TOKENS]
     cells = [cell(*place, rounds, arguments.threads) for place in track(grid, description="cells")]
-    rows = [
-        (f"{c['hidden']} x {c['width']}", c["dtype"], c["tokens"])
-        + tuple(
-            f"{c[key]['value']:.3f} [{c[key]['low']:.3f}, {c[key]['high']:.3f}]"
-            for key in ("unfused_over_fused", "hand_written_over_fused", "a_a_control")
-        )
-        for c in cells
-    ]
-    print(tabulate(rows, ("shape", "dtype", "tokens", "speed over unfused", "speed over hand-written", "A/A")))
+    columns = [(FASTER, "speed over unfused"), (OF_HAND_WRITTEN, "speed over hand-written"), (CONTROL, "A/A")]
+    print(ratio_table(cells, columns))
     summary = summarise(cells)
-    print(tabulate(summary.items()))
+    print(table(summary.items(), ("all cells", "")))
     if not arguments.quick:
-        print(
-            "recorded:",
-            record("chain_speed", {"summary": summary, "cells": cells}, predictions={"all": PREDICTION}).name,
-        )
+        path = record("chain_speed", {"summary": summary}, measurements=cells, predictions={"all": PREDICTION})
+        print("recorded:", path.name)
 
 
 if __name__ == "__main__":

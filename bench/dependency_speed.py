@@ -18,12 +18,12 @@ import time
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
-from bench.record import record
+from bench.record import Measurement, record
 from bench.reference.load import calibration_batches, load_model
-from bench.timing import measure, ratio
+from bench.tables import ratio_table
+from bench.timing import measure
 from fxfusion.analysis.dependency import Unit, blocks_of, measure_batch
 from fxfusion.analysis.token_batches import TokenBatch, read_batches
 from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance
@@ -49,7 +49,7 @@ def without_reuse(graph: TracedGraph, batch: TokenBatch, unit: Unit, *, whole_mo
     return sums
 
 
-def compare(graph: TracedGraph, batch: TokenBatch, unit: Unit) -> dict[str, Any]:
+def compare(graph: TracedGraph, batch: TokenBatch, unit: Unit) -> Measurement:
     def reuse() -> Tensor:
         return measure_batch(graph, batch, unit)["values"]
 
@@ -62,13 +62,9 @@ def compare(graph: TracedGraph, batch: TokenBatch, unit: Unit) -> dict[str, Any]
     candidates = {"reuse": reuse, "reuse_again": reuse, "brute_force": brute_force, "row_by_row": row_by_row}
     matrices = [run() for run in candidates.values()]
     samples = measure(candidates, rounds=ROUNDS, threads=1)
-    return {
-        "share_of_brute_force": ratio(samples["reuse"], samples["brute_force"]).to_dict(),
-        "share_of_row_by_row": ratio(samples["reuse"], samples["row_by_row"]).to_dict(),
-        "control": ratio(samples["reuse"], samples["reuse_again"]).to_dict(),
-        "bit_equal": all(torch.equal(matrices[0], other) for other in matrices[1:]),
-        "samples_seconds": samples,
-    }
+    pairs = [("reuse", other) for other in candidates if other != "reuse"]
+    equal = all(torch.equal(matrices[0], other) for other in matrices[1:])
+    return Measurement.of({"unit": unit}, samples, pairs, facts={"bit_equal": equal})
 
 
 def main() -> None:
@@ -79,18 +75,12 @@ def main() -> None:
     graph = TracedModel(model).graph(batch.inputs)
     layers = len(graph.blocks.layers)
     results: dict[str, Any] = {"layers": layers, "tokens": BATCH * SEQ, "capture_seconds": time.perf_counter() - start}
-    results |= {unit: compare(graph, batch, unit) for unit in UNITS}
-    rows = [
-        (unit, name, *found.values())
-        for unit in UNITS
-        for name, found in results[unit].items()
-        if isinstance(found, dict) and name != "samples_seconds"
-    ]
-    print(tabulate(rows, headers=["unit", "reuse over", "time", "low", "high"], floatfmt=".3f"))
+    found = [compare(graph, batch, unit) for unit in UNITS]
+    print(ratio_table(found, [(name, f"time of {name}") for name in found[0].ratios]))
     # In layers run: one intact run and the layers after each removed one, against L - 1 layers for each row.
     reused, repeated = layers + layers * (layers - 1) / 2, layers + (layers - 1) ** 2
-    predictions = {"block": {"share_of_row_by_row": reused / repeated}}
-    print("recorded:", record("dependency_speed", results, predictions=predictions).name)
+    predictions = {"block": {"reuse/row_by_row": reused / repeated}}
+    print("recorded:", record("dependency_speed", results, measurements=found, predictions=predictions).name)
 
 
 if __name__ == "__main__":

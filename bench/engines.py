@@ -17,18 +17,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from bench.engine_environments import run_script
 from bench.engine_folders import write_folders
-from bench.record import record
-from bench.timing import ratio
+from bench.record import Measurement, Scalar, record
+from bench.tables import ratio_table
 
 RUNS: dict[str, tuple[str, str, dict[str, bool]]] = {
     "mlx-lm": ("mlx", "time_mlx.py", {}),
     "vllm, eager": ("vllm", "time_vllm.py", {"enforce_eager": True}),
     "vllm, compiled": ("vllm", "time_vllm.py", {"enforce_eager": False}),
 }
+FASTER, CONTROL = "unfused/fused", "unfused/control"
 _TIMEOUT = 1800.0  # seconds; compiling takes minutes on few cores
 
 
@@ -38,18 +37,21 @@ def main() -> None:
     parser.add_argument("--only", choices=RUNS)
     chosen = parser.parse_args()
     names = [chosen.only] if chosen.only else list(RUNS)
-    results: dict[str, Any] = {}
+    engines: dict[str, Any] = {}
+    measurements: list[Measurement] = []
     with tempfile.TemporaryDirectory() as root:
         write_folders(Path(root))
         for name in names:
             print(f"timing {name}", flush=True)
-            results[name] = _time(name, Path(root), chosen.rounds)
-    _show(results)
+            engines[name], found = _time(name, Path(root), chosen.rounds)
+            measurements += found
+    print(ratio_table(measurements, [(FASTER, "fused, times faster [95 %]"), (CONTROL, "control [95 %]")]))
     if chosen.only is None:
-        print("recorded:", record("engines", results).name)
+        print("recorded:", record("engines", engines, measurements=measurements).name)
 
 
-def _time(name: str, root: Path, rounds: int) -> dict[str, Any]:
+def _time(name: str, root: Path, rounds: int) -> tuple[dict[str, Any], list[Measurement]]:
+    """Versions and options of one engine, and what its workloads took."""
     engine, script, options = RUNS[name]
     scratch = root / name.replace(", ", "-")
     scratch.mkdir()
@@ -62,34 +64,19 @@ def _time(name: str, root: Path, rounds: int) -> dict[str, Any]:
     (scratch / "request.json").write_text(json.dumps(request), encoding="utf-8")
     run_script(engine, script, [scratch / "request.json", scratch / "result.json"], scratch, timeout=_TIMEOUT)
     found = json.loads((scratch / "result.json").read_text("utf-8"))
-    return {
-        "versions": found["versions"],
-        "options": options,
-        "workloads": {workload: _ratios(**values) for workload, values in found["workloads"].items()},
+    measurements = [_workload(name, workload, **values) for workload, values in found["workloads"].items()]
+    return {"versions": found["versions"], "options": options}, measurements
+
+
+def _workload(engine: str, workload: str, tokens: int, seconds: dict[str, list[float]]) -> Measurement:
+    """`tokens`: written or read by one call."""
+    speeds: dict[str, Scalar] = {
+        f"tokens_per_second, {name}": round(tokens / statistics.median(times), 1) for name, times in seconds.items()
     }
-
-
-def _ratios(tokens: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    return {
-        "tokens_per_call": tokens,
-        "tokens_per_second": {name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()},
-        "fused_over_unfused": ratio(seconds["unfused"], seconds["fused"]).to_dict(),
-        "control": ratio(seconds["unfused"], seconds["control"]).to_dict(),
-        "seconds": {name: [round(one, 5) for one in times] for name, times in seconds.items()},
-    }
-
-
-def _show(results: dict[str, Any]) -> None:
-    rows = [
-        (name, workload, *(_interval(found[key]) for key in ("fused_over_unfused", "control")))
-        for name, run in results.items()
-        for workload, found in run["workloads"].items()
-    ]
-    print(tabulate(rows, headers=["engine", "workload", "fused, times faster [95 %]", "control [95 %]"]))
-
-
-def _interval(found: dict[str, float]) -> str:
-    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+    samples = {name: [round(one, 5) for one in times] for name, times in seconds.items()}
+    pairs = [tuple(name.split("/")) for name in (FASTER, CONTROL)]
+    place = {"engine": engine, "workload": workload}
+    return Measurement.of(place, samples, pairs, facts={"tokens_per_call": tokens, **speeds})
 
 
 if __name__ == "__main__":

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import subprocess
 import sys
 import time
 import warnings
@@ -26,6 +23,7 @@ import torch
 from hypothesis import HealthCheck, Phase, find, given, seed, settings
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bench.record import Record
 from fxfusion.testing import StackSpec
 from fxfusion.testing.checks import check_graph, check_oracle, check_twice
 from fxfusion.testing.strategies import stacks
@@ -120,41 +118,17 @@ def _one_more(result: dict[str, Any], options: argparse.Namespace) -> None:
         result["counts"][key] = result["counts"].get(key, 0) + value
     result["cpu_seconds"] = round(result["cpu_seconds"] + time.process_time() - start, 1)
     result["blocks_done"] = number + 1
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = options.out.with_suffix(".part")
-    scratch.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(options.out)
+    complete = result["blocks_done"] * BLOCK >= options.graphs
+    Record.of("fuzz", results=result, complete=complete).write(options.out)
 
 
 def _load(path: Path, first_seed: int) -> dict[str, Any]:
     """The earlier result for this seed, or an empty one."""
     if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("seed") == first_seed:
+        found = dict(Record.read(path).results)
+        if found["seed"] == first_seed:
             return found
-    return {
-        "command": f"python -m bench.fuzz --seed {first_seed}",
-        "commit": _commit(),
-        "seed": first_seed,
-        "block": BLOCK,
-        "blocks_done": 0,
-        "counts": {},
-        "cpu_seconds": 0.0,
-        "failures": [],
-        "machine": {
-            "cpus": os.cpu_count(),
-            "threads": 1,
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-    }
-
-
-def _commit() -> str:
-    """The commit that is fuzzed, with a plus sign where the tree differs from it; empty outside a clone."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True)
-    return described.stdout.strip()
+    return {"seed": first_seed, "block": BLOCK, "blocks_done": 0, "counts": {}, "cpu_seconds": 0.0, "failures": []}
 
 
 if __name__ == "__main__":

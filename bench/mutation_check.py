@@ -24,10 +24,8 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
-import json
 import multiprocessing
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -41,6 +39,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo  # noqa: F401 (imported once, before the tests fork)
+
+from bench.record import Record
 
 ROOT = Path(__file__).parent.parent
 MATCHERS = (
@@ -254,7 +254,7 @@ def _known(path: Path) -> dict[str, dict[str, object]]:
     """Results of an earlier run of the same guards, by place and text, where guard and tests are as they were."""
     if not path.exists():
         return {}
-    earlier = json.loads(path.read_text(encoding="utf-8"))["guards"]
+    earlier = Record.read(path).results["guards"]
     return {guard.key: earlier[guard.key] for guard in guards() if earlier.get(guard.key, {}).get("of") == guard.of}
 
 
@@ -268,18 +268,15 @@ def _tests_digest() -> str:
 def _save(path: Path, known: dict[str, dict[str, object]], broken: list[str]) -> None:
     killed = sum(bool(result["killed"]) for result in known.values())
     result = {
-        "command": "python -m bench.mutation_check",
         "tests": list(TESTS),
         "tests_left_out": broken,
-        "machine": {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
         "guards_in_the_tree": sum(1 for _ in guards()),
         "guards_checked": len(known),
         "killed": killed,
         "survived": len(known) - killed,
         "guards": known,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    Record.of("mutation_check", results=result).write(path)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ compiled graph, one set of packed buffers per group however many graphs were com
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import nn
 from torch.utils.benchmark import Timer
 
 from bench.chain_speed import Ffn
-from bench.record import record
+from bench.record import Measurement, record
+from bench.tables import table
 from fxfusion import ffn_fusion, last_reports
 from fxfusion.backend import seconds_inside
 from fxfusion.packing import live_packs
@@ -79,8 +78,8 @@ def compile_seconds(layers: int, attention_free: bool, options: dict[str, Any]) 
     }
 
 
-def growth(repeats: int = 9) -> dict[str, Any]:
-    """Median pass seconds of 32 and 128 layers, captured anew each time, interleaved.
+def growth(repeats: int = 9) -> Measurement:
+    """Pass seconds of 32 and 128 layers, captured anew each time, interleaved; the first capture is no sample.
 
     Without the garbage collector, as timeit does it: its pauses grow with everything else in the process.
     """
@@ -96,8 +95,8 @@ def growth(repeats: int = 9) -> dict[str, Any]:
                 compiled(torch.randn(1, 16, HIDDEN))
             gc.enable()
             samples[layers].append(seconds_inside() - before)
-    medians = {layers: statistics.median(found[1:]) for layers, found in samples.items()}
-    return {"samples_seconds": samples, "growth_128_over_32": medians[128] / medians[32]}
+    named = {f"{layers} layers": found[1:] for layers, found in samples.items()}
+    return Measurement.of({"what": "pass time"}, named, [("128 layers", "32 layers")])
 
 
 def call_overhead() -> dict[str, Any]:
@@ -139,20 +138,16 @@ def _spy(seen: list[Any]) -> Any:
 
 def main() -> None:
     compile_seconds(4, True, {})  # warm up Inductor and its workers
-    results = {
+    grown = growth()
+    results: dict[str, dict[str, Any]] = {
         "fused_32": compile_seconds(32, True, {}),
         "nothing_to_fuse_32": compile_seconds(32, False, {"policy": {"min_members": 2}}),
-        "growth": growth(),
         "call": call_overhead(),
     }
-    rows = [
-        (name, key, value)
-        for name, found in results.items()
-        for key, value in found.items()
-        if key != "samples_seconds"
-    ]
-    print(tabulate(rows))
-    print("recorded:", record("pass_time", results).name)
+    rows = [(name, key, value) for name, found in results.items() for key, value in found.items()]
+    rows += [("growth", name, found.value) for name, found in grown.ratios.items()]
+    print(table(rows, ("what", "figure", "value")))
+    print("recorded:", record("pass_time", results, measurements=[grown]).name)
 
 
 if __name__ == "__main__":

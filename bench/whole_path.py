@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 from bench.record import record
 from bench.reference.load import CALIBRATION_FILE, HELD_OUT_FILE, MODEL_FOLDER
+from bench.tables import table
 
 GOAL_SECONDS = 300
 DROP = 5  # attentions, of 12
@@ -34,7 +33,7 @@ def main() -> None:
         found = whole_path(Path(folder))
     rows = [(name, *(f"{step[what]:.1f}" for what in _TIMES)) for name, step in found["steps"].items()]
     total = ("total", *(f"{found[f'total_{what}']:.1f}" for what in _TIMES))
-    print(tabulate([*rows, total], ("command", "seconds", "processor seconds")))
+    print(table([*rows, total], ("command", "seconds", "processor seconds")))
     path = record("whole_path", found, predictions={"total_seconds": f"at most {GOAL_SECONDS} on 2 cores"})
     print(f"written: {path.name}")
 
