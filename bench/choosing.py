@@ -24,14 +24,14 @@ from bench.choosing_page import write_page
 from bench.record import record
 from bench.reference.load import calibration_batches, heldout_batches, load_model
 from fxfusion import drop_attention
-from fxfusion.analysis.candidates import equal_cuts
 from fxfusion.analysis.dependency import dependency_matrix
 from fxfusion.analysis.heat_map import heat_map
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.planner import Planner
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.analysis.scores import attention_scores
 from fxfusion.plan import FusionPlan
+from fxfusion.planning.candidates import equal_cuts
+from fxfusion.planning.planner import Planner
 
 METHODS = ("cosine", "loss", "kl")
 RUN = 7  # attentions in a row that are dropped for the tables of the paper, whose models have long runs

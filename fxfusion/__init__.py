@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxfusion.analysis.dependency import dependency_matrix
     from fxfusion.analysis.generation import greedy_agreement
-    from fxfusion.analysis.make_plan import make_plan
     from fxfusion.analysis.quality import evaluate
     from fxfusion.analysis.scores import attention_scores
-    from fxfusion.analysis.sweep import sweep
     from fxfusion.analysis.texts import batches_from_text
     from fxfusion.backend import ffn_fusion, last_reports, refresh
     from fxfusion.checkpoints.api import from_pretrained, save_pretrained
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
     from fxfusion.models.ffn_surgery.unfuse import unfuse
     from fxfusion.pipeline import explain, fuse_graph
     from fxfusion.plan import FusionPlan
+    from fxfusion.planning.make_plan import make_plan
+    from fxfusion.planning.sweep import sweep
     from fxfusion.policy import FusionPolicy
     from fxfusion.report import FusionReport
 
@@ -40,8 +40,8 @@ _HOME = {
     "evaluate": "fxfusion.analysis.quality",
     "fuse": "fxfusion.models.ffn_surgery.fuse",
     "greedy_agreement": "fxfusion.analysis.generation",
-    "make_plan": "fxfusion.analysis.make_plan",
-    "sweep": "fxfusion.analysis.sweep",
+    "make_plan": "fxfusion.planning.make_plan",
+    "sweep": "fxfusion.planning.sweep",
     "unfuse": "fxfusion.models.ffn_surgery.unfuse",
     "ffn_fusion": "fxfusion.backend",
     "last_reports": "fxfusion.backend",
@@ -88,6 +88,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in ("testing", "cost", "analysis", "models"):
+    if name in ("testing", "cost", "analysis", "planning", "models"):
         return import_module(f"fxfusion.{name}")
     raise AttributeError(f"module 'fxfusion' has no attribute {name!r}")

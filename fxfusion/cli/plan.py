@@ -134,7 +134,7 @@ def command(
 
 def work(run: Session, wish: Wish) -> list[Work]:
     """For dry runs: the scores are needed where the layers are not named."""
-    from fxfusion.analysis.budget import Budget
+    from fxfusion.planning.budget import Budget
 
     number = Budget(drop=wish.drop).count(len(run.mixers))
     scored = [score_work(run, wish.method, greedy=False), score_work(run, wish.method, greedy=True, drop=number)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxfusion.analysis.dependency import dependency_matrix
-from fxfusion.analysis.make_plan import make_plan
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.planned import without_mixers
 from fxfusion.cli import evaluation_tables
@@ -19,6 +18,7 @@ from fxfusion.cli.results_folder import COMPILED, PLAN
 from fxfusion.cli.session import Session
 from fxfusion.pipeline import fuse_captured
 from fxfusion.plan import FusionPlan, MadeBy
+from fxfusion.planning.make_plan import make_plan
 from fxfusion.report import FusionReport
 from fxfusion.report.text import groups as group_table
 

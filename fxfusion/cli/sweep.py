@@ -16,7 +16,7 @@ from fxfusion.cli.session import Session, Work, measuring
 from fxfusion.errors import OptionError
 
 if TYPE_CHECKING:
-    from fxfusion.analysis.sweep import Sweep
+    from fxfusion.planning.sweep import Sweep
 
 Drops = Annotated[
     str | None,
@@ -50,7 +50,7 @@ def command(
     if run.common.dry_run:
         return run.plan_dry_run(_work(run, method.value), [SWEEP, SWEEP_TABLE, SWEEP_PLOT, PLANS])
 
-    from fxfusion.analysis.sweep import sweep
+    from fxfusion.planning.sweep import sweep
 
     model = run.model  # first: then the folder knows its layers
     most, there = max(numbers or [0]), len(run.folder.attention_layers())

@@ -47,7 +47,7 @@ def test_a_second_sweep_measures_only_what_is_new_and_shows_the_front(
 def test_a_disk_that_is_full_at_the_end_loses_no_measurement(
     run: Run, args: list[object], results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxfusion.analysis.sweep import Sweep
+    from fxfusion.planning.sweep import Sweep
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -8,16 +8,16 @@ from typing import Literal
 
 from torch import nn
 
-from fxfusion.analysis.budget import Budget
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.partition import Limits
-from fxfusion.analysis.planner import Planner, search
 from fxfusion.analysis.quality import Batch
 from fxfusion.analysis.scores import AttentionScores, Method
 from fxfusion.cost.layer_table import cut_run
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan import FusionPlan, LayerScore, MadeBy, Scores
+from fxfusion.planning.budget import Budget
+from fxfusion.planning.partition import Limits
+from fxfusion.planning.planner import Planner, search
 from fxfusion.policy import NormMode
 
 

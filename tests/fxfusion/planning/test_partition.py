@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxfusion.analysis.partition import Cost, Limits, Partition, PartitionTable, combine, partition_chain
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan import FusionPlan
+from fxfusion.planning.partition import Cost, Limits, Partition, PartitionTable, combine, partition_chain
 
 Groups = tuple[tuple[int, ...], ...]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fxfusion.analysis.budget import Budget
 from fxfusion.analysis.quality import Estimate, Quality
 from fxfusion.errors import OptionError
+from fxfusion.planning.budget import Budget
 
 
 def quality(increase: float, kl: float) -> Quality:

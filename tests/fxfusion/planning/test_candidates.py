@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxfusion.analysis.candidates import DroppedModel, candidates, equal_cuts, shallowest
 from fxfusion.analysis.meter import ChainFacts
-from fxfusion.analysis.partition import Limits
+from fxfusion.planning.candidates import DroppedModel, candidates, equal_cuts, shallowest
+from fxfusion.planning.partition import Limits
 
 NO_LIMITS = Limits()
 

@@ -16,10 +16,10 @@ from typing import Any
 from torch import nn
 
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.partition import Limits
-from fxfusion.analysis.planner import Measured, Planner
 from fxfusion.analysis.quality import Batch
 from fxfusion.analysis.scores import Method
+from fxfusion.planning.partition import Limits
+from fxfusion.planning.planner import Measured, Planner
 from fxfusion.policy import NormMode
 
 _MOST_DROPS = 6  # numbers of dropped attentions that a sweep tries by itself

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from fxfusion.analysis import meter as meter_file
-from fxfusion.analysis import planner as planner_file
-from fxfusion.analysis.budget import Budget
-from fxfusion.analysis.candidates import candidates, equal_cuts
-from fxfusion.analysis.make_plan import make_plan
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.partition import Limits
-from fxfusion.analysis.planner import Planner, search
 from fxfusion.analysis.quality import Estimate, Quality
 from fxfusion.analysis.scores import attention_scores
-from fxfusion.analysis.sweep import run_sweep
 from fxfusion.errors import FxFusionError, OptionError, PlanError
 from fxfusion.plan import FusionPlan
+from fxfusion.planning import planner as planner_file
+from fxfusion.planning.budget import Budget
+from fxfusion.planning.candidates import candidates, equal_cuts
+from fxfusion.planning.make_plan import make_plan
+from fxfusion.planning.partition import Limits
+from fxfusion.planning.planner import Planner, search
+from fxfusion.planning.sweep import run_sweep
 from fxfusion.policy import NormMode
 from tests.tiny_lm import TinyLm, ids
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fxfusion.analysis.meter import ChainFacts
-from fxfusion.analysis.partition import Limits, PartitionTable, combine, partition_chain
 from fxfusion.plan import FusionPlan, Member
+from fxfusion.planning.partition import Limits, PartitionTable, combine, partition_chain
 from fxfusion.policy import NormMode
 
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import torch
 
-from fxfusion.analysis.budget import Budget
-from fxfusion.analysis.candidates import DroppedModel, candidates, equal_cuts, shallowest
 from fxfusion.analysis.dependency import dependency_matrix
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.partition import Limits
 from fxfusion.analysis.quality import Quality
 from fxfusion.analysis.scores import AttentionScores, Method, attention_scores
 from fxfusion.errors import PlanError
 from fxfusion.plan import FusionPlan, Member
+from fxfusion.planning.budget import Budget
+from fxfusion.planning.candidates import DroppedModel, candidates, equal_cuts, shallowest
+from fxfusion.planning.partition import Limits
 from fxfusion.policy import NormMode
 
 # An end of a chain stays out where fusing it costs more than so many times what the other merges cost on average, and
