@@ -22,7 +22,7 @@ BLOCK, BLOCKS = 1024, 192  # 196,608 tokens each for measuring and for calibrati
 README = """\
 # The reference model
 
-A Llama of 12 layers, hidden 256, 4 heads (2 key-value heads), FFN 640, tied embeddings: {parameters:,}
+{title}: {parameters:,}
 parameters, stored as bfloat16. Trained on the `.py` files of the Python {python} standard library (tests
 included) with a byte-level BPE of 4,096 tokens. Files whose path hashes into 8 of 100 buckets are held out:
 neither model nor tokenizer saw them.
@@ -39,6 +39,11 @@ Held-out perplexity of these weights: **{perplexity:.2f}**, 95 % interval {low:.
 token ids of the held-out and of the training files. `bench.reference` has functions that load all of this.
 """
 
+_TITLES = {
+    "llama": "A Llama of 12 layers, hidden 256, 4 heads (2 key-value heads), FFN 640, tied embeddings",
+    "gpt2": "A GPT-2 of 12 layers, hidden 128, 4 heads, FFN 512",
+}
+
 
 def export(work: Path, output: Path, corpus: Corpus) -> Quality:
     """Write the checkpoint in `work` as a model to `output`; returns the held-out quality measured there.
@@ -46,7 +51,7 @@ def export(work: Path, output: Path, corpus: Corpus) -> Quality:
     FileNotFoundError when `work` holds no checkpoint.
     """
     state = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
-    model = build_model(seed=0)
+    model = build_model(seed=0, shape=state["recipe"].get("shape", "llama"))
     model.load_state_dict(state["model"])
     model.bfloat16()
     model.save_pretrained(output)
@@ -75,6 +80,7 @@ def _write_ids(file: Path, ids: TokenIds) -> None:
 def _readme(state: dict[str, Any], parameters: int, quality: Quality) -> str:
     recipe = state["recipe"]
     return README.format(
+        title=_TITLES[recipe.get("shape", "llama")],
         parameters=parameters,
         python=platform.python_version(),
         steps=state["step"],

@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 HELD_OUT_FILE = "heldout_ids.safetensors"
 CALIBRATION_FILE = "calibration_ids.safetensors"
 
 
-def load_model(dtype: torch.dtype = torch.float32, folder: Path = MODEL_FOLDER) -> LlamaForCausalLM:
+def load_model(dtype: torch.dtype = torch.float32, folder: Path = MODEL_FOLDER) -> PreTrainedModel:
     """The trained model in eval mode on the CPU; the stored weights are bfloat16.
 
     OSError when `folder` holds no model (train it by `python -m bench.reference.train`).
     """
-    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     model.eval()
     return model
 

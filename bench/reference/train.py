@@ -2,6 +2,7 @@
 
     python -m bench.reference.train            # train (resumes by itself), then write bench/reference/model
     python -m bench.reference.train --export   # only write the newest checkpoint there
+    python -m bench.reference.train --shape gpt2 --steps 400 --work W --output O     # the second family, in minutes
 
 One CPU thread takes about an hour, a GPU minutes. Stop it at any time: the next start goes on from the newest
 checkpoint.
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from bench.reference.architecture import build_model
+from bench.reference.architecture import SHAPES, build_model
 from bench.reference.data import Corpus, TokenIds, blocks, load_corpus
 from bench.reference.export import export
 from bench.reference.muon import Muon
@@ -45,6 +46,7 @@ class Recipe:
     clip: float = 1.0
     seed: int = 0
     autocast: bool = True
+    shape: str = "llama"
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine to `final_fraction` of the peak."""
@@ -60,7 +62,8 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for name, weight in model.named_parameters():
-        (matrices if weight.ndim == 2 and "embed" not in name else others).append(weight)
+        is_embedding = any(word in name for word in ("embed", "wte", "wpe"))
+        (matrices if weight.ndim == 2 and not is_embedding else others).append(weight)
     rate = recipe.learning_rate
     return [
         Muon(matrices, lr=rate, weight_decay=recipe.weight_decay),
@@ -75,7 +78,7 @@ class Trainer:
         self.recipe, self.work, self.device = recipe, work, torch.device(device)
         self.step, self.seconds = 0, 0.0
         self.schedules = [[0, recipe.steps]]  # from which step on, length of the schedule
-        model: nn.Module = build_model(recipe.seed)
+        model: nn.Module = build_model(recipe.seed, recipe.shape)
         self.model = model.to(self.device)
         self.optimizers = build_optimizers(self.model, recipe)
         self.train_blocks = blocks(corpus.train, SEQUENCE + 1, recipe.seed)
@@ -137,7 +140,7 @@ class Trainer:
         if not file.exists():
             return
         state = torch.load(file, map_location=self.device, weights_only=True)
-        if state["recipe"] | {"steps": self.recipe.steps} != asdict(self.recipe):
+        if {"shape": "llama"} | state["recipe"] | {"steps": self.recipe.steps} != asdict(self.recipe):
             raise ValueError(f"{file} is of another recipe ({state['recipe']}): delete it or use --work")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -217,6 +220,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--steps", type=int, default=defaults.steps, help="length of the whole schedule")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--shape", choices=SHAPES, default=defaults.shape)
     parser.add_argument("--stop-after", type=int, help="stop early, on the schedule of --steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -234,7 +238,7 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     autocast = bfloat16_is_fast(arguments.device) if arguments.autocast is None else arguments.autocast
-    recipe = Recipe(arguments.steps, arguments.learning_rate, autocast=autocast)
+    recipe = Recipe(arguments.steps, arguments.learning_rate, autocast=autocast, shape=arguments.shape)
     corpus = load_corpus(arguments.work)
     print(f"{len(corpus.train):,} training tokens, {len(corpus.held_out):,} held-out tokens", flush=True)
     if not arguments.export:

@@ -5,21 +5,19 @@ One capture and one run of the intact model serve all plans; with a cache folder
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.planned import PlannedModel, analyse_without
 from fxfusion.analysis.quality import Batch, Estimate, Quality, evaluate, record_logits
-from fxfusion.errors import FxFusionError
+from fxfusion.analysis.quality_store import QualityStore, batches_digest
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.traced import TracedGraph, TracedModel
@@ -55,8 +53,11 @@ class PlanMeter:
         if not self.batches:
             raise ValueError("batches is empty: nothing to measure plans on")
         self.traced = TracedModel(model)
-        self._store = _Store(None if cache is None else Path(cache), self._identity())
+        model_facts = facts_of(self.model).model_dump(mode="json")
+        self.identity: dict[str, Any] = {"model": model_facts, "batches": batches_digest(self.batches)}
+        self._store = QualityStore(None if cache is None else Path(cache) / "plans.json", self.identity)
         self._chains: dict[tuple[int, ...], tuple[ChainFacts, ...]] = {}
+        self._members: dict[Member, tuple[int, int]] | None = None
         self._reference: Any = None
 
     @property
@@ -88,20 +89,29 @@ class PlanMeter:
         return self._chains[key]
 
     @property
+    def members(self) -> Mapping[Member, tuple[int, int]]:
+        """Every FFN that was matched: its width [intermediate channels] and the bytes of its weights."""
+        if self._members is None:
+            ffns = analyse_without(self.graph, ()).matches.ffns
+            facts = [(ffn.width, member_bytes(ffn)) for ffn in ffns]
+            self._members = dict(zip(_members(ffns), facts, strict=True))
+        return self._members
+
+    @property
     def ffns(self) -> int:
         """FFNs of the model, fusable or not: one for each decoder layer at least."""
         return max(len(self.graph.blocks.layers), len(self.graph.blocks.ffns))
 
     def quality(self, plan: FusionPlan) -> Quality:
         """Loss, perplexity, and what is lost against the intact model."""
-        return self._measured(_key(plan), plan, self._intact)
+        return self._measured(plan_key(plan), plan, self.intact)
 
     def difference(self, plan: FusionPlan, other: FusionPlan) -> Estimate:
         """The loss of one plan less that of another, in nats per token, token by token on the same text.
 
         Its interval is far tighter than either plan's own.
         """
-        key = f"{_key(plan)} - {_key(other)}"
+        key = f"{plan_key(plan)} - {plan_key(other)}"
         found = self._measured(key, plan, lambda: PlannedModel(self.traced, other)).loss_increase
         assert found is not None
         return found
@@ -113,7 +123,7 @@ class PlanMeter:
             self._store.put(key, known)
         return known
 
-    def _intact(self) -> Any:
+    def intact(self) -> Any:
         """The intact model's logits where they are small enough to keep, else the model itself."""
         if self._reference is None:
             require_causal(self.traced.model, self.batches[0])
@@ -126,53 +136,10 @@ class PlanMeter:
         per_token = value.shape[-1] * value.element_size() if isinstance(value, Tensor) else 0
         return per_token * sum(_ids(batch).numel() for batch in self.batches)
 
-    def _identity(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for batch in self.batches:
-            for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else [("input_ids", batch)]:
-                digest.update(
-                    f"{name} {list(value.shape)}".encode() if isinstance(value, Tensor) else repr(value).encode()
-                )
-                if isinstance(value, Tensor):
-                    digest.update(value.detach().cpu().contiguous().to(torch.float64).numpy().tobytes())
-        return {"model": facts_of(self.model).model_dump(mode="json"), "batches": digest.hexdigest()[:16]}
 
-
-def _key(plan: FusionPlan) -> str:
+def plan_key(plan: FusionPlan) -> str:
+    """What is measured of a plan, as text."""
     return json.dumps([sorted(plan.dropped_attention), [group.to_data() for group in plan.groups], plan.norm])
-
-
-class _Store:
-    """Measured qualities by plan, in memory and in a file that is whole at every moment."""
-
-    def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
-        self.path = None if folder is None else folder / "plans.json"
-        self.identity = dict(identity)
-        self.known: dict[str, dict[str, Any]] = {}
-        if self.path is None or not self.path.exists():
-            return
-        stored = json.loads(self.path.read_text(encoding="utf-8"))
-        if stored["identity"] != self.identity:
-            raise FxFusionError(f"{self.path} holds measurements of another model or text; use another cache folder")
-        self.known = stored["plans"]
-
-    def get(self, key: str) -> Quality | None:
-        found = self.known.get(key)
-        if found is None:
-            return None
-        values: dict[str, Any] = {
-            name: Estimate(**value) if isinstance(value, dict) else value for name, value in found.items()
-        }
-        return Quality(**values)
-
-    def put(self, key: str, quality: Quality) -> None:
-        self.known[key] = asdict(quality)
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".part")
-        scratch.write_text(json.dumps({"identity": self.identity, "plans": self.known}, indent=1), encoding="utf-8")
-        scratch.replace(self.path)
 
 
 def _members(ffns: Sequence[Any]) -> list[Member]:
