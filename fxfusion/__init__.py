@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fxfusion.planning.make_plan import make_plan
     from fxfusion.planning.sweep import sweep
     from fxfusion.policy import FusionPolicy
+    from fxfusion.recovery.refit import refit
     from fxfusion.report import FusionReport
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ _HOME = {
     "FusionPlan": "fxfusion.plan",
     "FusionPolicy": "fxfusion.policy",
     "FusionReport": "fxfusion.report",
+    "refit": "fxfusion.recovery.refit",
 }
 
 __all__ = [
@@ -78,6 +80,7 @@ __all__ = [
     "greedy_agreement",
     "last_reports",
     "make_plan",
+    "refit",
     "refresh",
     "save_pretrained",
     "sweep",

@@ -15,11 +15,13 @@ from fxfusion.plan_file import Place
 from fxfusion.plan_group import MixerMode, PlannedGroup, check_groups, with_mixers
 from fxfusion.plan_record import (
     CheckedLayer,
+    LayerFit,
     LayerScore,
     MadeBy,
     Member,
     ModelFacts,
     Record,
+    Refit,
     ResidueFile,
     Scores,
     Versions,
@@ -35,6 +37,7 @@ __all__ = [
     "MadeBy",
     "Member",
     "ModelFacts",
+    "Refit",
     "ResidueFile",
     "Scores",
     "Versions",
@@ -87,6 +90,7 @@ class FusionPlan(Record):
     version: Literal[1] = Field(default=1, description="format of this file")
     model: ModelFacts | None = Field(default=None, description="the model that the plan was made for")
     scores: Scores | None = Field(default=None, description="what each layer's attention is worth (a record)")
+    refit: Refit | None = Field(default=None, description="that the fused model was refitted, and on what (a record)")
     made_by: MadeBy | None = Field(default=None, description="command, date, seed and versions (a record)")
     residue: ResidueFile | None = Field(
         default=None, description="file beside the fused weights with what they do not tell of their members, by sha256"
@@ -241,6 +245,8 @@ _RECORDS: dict[tuple[str, ...], type[BaseModel]] = {
     ("model",): ModelFacts,
     ("scores",): Scores,
     ("scores", "values"): LayerScore,
+    ("refit",): Refit,
+    ("refit", "fits"): LayerFit,
     ("made_by",): MadeBy,
     ("made_by", "versions"): Versions,
     ("residue",): ResidueFile,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from numbers import Integral
 from reprlib import Repr
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -106,6 +106,34 @@ class ResidueFile(Record):
 
     file: Annotated[str, Field(min_length=1)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class LayerFit(Record):
+    """One linear layer that a refit looked at. Errors are on held-out text: the distance of the residual stream from the
+    reference's after the layer, as a part of the size of the latter."""
+
+    name: str = Field(description="module path of the layer in the fused model")
+    layers: tuple[CheckedLayer, ...] = Field(description="layers whose FFNs (or attention) it serves")
+    penalty: _Number | None = Field(
+        default=None, description="ridge penalty, as a part of the Gram matrix's mean diagonal"
+    )
+    before: _Number
+    after: _Number
+    applied: Annotated[bool, Field(strict=True)] = Field(description="false where nothing was better than before")
+
+
+class Refit(Record):
+    """That the fused model was refitted in closed form, towards what, and on what. Losses are in nats per token, on the
+    held-out part of the text; `fingerprint` is a digest over all of the text."""
+
+    reference: Literal["unfused", "intact"] = Field(description="the model that it was refitted to")
+    later: Literal["none", "ffn", "all"] = Field(description="which layers after the groups: none, FFNs, attention too")
+    tokens: _Count = Field(description="calibration tokens")
+    held_out_tokens: _Count = Field(description="tokens that decided on penalties, and whether a layer was changed")
+    fingerprint: str = Field(description="digest over the text")
+    loss_before: _Number
+    loss_after: _Number
+    fits: tuple[LayerFit, ...] = ()
 
 
 class Versions(Record):

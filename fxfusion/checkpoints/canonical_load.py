@@ -22,6 +22,7 @@ from fxfusion.checkpoints.model_tensors import own_tensors, stored_names
 from fxfusion.checkpoints.progress import byte_bar
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
 from fxfusion.errors import CheckpointError, SurgeryError
+from fxfusion.models.drop_record import write_refit
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import fused_state
 from fxfusion.plan import FusionPlan
@@ -58,6 +59,8 @@ def load(
         Filling(reader=reader, stored=stored, dtypes=dtypes, device=first.device, advance=advance).run(model)
     if not done:
         fuse(model, plan, shards=shards)
+    if plan is not None and plan.refit is not None:
+        write_refit(model.config, plan.refit)
     model.config.dtype = built
     model.name_or_path = model.config._name_or_path = os.fspath(directory)
     if generation is not None:

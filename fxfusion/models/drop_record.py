@@ -1,7 +1,7 @@
 """What a config says about attention that was dropped: `config.fxfusion`, plain lists, so that it is saved with it.
 
     {"dropped_attention": [4, 5], "cache_slots": [0, 1, 2, 3, None, None, 4, 5], "layer_types": None,
-     "fused": {...} of ffn_surgery/record.py}
+     "fused": {...} of ffn_surgery/record.py, "refit": {...}: fields of `fxfusion.plan_record.Refit`}
 
 Layers are numbered as in the intact model. `layer_types` is the intact model's list, which building the modules
 anew from the config needs; `config.layer_types` itself follows the cache slots.
@@ -13,8 +13,11 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from fxfusion.errors import SurgeryError
 from fxfusion.models.cache_slots import set_attribute
+from fxfusion.plan_record import Refit
 
 NAME = "fxfusion"
 _KEYS = ("dropped_attention", "cache_slots", "layer_types")
@@ -49,6 +52,27 @@ def fused_entry(config: Any) -> dict[str, Any] | None:
     found = getattr(config, NAME, None)
     entry = found.get("fused") if isinstance(found, dict) else None
     return dict(entry) if isinstance(entry, dict) else None
+
+
+def read_refit(config: Any) -> Refit | None:
+    """That the model was refitted, and on what, or None. Raises `SurgeryError` where the record is none of ours."""
+    found = getattr(config, NAME, None)
+    entry = found.get("refit") if isinstance(found, dict) else None
+    if entry is None:
+        return None
+    try:
+        return Refit.model_validate(entry)
+    except ValidationError as error:
+        raise SurgeryError(
+            f"config.{NAME} has a record of a refit that cannot be read; was it edited? {error}"
+        ) from None
+
+
+def write_refit(config: Any, record: Refit) -> None:
+    """Put the record into the config, beside what else is noted there."""
+    found = getattr(config, NAME, None)
+    entry = record.model_dump(mode="json", exclude_none=True)
+    setattr(config, NAME, {**(found if isinstance(found, dict) else {}), "refit": entry})
 
 
 def write_record(config: Any, record: DropRecord, undo: ExitStack) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from fxfusion.errors import SurgeryError
-from fxfusion.models.drop_record import fused_entry, read_record
+from fxfusion.models.drop_record import fused_entry, read_record, read_refit
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.ffn_surgery.residue import Residue
 from fxfusion.models.ffn_surgery.snapshot import Changes
@@ -79,12 +79,12 @@ def plan_of(model: nn.Module) -> FusionPlan:
     state = fused_state(model)
     config = getattr(model, "config", None)
     record, entry = read_record(config), fused_entry(config)
-    dropped = () if record is None else tuple(record.dropped_attention)
+    dropped, refit = () if record is None else tuple(record.dropped_attention), read_refit(config)
     if state is not None:
-        return state.plan.replace(dropped_attention=dropped)
+        return state.plan.replace(dropped_attention=dropped, refit=refit)
     if entry is None:
-        return FusionPlan(dropped_attention=dropped)
+        return FusionPlan(dropped_attention=dropped, refit=refit)
     try:
-        return FusionPlan(dropped_attention=dropped, groups=entry["groups"], norm=entry["norm"])
+        return FusionPlan(dropped_attention=dropped, groups=entry["groups"], norm=entry["norm"], refit=refit)
     except KeyError as error:
         raise SurgeryError(f"config.fxfusion records fused groups without {error}; was it edited?") from None

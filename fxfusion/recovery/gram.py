@@ -1,0 +1,68 @@
+"""Ridge regression from sums over tokens: the change of a linear layer that brings its result nearest to a target.
+
+    G = sum h^T h  [width, width]      C = sum h^T r  [width, hidden]      r: what the result lacks, `[tokens, hidden]`
+    change^T = (G + penalty * I)^-1 (C - penalty * (W - W0)^T)
+    which minimises  ||h change^T - r||^2 + penalty * ||W + change - W0||^2
+
+Products are taken in float32 (float64 for float64 models), a batch at a time, and summed in float64. Of G only the
+lower triangle is computed, in blocks of rows. Memory at most, in bytes, for c candidate penalties:
+
+    16 width^2 + (8 + 16 c) width hidden + 4 ROWS width
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS = 1024  # rows of G that are computed at a time
+
+
+def bytes_needed(width: int, hidden: int, candidates: int) -> int:
+    """Memory that the sums and the solution take at most. `width` counts a bias as one more channel."""
+    return 16 * width**2 + (8 + 16 * candidates) * width * hidden + 4 * ROWS * width
+
+
+class GramSums:
+    """`gram` and `cross` are sums over `tokens` tokens; `bias`: the last channel is the constant one of a bias."""
+
+    def __init__(self, width: int, hidden: int, device: torch.device, bias: bool = False) -> None:
+        self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(width, hidden, dtype=torch.float64, device=device)
+        self.tokens, self.bias = 0, bias
+
+    def add(self, inputs: Tensor, lacking: Tensor) -> None:
+        """`inputs`: `[tokens, width]`, `lacking`: `[tokens, hidden]`, both of one dtype, float32 or float64."""
+        width = inputs.shape[1]
+        for start in range(0, width, ROWS):
+            end = min(start + ROWS, width)
+            self.gram[start:end, :end] += inputs[:, start:end].t() @ inputs[:, :end]
+        self.cross += inputs.t() @ lacking
+        self.tokens += inputs.shape[0]
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(self.gram.diagonal().isfinite().all() and self.cross.isfinite().all())
+
+    @property
+    def scale(self) -> float:
+        """Mean of the diagonal, that of a bias left out: penalties are given as parts of it."""
+        diagonal = self.gram.diagonal()
+        return float(diagonal[:-1].mean() if self.bias else diagonal.mean())
+
+    def solve(self, share: float, moved: Tensor | None = None) -> Tensor | None:
+        """The change, `[hidden, width]` in float64; None where the sums are singular. `share`: the penalty as a part of
+        `scale`. `moved`: `W - W0`, `[hidden, width]`, where an earlier step has changed W already."""
+        diagonal = self.gram.diagonal()
+        before = diagonal.clone()
+        penalty = torch.full_like(before, share * self.scale)
+        if self.bias:
+            penalty[-1] = share * before[-1]  # the mean square of a bias's channel is one, whatever that of others
+        diagonal += penalty
+        factor, info = torch.linalg.cholesky_ex(self.gram)
+        diagonal.copy_(before)
+        if int(info) != 0:
+            return None
+        wanted = self.cross if moved is None else self.cross - penalty[:, None] * moved.t().to(self.cross)
+        change = torch.cholesky_solve(wanted, factor)
+        return change.t() if bool(change.isfinite().all()) else None

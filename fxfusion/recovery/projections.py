@@ -1,0 +1,205 @@
+"""The linear layers whose results go into the residual stream: those that a refit can change.
+
+    after = before + scale * (h W^T + b) + ...        before, after: the stream, `[..., hidden]`; h: `[..., width]`
+
+Found in a captured graph by dataflow: the last linear layer of each FFN, fused or not, and of each attention that is
+added to the stream by itself. Whatever stands between it and the stream must be constant scales and shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, fx, nn
+
+from fxfusion.errors import Refused, SurgeryError
+from fxfusion.graph import ops
+from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.models.blocks import ResidualBlock
+from fxfusion.models.ffn_surgery.recipe import FuseRecipe
+from fxfusion.models.traced import TracedGraph
+from fxfusion.passes.ffn import Linear
+from fxfusion.passes.match_linear import match_linear
+from fxfusion.passes.match_residual import match_residual
+from fxfusion.passes.match_tail import TailStep, match_tail
+
+Kind = Literal["ffn", "attention"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Such a layer in one graph. `layer`: its decoder layer there; `before`, `after`: the stream around its block."""
+
+    kind: Kind
+    layer: int
+    linear: Linear
+    tail: tuple[TailStep, ...]
+    before: fx.Node
+    after: fx.Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Projection:
+    """One layer to refit. Layers are numbered as in the model as it was loaded.
+
+    `place`: which of `sites(graph)` it is, in the graph of any batch. `until`: the layer at whose end the reference's
+    stream is the target (for attention: after that layer's attention). `members`: layers of a fused group. `weight`,
+    `bias`: parameter names in the model that is refitted; the bias is None where it has none.
+    """
+
+    kind: Kind
+    layer: int
+    until: int
+    members: tuple[int, ...]
+    place: int
+    weight: str
+    bias: str | None
+    transposed: bool
+    width: int
+    hidden: int
+
+    @property
+    def name(self) -> str:
+        """Module path of the layer in the model that is refitted (or name of its weight)."""
+        return self.weight.removesuffix(".weight")
+
+    def out_in(self, stored: Tensor) -> Tensor:
+        """The weight as `[hidden, width]`, a view."""
+        return stored.t() if self.transposed else stored
+
+
+def sites(graph: TracedGraph) -> list[Site]:
+    """All such layers of a graph, in its order: equal for graphs of the same model on other shapes."""
+    captured = graph.captured
+    facts = GraphFacts(captured.module.graph, (n for n in captured.module.graph.nodes if n.name in captured.weights))
+    blocks = {block.after: block for block in (*graph.blocks.mixers, *graph.blocks.ffns)}
+    found = []
+    for ffn in match_residual(facts, {}).ffns:
+        block = blocks.get(ffn.add)
+        if block is not None and _ends_layer(block, graph):
+            found.append(_site("ffn", block, ffn.down, ffn.tail))
+    for block in graph.blocks.mixers:
+        last = _last_linear(block, facts)
+        if last is not None:
+            found.append(_site("attention", block, *last))
+    return sorted(found, key=lambda site: facts.order[site.after])
+
+
+def _site(kind: Kind, block: ResidualBlock, linear: Linear, tail: tuple[TailStep, ...]) -> Site:
+    return Site(kind=kind, layer=block.layer, linear=linear, tail=tail, before=block.before, after=block.after)
+
+
+def _ends_layer(block: ResidualBlock, graph: TracedGraph) -> bool:
+    """Whether the stream after the block is what its decoder layer hands on."""
+    end = next(layer.after for layer in graph.blocks.layers if layer.layer == block.layer)
+    return _unviewed(end) is _unviewed(block.after)
+
+
+def _unviewed(node: fx.Node) -> fx.Node:
+    while ops.op_name(node) in ("view", "reshape"):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _last_linear(block: ResidualBlock, facts: GraphFacts) -> tuple[Linear, tuple[TailStep, ...]] | None:
+    """An attention's output projection, where the attention is an addition to the stream of its own."""
+    if block.before is not block.stream or not block.branches:
+        return None
+    branch = block.branches[0]
+    found = facts.slice_between(branch, block.stream)
+    linears = [linear for node in found.nodes if (linear := match_linear(node, facts)) is not None]
+    try:
+        return match_tail(branch, linears, found, facts)
+    except Refused:  # something else than a linear layer ends it: then there is nothing to refit
+        return None
+
+
+def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | None) -> list[Projection]:
+    """Every layer of a model that could be refitted, in order. `recipe`: how the model was fused, if it was.
+
+    Layers whose weight is computed, or shared with another place, are left out.
+    """
+    names: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+
+    def name_of(node: fx.Node | None) -> str | None:
+        value = None if node is None else graph.captured.values.get(node.name)
+        own = names.get(id(value), [])
+        return own[0] if len(own) == 1 else None
+
+    groups = {} if recipe is None else {group.home.layer: group for group in recipe.groups}
+    found = []
+    for place, site in enumerate(sites(graph)):
+        layer = site.layer if recipe is None else recipe.kept[site.layer]
+        weight = name_of(site.linear.weight)
+        group = groups.get(layer) if site.kind == "ffn" else None
+        if weight is None:
+            if group is not None:
+                raise SurgeryError(f"{group.home.name}: the weight of its last linear layer is no parameter of its own")
+            continue
+        bias = name_of(_bias_of(site))
+        if group is not None and all(member.down.bias is None for member in group.members):
+            bias = None  # the members' shifts: no member could take over what a refit makes of their sum
+        found.append(
+            Projection(
+                kind=site.kind,
+                layer=layer,
+                until=layer if group is None else max(group.layers),
+                members=() if group is None else group.layers,
+                place=place,
+                weight=weight,
+                bias=bias,
+                transposed=site.linear.transposed,
+                width=site.linear.in_features,
+                hidden=site.linear.out_features,
+            )
+        )
+    missing = groups.keys() - {one.layer for one in found if one.members}
+    if missing:
+        raise SurgeryError(f"{groups[min(missing)].home.name}: no linear layer ends it in the fused model's graph")
+    return found
+
+
+def _bias_of(site: Site) -> fx.Node | None:
+    """The layer's bias, also where it is added by one more operation."""
+    if site.linear.bias is not None or not site.tail or site.tail[0][0] != "add":
+        return site.linear.bias
+    step = site.tail[0][1]
+    value = ops.tensor_value(step) if isinstance(step, fx.Node) else None
+    is_vector = value is not None and value.dim() == 1 and value.numel() == site.linear.out_features
+    return step if isinstance(step, fx.Node) and is_vector else None
+
+
+def choose(found: Sequence[Projection], dropped: Sequence[int], later: str) -> list[Projection]:
+    """Which of them to refit. `later`: "none" (the groups alone), "ffn" (every FFN from the first layer that was changed
+    on), "all" (attention too). `dropped`: layers whose attention the reference has and the model has not."""
+    groups = [one for one in found if one.members]
+    changed = [*dropped, *(one.layer for one in groups)]
+    if later == "none" or not changed:
+        return groups
+    first = min(changed)
+    return [one for one in found if one.layer >= first and (later == "all" or one.kind == "ffn")]
+
+
+def target_of(projection: Projection, reference: TracedGraph) -> fx.Node:
+    """The reference's stream that the model's stream after the projection should be."""
+    if projection.kind == "attention":
+        found = reference.blocks.mixers_of([projection.until])
+    else:
+        found = tuple(block for block in reference.blocks.layers if block.layer == projection.until)
+    if len(found) != 1:
+        raise SurgeryError(f"the reference model has no one stream after {projection.kind} {projection.until}")
+    return found[0].after
+
+
+def scale_of(site: Site, graph: TracedGraph, inputs: object) -> Tensor | float:
+    """What the layer's result is multiplied by before it enters the stream: one number, or `[hidden]`."""
+    scale: Tensor | float = 1.0
+    for kind, step in site.tail:
+        if kind == "mul":
+            value = graph.run(inputs, keep=[step])[step].reshape(-1).float() if isinstance(step, fx.Node) else step  # type: ignore[arg-type]
+            scale = scale * value
+    return scale

@@ -1,0 +1,253 @@
+"""`refit`: a fused model's last linear layers, fitted in closed form so that its stream is again the reference's.
+
+Before:  x + sum of members: the stream after a group is off, and so is all that follows
+After:   the down projection of each group, and of each later FFN, is the one that brings the stream nearest to the
+         reference's on calibration text; shapes and speed stay
+
+    W = argmin ||H W^T - D||^2 + penalty ||W - W0||^2
+    H: inputs of the projection; D: the reference's stream after the group less what stands before it now
+
+An approximation: its quality is measured on held-out text, layer by layer. Source: issue 6.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fxfusion.analysis.batches import Batch, model_device
+from fxfusion.analysis.quality import evaluate
+from fxfusion.analysis.resume import model_key, progress_bar
+from fxfusion.errors import OptionError, SurgeryError
+from fxfusion.models.bare_model import bare_model
+from fxfusion.models.drop_record import fused_entry, read_record, read_refit, write_refit
+from fxfusion.models.ffn_surgery.fuse import fuse
+from fxfusion.models.ffn_surgery.record import fused_state
+from fxfusion.models.fingerprint import check_fits, facts_of
+from fxfusion.models.traced import TracedModel
+from fxfusion.plan import FusionPlan
+from fxfusion.plan_record import LayerFit, Refit
+from fxfusion.recovery.fit import PENALTIES, Fitted, Fitter, Listener, check_penalties
+from fxfusion.recovery.memory import limit_or_half
+from fxfusion.recovery.projections import Projection, choose, find_projections
+from fxfusion.recovery.store import Store
+from fxfusion.recovery.streams import Streams
+from fxfusion.recovery.texts import Texts
+
+Model = TypeVar("Model", bound=nn.Module)
+REFERENCES, LATER = ("unfused", "intact"), ("none", "ffn", "all")
+
+
+def refit(
+    model: Model,
+    plan: Any,
+    batches: Iterable[Batch],
+    reference: str = "intact",
+    *,
+    validation: Iterable[Batch] | None = None,
+    later: str = "ffn",
+    penalties: Sequence[float] = PENALTIES,
+    memory_limit: int | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+    on_layer: Listener | None = None,
+) -> Model:
+    """A fused copy of a model whose projections into the residual stream are refitted, in closed form, to a reference.
+
+    Args:
+        model: the model as it was loaded, with all its attention and FFNs (for `reference="unfused"` attention may be
+            dropped already). It stays as it is.
+        plan: a `FusionPlan`, a dict of its fields, or a plan file: what is dropped and fused. A plan may only drop.
+        batches: calibration text, `input_ids` `[batch, seq]` or dicts of model inputs. At least four tokens for each
+            channel of the widest FFN are good, some 50,000 to 100,000 better.
+        reference: "intact": the stream of the model as it was, so that dropped attention is made up for too;
+            "unfused": that of the model with the attention dropped and nothing fused.
+        validation: text that decides on penalties and on what is kept; by default an eighth of `batches`.
+        later: what is refitted beside the groups, from the first layer that was changed on: "none", "ffn" (the down
+            projection of every FFN) or "all" (the output projection of every attention too).
+        penalties: ridge penalties to choose from, as parts of the mean diagonal of the Gram matrix.
+        memory_limit: bytes for sums and solutions, half of the free memory by default. A layer of `w` inputs and `d`
+            outputs takes `16 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more, it is solved in parts.
+        cache: a folder where each finished layer is kept; the same call goes on from there.
+        progress: show a progress bar (needs `rich`).
+        on_layer: called with each projection and what came of it.
+
+    Returns:
+        A new model, fused and refitted. `fxfusion.models.ffn_surgery.record.plan_of(it).refit` and its `config.fxfusion`
+        say what was done; a saved folder's plan and card do too. A layer is left as it was where no penalty brings it
+        nearer on the text for validation; all are, with a warning, where the loss there does not improve.
+
+    Raises:
+        OptionError: a bad option; text that is too short, or that the intact model cannot predict (noise); a cache
+            folder of another refit; a memory limit in which nothing can be solved.
+        PlanError: the plan is for another model, or neither drops nor fuses.
+        SurgeryError: the model is fused or refitted already, has adapters, or cannot be fused so.
+        FxFusionError: an activation is not finite; the message names batch and layer.
+    """
+    bare, chosen = bare_model(model), FusionPlan.resolve(plan).replace(refit=None)
+    _check(model, bare, chosen, reference, later)
+    known = check_penalties(penalties)
+    texts = Texts.of(batches, validation)
+    limit = limit_or_half(memory_limit, model_device(bare) or torch.device("cpu"))
+    vocabulary = facts_of(bare).vocabulary
+    if vocabulary is not None:
+        texts.check_language(bare, vocabulary)
+    work = _Work(source=bare, plan=chosen, texts=texts, reference=reference, later=later, penalties=known, limit=limit)
+    work.run(cache, progress, on_layer)
+    return cast(Model, work.model)
+
+
+def _check(model: nn.Module, bare: nn.Module, plan: FusionPlan, reference: str, later: str) -> None:
+    for value, known, name in ((reference, REFERENCES, "reference"), (later, LATER, "later")):
+        if value not in known:
+            raise OptionError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    config = getattr(bare, "config", None)
+    if read_refit(config) is not None:
+        raise SurgeryError("the model was refitted already: start from the model as it was loaded")
+    if fused_entry(config) is not None:
+        raise SurgeryError("the model is fused already: give the model as it was loaded, and the plan")
+    record = read_record(config)
+    if record is not None and reference == "intact":
+        raise SurgeryError(
+            f"the attention of layers {record.dropped_attention} was dropped, so there is no intact model to refit to: "
+            'give the model as it was loaded, or reference="unfused"'
+        )
+    if not plan.groups and not (plan.dropped_attention and reference == "intact" and later != "none"):
+        raise OptionError(
+            "plan: it fuses nothing, so there is nothing to refit (a plan that only drops attention can "
+            'be refitted with reference="intact" and later="ffn" or "all")'
+        )
+    if bare is not getattr(model, "_orig_mod", model):
+        raise SurgeryError("the model has adapters: merge them first (`merge_and_unload`)")
+    check_fits(plan, bare)
+
+
+class _Work:
+    """One refit. `model`: the copy that is fused and changed; its parameters before that are kept to go back to."""
+
+    def __init__(
+        self,
+        *,
+        source: nn.Module,
+        plan: FusionPlan,
+        texts: Texts,
+        reference: str,
+        later: str,
+        penalties: tuple[float, ...],
+        limit: int,
+    ) -> None:
+        self.source, self.plan, self.texts = source, plan, texts
+        self.reference, self.later, self.penalties, self.limit = reference, later, penalties, limit
+        self.model: Any = fuse(copy.deepcopy(source), plan)
+        self.model.eval()
+
+    def run(self, cache: str | os.PathLike[str] | None, progress: bool, on_layer: Listener | None) -> None:
+        projections = self._projections()
+        self.texts.check_width(max(one.width for one in projections), "the widest layer")
+        store = Store(cache, self._facts(projections))
+        before = float(evaluate(self.model, self.texts.decide_given, resamples=100).loss)
+        old = {name: self.model.get_parameter(name).detach().clone() for name in _names(projections)}
+        fits = store.load(self.model, projections)
+        passes = len(self.texts.fit) + len(self.texts.decide)
+        with progress_bar(progress, "refit", passes * (len(projections) - len(fits))) as advance:
+            fitter = self._fitter(advance)
+            for projection in projections[len(fits) :]:
+                fitted = fitter.fit(projection)
+                store.add(self.model, projection, fitted)
+                fits.append(fitted)
+                if on_layer is not None:
+                    on_layer(projection, fitted)
+        self._finish(projections, fits, before, old)
+
+    def _projections(self) -> list[Projection]:
+        state = fused_state(self.model)
+        graph = TracedModel(self.model).graph(self.texts.fit[0].inputs)
+        found = find_projections(self.model, graph, None if state is None else state.recipe)
+        dropped = self.plan.dropped_attention if self.reference == "intact" else ()
+        chosen = choose(found, dropped, self.later)
+        if not chosen:
+            raise SurgeryError("no linear layer of the model that could be refitted was found")
+        for one in chosen:
+            weight = self.model.get_parameter(one.weight)
+            if type(weight.detach()) is not Tensor or not weight.is_floating_point():
+                raise SurgeryError(f"{one.weight} is quantised or sharded: refit before that")
+        return chosen
+
+    def _fitter(self, advance: Any) -> Fitter:
+        reference = TracedModel(self.source, () if self.reference == "intact" else self._missing())
+        room = self.limit // 4
+        calibration, validation = (
+            Streams(self.model, reference, batches, room, advance) for batches in (self.texts.fit, self.texts.decide)
+        )
+        return Fitter(
+            model=self.model,
+            calibration=calibration,
+            validation=validation,
+            limit=self.limit,
+            penalties=self.penalties,
+        )
+
+    def _missing(self) -> list[int]:
+        record = read_record(getattr(self.source, "config", None))
+        gone = () if record is None else record.dropped_attention
+        return [layer for layer in self.plan.dropped_attention if layer not in gone]
+
+    def _facts(self, projections: Sequence[Projection]) -> dict[str, Any]:
+        return {
+            "model": model_key(TracedModel(self.source)),
+            "dropped_attention": list(self.plan.dropped_attention),
+            "groups": [list(group) for group in self.plan.groups],
+            "norm": self.plan.norm,
+            "reference": self.reference,
+            "layers": [one.name for one in projections],
+            "penalties": list(self.penalties),
+            "text": self.texts.fingerprint,
+        }
+
+    def _finish(
+        self, projections: Sequence[Projection], fits: list[Fitted], before: float, old: dict[str, Tensor]
+    ) -> None:
+        after = float(evaluate(self.model, self.texts.decide_given, resamples=100).loss)
+        applied = any(fit.applied for fit in fits)
+        if applied and not after < before:
+            warnings.warn(
+                f"the refit is not applied: the loss on the text for validation would be {after:.4g} after it, "
+                f"{before:.4g} before it",
+                stacklevel=4,
+            )
+            with torch.no_grad():
+                for name, value in old.items():
+                    self.model.get_parameter(name).copy_(value)
+        kept = applied and after < before
+        record = Refit(
+            reference=cast(Any, self.reference),
+            later=cast(Any, self.later),
+            tokens=self.texts.tokens,
+            held_out_tokens=sum(int(batch.seen.sum()) for batch in self.texts.decide),
+            fingerprint=self.texts.fingerprint,
+            loss_before=before,
+            loss_after=after if kept else before,
+            fits=tuple(_layer_fit(one, fit, kept) for one, fit in zip(projections, fits, strict=True)),
+        )
+        write_refit(self.model.config, record)
+
+
+def _names(projections: Sequence[Projection]) -> list[str]:
+    return [name for one in projections for name in (one.weight, one.bias) if name is not None]
+
+
+def _layer_fit(projection: Projection, fitted: Fitted, kept: bool) -> LayerFit:
+    return LayerFit(
+        name=projection.name,
+        layers=projection.members or (projection.layer,),
+        penalty=fitted.penalty,
+        before=fitted.before,
+        after=fitted.after if kept else fitted.before,
+        applied=fitted.applied and kept,
+    )

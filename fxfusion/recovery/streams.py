@@ -1,0 +1,125 @@
+"""Two models side by side on the same text: what a layer reads, and what its result lacks to meet the reference.
+
+    h [tokens, width]          input of the layer in the model as it is now
+    r [tokens, hidden]         (reference's stream - the model's stream after the layer) / scale
+
+Layers are asked for from first to last. Between them the stream of each batch is kept, where memory allows, so that no
+layer is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxfusion.analysis.token_batches import TokenBatch
+from fxfusion.errors import FxFusionError
+from fxfusion.models.traced import Run, TracedGraph, TracedModel
+from fxfusion.recovery.projections import Projection, Site, scale_of, sites, target_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """One batch's tokens that count. `inputs`: `[tokens, width]`, `lacking`: `[tokens, hidden]`, in the units of the
+    layer's result; `scale`: what makes stream units of these, one number or `[hidden]`; `size`: sum of the squares of
+    the reference's stream."""
+
+    inputs: Tensor
+    lacking: Tensor
+    scale: Tensor | float
+    size: float
+
+
+class _Passing:
+    """One model on all batches, going on from the stream that was kept."""
+
+    def __init__(self, model: TracedModel, batches: Sequence[TokenBatch], room: int) -> None:
+        self.model, self.room = model, room
+        self.kept: list[Run | None] = [None] * len(batches)
+
+    def values(self, number: int, graph: TracedGraph, batch: TokenBatch, wanted: list[fx.Node], keep: fx.Node) -> Run:
+        run = graph.run(batch.inputs, keep=[*wanted, keep], base=self.kept[number])
+        self.kept[number] = run.keeping([keep]) if self._fits(run, keep) else None
+        return run
+
+    def _fits(self, run: Run, keep: fx.Node) -> bool:
+        values = [run[keep], *(run.values[node] for node in run.shared)]
+        size = sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+        return size * len(self.kept) <= self.room
+
+
+class Streams:
+    """`model`: as it is now; its weights may change between two layers. `room`: bytes that kept streams may take.
+
+    `advance(1)` is called after each batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: TracedModel,
+        batches: Sequence[TokenBatch],
+        room: int,
+        advance: Callable[[int], None] = lambda steps: None,
+    ) -> None:
+        self.batches, self.advance = batches, advance
+        self.traced = TracedModel(model)
+        self._own, self._reference = _Passing(self.traced, batches, room // 2), _Passing(reference, batches, room // 2)
+        self._sites: dict[int, list[Site]] = {}
+
+    @property
+    def tokens(self) -> int:
+        """How many count."""
+        return sum(int(batch.seen.sum()) for batch in self.batches)
+
+    def graph(self, number: int = 0) -> TracedGraph:
+        """The model's graph for a batch."""
+        return self.traced.graph(self.batches[number].inputs)
+
+    def rows(self, projection: Projection) -> Iterator[Rows]:
+        """For each batch in turn. Raises `FxFusionError` where a value is not finite, naming batch and layer."""
+        for number, batch in enumerate(self.batches):
+            yield self._rows(number, batch, projection)
+            self.advance(1)
+
+    def _rows(self, number: int, batch: TokenBatch, projection: Projection) -> Rows:
+        graph, other = self.graph(number), self._reference.model.graph(batch.inputs)
+        site, aim = self._site(graph, projection), target_of(projection, other)
+        own = self._own.values(number, graph, batch, [site.linear.input, site.after], site.before)
+        wanted = self._reference.values(number, other, batch, [aim], aim)[aim]
+        kind = torch.promote_types(own[site.linear.input].dtype, torch.float32)
+        seen = batch.seen.reshape(-1).to(wanted.device)
+        target, now = (_tokens(value, seen, kind) for value in (wanted, own[site.after]))
+        scale = scale_of(site, graph, batch.inputs)
+        inputs = _tokens(own[site.linear.input], seen, kind)
+        lacking = target - now.to(target.device)
+        for value, what in ((inputs, "the input"), (lacking, "the stream after it")):
+            if not bool(value.isfinite().all()):
+                raise FxFusionError(f"{projection.name}: {what} is not finite in batch {batch.number}: nothing to fit")
+        return Rows(
+            inputs=inputs,
+            lacking=_divided(lacking.to(inputs.device), scale),
+            scale=scale,
+            size=float(target.square().sum(dtype=torch.float64)),
+        )
+
+    def _site(self, graph: TracedGraph, projection: Projection) -> Site:
+        if id(graph) not in self._sites:
+            self._sites[id(graph)] = sites(graph)
+        return self._sites[id(graph)][projection.place]
+
+
+def _tokens(value: Tensor, seen: Tensor, kind: torch.dtype) -> Tensor:
+    flat = value.reshape(-1, value.shape[-1])
+    return flat.to(kind) if bool(seen.all()) else flat[seen.to(flat.device)].to(kind)
+
+
+def _divided(lacking: Tensor, scale: Tensor | float) -> Tensor:
+    """Channels whose scale is zero lack nothing that the layer could give."""
+    if not isinstance(scale, Tensor):
+        return lacking if scale == 1.0 else lacking / scale
+    scale = scale.to(lacking)
+    return torch.where(scale == 0, torch.zeros_like(lacking), lacking / torch.where(scale == 0, 1.0, scale))
