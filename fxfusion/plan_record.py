@@ -109,8 +109,8 @@ class ResidueFile(Record):
 
 
 class LayerFit(Record):
-    """One linear layer that a refit looked at. Errors are on held-out text: the distance of the residual stream from the
-    reference's after the layer, as a part of the size of the latter."""
+    """One linear layer that a refit looked at. Errors are on held-out text: the distance of the residual stream from
+    the reference's after the layer, as a part of the size of the latter."""
 
     name: str = Field(description="module path of the layer in the fused model")
     layers: tuple[CheckedLayer, ...] = Field(description="layers whose FFNs (or attention) it serves")

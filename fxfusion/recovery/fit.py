@@ -19,6 +19,7 @@ from fxfusion.recovery.projections import Projection
 from fxfusion.recovery.streams import Streams
 
 PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 1.0)
+_Parameters = tuple[Tensor, Tensor | None]  # weight and bias
 _SWEEPS = 2  # over the parts, where there is more than one
 
 
@@ -73,7 +74,7 @@ class Fitter:
         weight: Tensor,
         bias: Tensor | None,
         part: slice,
-        old: tuple[Tensor, Tensor | None],
+        old: _Parameters,
     ) -> Fitted:
         """Change the channels of one part, or leave them."""
         now = _Channels(projection, weight, bias, part)
@@ -155,6 +156,6 @@ Listener = Callable[[Projection, Fitted], None]
 
 def check_penalties(given: Sequence[float]) -> tuple[float, ...]:
     """Raises `OptionError` unless they are positive numbers."""
-    if not given or not all(isinstance(one, (int, float)) and 0 < one < float("inf") for one in given):
+    if not given or not all(0 < one < float("inf") for one in given):
         raise OptionError(f"penalties: expected positive numbers, got {given!r}")
     return tuple(sorted(set(map(float, given))))

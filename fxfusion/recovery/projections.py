@@ -174,8 +174,8 @@ def _bias_of(site: Site) -> fx.Node | None:
 
 
 def choose(found: Sequence[Projection], dropped: Sequence[int], later: str) -> list[Projection]:
-    """Which of them to refit. `later`: "none" (the groups alone), "ffn" (every FFN from the first layer that was changed
-    on), "all" (attention too). `dropped`: layers whose attention the reference has and the model has not."""
+    """Which of them to refit. `later`: "none" (the groups alone), "ffn" (every FFN from the first layer that was
+    changed on), "all" (attention too). `dropped`: layers whose attention the reference has and the model has not."""
     groups = [one for one in found if one.members]
     changed = [*dropped, *(one.layer for one in groups)]
     if later == "none" or not changed:

@@ -1,8 +1,8 @@
 """`refit`: a fused model's last linear layers, fitted in closed form so that its stream is again the reference's.
 
 Before:  x + sum of members: the stream after a group is off, and so is all that follows
-After:   the down projection of each group, and of each later FFN, is the one that brings the stream nearest to the
-         reference's on calibration text; shapes and speed stay
+After:   the down projection of each group, and the last projection of each later FFN and attention, is the one that
+         brings the stream nearest to the reference's on calibration text; shapes and speed stay
 
     W = argmin ||H W^T - D||^2 + penalty ||W - W0||^2
     H: inputs of the projection; D: the reference's stream after the group less what stands before it now
@@ -51,7 +51,7 @@ def refit(
     reference: str = "intact",
     *,
     validation: Iterable[Batch] | None = None,
-    later: str = "ffn",
+    later: str = "all",
     penalties: Sequence[float] = PENALTIES,
     memory_limit: int | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -79,9 +79,10 @@ def refit(
         on_layer: called with each projection and what came of it.
 
     Returns:
-        A new model, fused and refitted. `fxfusion.models.ffn_surgery.record.plan_of(it).refit` and its `config.fxfusion`
-        say what was done; a saved folder's plan and card do too. A layer is left as it was where no penalty brings it
-        nearer on the text for validation; all are, with a warning, where the loss there does not improve.
+        A new model, fused and refitted. Its `config.fxfusion["refit"]` says what was done (fields of
+        `fxfusion.plan_record.Refit`); a saved folder's plan and card do too. A layer is left as
+        it was where no penalty brings it nearer on the text for validation; all are, with a warning, where the loss
+        there does not improve.
 
     Raises:
         OptionError: a bad option; text that is too short, or that the intact model cannot predict (noise); a cache
@@ -96,7 +97,7 @@ def refit(
     texts = Texts.of(batches, validation)
     limit = limit_or_half(memory_limit, model_device(bare) or torch.device("cpu"))
     vocabulary = facts_of(bare).vocabulary
-    if vocabulary is not None:
+    if vocabulary is not None and read_record(getattr(bare, "config", None)) is None:
         texts.check_language(bare, vocabulary)
     work = _Work(source=bare, plan=chosen, texts=texts, reference=reference, later=later, penalties=known, limit=limit)
     work.run(cache, progress, on_layer)
@@ -146,6 +147,7 @@ class _Work:
         self.reference, self.later, self.penalties, self.limit = reference, later, penalties, limit
         self.model: Any = fuse(copy.deepcopy(source), plan)
         self.model.eval()
+        self.traced = TracedModel(self.model)
 
     def run(self, cache: str | os.PathLike[str] | None, progress: bool, on_layer: Listener | None) -> None:
         projections = self._projections()
@@ -167,7 +169,7 @@ class _Work:
 
     def _projections(self) -> list[Projection]:
         state = fused_state(self.model)
-        graph = TracedModel(self.model).graph(self.texts.fit[0].inputs)
+        graph = self.traced.graph(self.texts.fit[0].inputs)
         found = find_projections(self.model, graph, None if state is None else state.recipe)
         dropped = self.plan.dropped_attention if self.reference == "intact" else ()
         chosen = choose(found, dropped, self.later)
@@ -183,7 +185,7 @@ class _Work:
         reference = TracedModel(self.source, () if self.reference == "intact" else self._missing())
         room = self.limit // 4
         calibration, validation = (
-            Streams(self.model, reference, batches, room, advance) for batches in (self.texts.fit, self.texts.decide)
+            Streams(self.traced, reference, batches, room, advance) for batches in (self.texts.fit, self.texts.decide)
         )
         return Fitter(
             model=self.model,

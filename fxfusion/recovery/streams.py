@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxfusion.analysis.token_batches import TokenBatch
 from fxfusion.errors import FxFusionError
@@ -52,21 +52,20 @@ class _Passing:
 
 
 class Streams:
-    """`model`: as it is now; its weights may change between two layers. `room`: bytes that kept streams may take.
-
-    `advance(1)` is called after each batch.
+    """`traced`: the model as it is now; its weights may change between two layers. `room`: bytes that kept streams may
+    take. `advance(1)` is called after each batch.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        traced: TracedModel,
         reference: TracedModel,
         batches: Sequence[TokenBatch],
         room: int,
         advance: Callable[[int], None] = lambda steps: None,
     ) -> None:
         self.batches, self.advance = batches, advance
-        self.traced = TracedModel(model)
+        self.traced = traced
         self._own, self._reference = _Passing(self.traced, batches, room // 2), _Passing(reference, batches, room // 2)
         self._sites: dict[int, list[Site]] = {}
 

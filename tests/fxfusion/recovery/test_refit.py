@@ -1,0 +1,209 @@
+"""refit: the solution against one made by hand with hooks, what it leaves alone, what it refuses, and going on."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfusion
+from fxfusion.errors import FxFusionError, OptionError, SurgeryError
+from fxfusion.models.ffn_surgery.record import plan_of
+from tests.end_to_end.caching import token_ids
+from tests.fxfusion.recovery.own_text import DROPPED, PLAN, is_same, model_of, own_text, state
+
+SHARE = 0.01
+
+
+def loss(model: nn.Module) -> float:
+    return float(fxfusion.evaluate(model, own_text(seed=7), resamples=100).loss)
+
+
+def refitted(model: Any = None, **more: Any) -> Any:
+    more = {"reference": "intact", "penalties": (SHARE,), **more}
+    return fxfusion.refit(model or model_of(), more.pop("plan", PLAN), own_text(), **more)
+
+
+def layer_outputs(model: Any, ids: Tensor, layer: int) -> Tensor:
+    """The stream after a decoder layer, by a hook."""
+    found = []
+    hook = model.model.layers[layer].register_forward_hook(
+        lambda module, inputs, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    model(ids)
+    hook.remove()
+    return found[0].reshape(-1, found[0].shape[-1])
+
+
+def down_inputs(model: Any, ids: Tensor, layer: int) -> Tensor:
+    found = []
+    hook = model.model.layers[layer].mlp.down_proj.register_forward_pre_hook(
+        lambda module, inputs: found.append(inputs[0])
+    )
+    model(ids)
+    hook.remove()
+    return found[0].reshape(-1, found[0].shape[-1])
+
+
+@torch.no_grad()
+def by_hand(intact: Any, share: float, reference: Any) -> Tensor:
+    """The group's down projection: argmin |H W^T - D|^2 + penalty |W - W0|^2, by stacked least squares."""
+    fused = fxfusion.fuse(copy.deepcopy(intact), PLAN)
+    own = fused.model.layers[1].mlp.down_proj.weight.double()
+    ids = [batch for number, batch in enumerate(own_text()) if number != 5]  # of six batches the last one decides
+    inputs = torch.cat([down_inputs(fused, batch, 1) for batch in ids]).double()
+    streams = [(layer_outputs(reference, batch, 2), layer_outputs(fused, batch, 0)) for batch in ids]
+    target = torch.cat([after - before for after, before in streams]).double()
+    penalty = share * inputs.square().sum(0).mean()
+    root = penalty.sqrt() * torch.eye(inputs.shape[1]).double()
+    stacked = torch.cat([inputs, root]), torch.cat([target, penalty.sqrt() * own.t()])
+    return torch.linalg.lstsq(*stacked).solution.t()
+
+
+@pytest.mark.parametrize("reference", ["intact", "unfused"])
+def test_the_solution_is_that_of_the_formula(reference: str) -> None:
+    """Layer 1 has no attention left, so the stream before its FFN is the stream after layer 0."""
+    intact = model_of()
+    other = intact if reference == "intact" else fxfusion.drop_attention(model_of(), DROPPED)
+    found = refitted(reference=reference, later="none").model.layers[1].mlp.down_proj.weight.double()
+    wanted = by_hand(intact, SHARE, other)
+    assert (found - wanted).norm() <= 1e-4 * wanted.norm()
+    assert (found - by_hand(intact, 3 * SHARE, other)).norm() > 1e-3 * wanted.norm(), "another penalty was not noticed"
+
+
+def test_loss_falls_and_the_model_stays_as_it_was() -> None:
+    model = model_of()
+    before = state(model)
+    fused = fxfusion.fuse(model_of(), PLAN)
+    done: list[tuple[str, bool]] = []
+    found = refitted(model, on_layer=lambda layer, fit: done.append((layer.name, fit.applied)))
+    assert is_same(model, before) and found is not model and not hasattr(model.config, "fxfusion")
+    assert loss(found) < loss(fused) - 0.01
+    assert [name for name, _ in done] == [
+        "model.layers.1.mlp.down_proj",
+        "model.layers.2.self_attn.o_proj",
+        "model.layers.2.mlp.down_proj",
+    ]
+    ids = token_ids()
+    assert found.generate(ids, max_new_tokens=2, do_sample=False).shape == (2, ids.shape[1] + 2)
+
+
+def test_what_was_done_is_recorded() -> None:
+    found = refitted(penalties=(1e-3, 0.1), later="ffn")
+    record = plan_of(found).refit
+    assert record is not None and (record.reference, record.later) == ("intact", "ffn")
+    assert record.tokens == 5 * 16 * 24 and record.held_out_tokens == 16 * 24
+    assert [fit.layers for fit in record.fits] == [(1, 2), (3,)]
+    assert all(fit.after < fit.before and fit.penalty in (1e-3, 0.1) for fit in record.fits if fit.applied)
+    assert record.loss_after < record.loss_before
+    assert found.config.fxfusion["refit"]["tokens"] == record.tokens
+    assert plan_of(fxfusion.unfuse(found)).refit == record
+
+
+def test_the_same_twice_is_the_same_to_the_bit() -> None:
+    assert is_same(refitted(), state(refitted()))
+
+
+def test_a_plan_that_only_drops_can_be_refitted() -> None:
+    plan = {"dropped_attention": DROPPED}
+    found = refitted(plan=plan, later="ffn")
+    assert loss(found) < loss(fxfusion.drop_attention(model_of(), DROPPED)) - 0.01
+    record = plan_of(found).refit
+    assert record is not None and [fit.layers for fit in record.fits] == [(1,), (2,), (3,)]
+
+
+def note_parts(parts: list[int], layer: Any, fit: Any) -> None:
+    parts.append(fit.parts)
+
+
+def test_a_small_memory_limit_solves_in_parts_and_comes_near() -> None:
+    errors = {}
+    for limit in (None, 400_000):
+        parts: list[int] = []
+        found = refitted(later="none", memory_limit=limit, on_layer=partial(note_parts, parts))
+        record = plan_of(found).refit
+        assert record is not None
+        errors[limit], (count,) = record.fits[0].after, parts
+        assert (count > 1) == (limit is not None)
+    before = record.fits[0].before
+    assert errors[None] <= errors[400_000] < before - 0.5 * (before - errors[None])
+
+
+def test_what_does_not_improve_validation_is_not_applied() -> None:
+    """Text for validation that has nothing to do with the text that was fitted to."""
+    one = own_text()[0][:1, :6]
+    with pytest.warns(UserWarning, match="calibration tokens are few"):
+        found = fxfusion.refit(model_of(), PLAN, [one], validation=own_text(seed=3)[:1], penalties=(1e-9,))
+    assert is_same(found, state(fxfusion.fuse(model_of(), PLAN)))
+    record = plan_of(found).refit
+    assert record is not None and not any(fit.applied for fit in record.fits)
+    assert record.loss_after == record.loss_before
+
+
+def test_an_interrupted_refit_goes_on(tmp_path: Path) -> None:
+    model, whole = model_of(), state(refitted())
+    before = state(model)
+    seen: list[str] = []
+
+    def stop(layer: Any, fit: Any) -> None:
+        seen.append(layer.name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refitted(model, cache=tmp_path, on_layer=stop)
+    assert is_same(model, before)
+    rest: list[str] = []
+    found = refitted(model, cache=tmp_path, on_layer=lambda layer, fit: rest.append(layer.name))
+    assert len(seen) == 2 and len(rest) == 1
+    assert is_same(found, whole)
+    with pytest.raises(OptionError, match="penalties is"):
+        refitted(model, cache=tmp_path, penalties=(0.5,))
+    next(tmp_path.glob("*.safetensors")).write_bytes(b"broken")
+    with pytest.raises(OptionError, match="cannot be read"):
+        refitted(model, cache=tmp_path)
+
+
+def test_values_that_are_not_finite_are_an_error_that_names_the_batch() -> None:
+    model = model_of()
+    batches = [{"input_ids": batch, "attention_mask": torch.ones_like(batch)} for batch in own_text()]
+    rare = int(batches[2]["input_ids"][0, -1])
+    first = next(n for n, batch in enumerate(batches) if bool((batch["input_ids"] == rare).any()))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[rare] = float("nan")
+    with pytest.warns(UserWarning, match="not finite"), pytest.raises(FxFusionError, match="noise|not finite"):
+        fxfusion.refit(model, PLAN, batches[first:])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (dict(reference="other"), OptionError, "reference: expected one of"),
+        (dict(later="some"), OptionError, "later: expected one of"),
+        (dict(penalties=()), OptionError, "penalties: expected positive"),
+        (dict(penalties=(0.0,)), OptionError, "penalties: expected positive"),
+        (dict(memory_limit=100), OptionError, "memory_limit: model.layers.1.mlp.down_proj takes at least"),
+        (dict(plan={}), OptionError, "fuses nothing"),
+        (dict(plan={"dropped_attention": [1]}, later="none"), OptionError, "fuses nothing"),
+    ],
+)
+def test_bad_options(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        refitted(**change)
+
+
+def test_models_that_were_changed_before() -> None:
+    with pytest.raises(SurgeryError, match="fused already"):
+        refitted(fxfusion.fuse(model_of(), PLAN))
+    with pytest.raises(SurgeryError, match="refitted already"):
+        refitted(refitted(later="none"))
+    dropped = fxfusion.drop_attention(model_of(), DROPPED)
+    with pytest.raises(SurgeryError, match="no intact model to refit to"):
+        refitted(dropped)
+    found = refitted(dropped, reference="unfused", later="none")
+    assert is_same(found, state(refitted(reference="unfused", later="none")))
