@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.choosing_cells import Row, cell, compare, fine_cell, groups_of, span, table, value, yes
 from bench.choosing_plots import plot_drop_curves, plot_planner
+from bench.page_sections import put_section
 
 DOCS = Path("docs")
 
@@ -31,9 +32,7 @@ def write_page(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
         planner_section(results["against_the_eye"]),
         disagreements(results),
     ]
-    path = folder / "results.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    return put_section(folder / "results.md", "choosing", "\n\n".join(parts))
 
 
 def introduction(results: Mapping[str, Any]) -> str:
