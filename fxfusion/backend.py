@@ -134,24 +134,23 @@ def _report(report: GraphReport) -> None:
 
 
 def _report_unmatched(fused: Fused, settings: BackendOptions, more_follows: bool) -> None:
-    """A planned group that was not fused is a warning, and an error when strict.
+    """A planned group, or a policy's window, that was not fused is a warning, and an error when strict.
 
     Where graph breaks cut a model into several graphs, a group that is wholly absent from one of them
     may be in another, so only a group that is there in part is at fault.
     """
-    if not isinstance(settings.choice, FusionPlan):
-        return
+    planned = settings.choice.groups if isinstance(settings.choice, FusionPlan) else settings.choice.windows
     if more_follows:
-        _plans_in_parts.add(settings.choice.groups)
+        _plans_in_parts.add(planned)
     codes = {RefusalCode.PLAN_UNMATCHED}
-    if settings.choice.groups not in _plans_in_parts:
+    if planned not in _plans_in_parts:
         codes.add(RefusalCode.PLAN_ABSENT)
     unmatched = [refusal for refusal in fused.report.refusals if refusal.code in codes]
     if not unmatched:
         return
     words = "; ".join(refusal.message for refusal in unmatched)
     if settings.strict:
-        raise NotFusedError(f"the plan does not fit this model: {words}")
+        raise NotFusedError(f"the plan or window does not fit this model: {words}")
     log.warning("fxfusion: %d planned groups were not fused: %s", len(unmatched), words)
 
 

@@ -1,6 +1,7 @@
 """The data flow, readable top to bottom.
 
     capture -> normalise -> match -> group into chains -> plan -> rewrite -> verify -> compile
+                                 └─ hoist the windows that a policy or plan names, match again ─┘
 
 `fuse_captured` takes one captured graph through normalise .. verify; `explain` and `fuse_graph` are
 its public faces, `backend.ffn_fusion` compiles what it returns. Matching never edits, rewriting never
@@ -31,10 +32,12 @@ from fxfusion.passes.ffn import Chain, Group, Matches
 from fxfusion.passes.find_chains import find_chains
 from fxfusion.passes.functionalise_adds import FunctionaliseAdds
 from fxfusion.passes.hoist_constants import HoistConstants
+from fxfusion.passes.hoist_mixers import HoistMixers
 from fxfusion.passes.lift_weights import LiftWeights, Pack
 from fxfusion.passes.match_residual import match_residual
+from fxfusion.passes.match_window import WindowMatcher
 from fxfusion.passes.parallelise import Parallelise
-from fxfusion.passes.plan_groups import plan_by_plan, plan_by_policy
+from fxfusion.passes.plan_groups import NOTHING_HOISTED, Hoisted, plan_by_plan, plan_by_policy
 from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
 from fxfusion.report import FusionReport, GraphReport
@@ -82,8 +85,9 @@ def fuse_captured(
     work = captured.copy()
     history = History(check=verify != "off")
     run_passes(work.module, normalising_passes(work.weights), history)
-    found = analyse(work, choice)
-    blocks = blocks_before(found.matches, found.groups)
+    order = {node.name: place for place, node in enumerate(work.module.graph.nodes)}  # before anything moves
+    found = hoist_and_analyse(work, choice, history)
+    blocks = blocks_before(found.matches, found.groups, order)
     chains = tuple(summarise_chain(chain) for chain in found.chains)
     groups = tuple(summarise_group(group) for group in found.groups)
     after, fused_blocks = captured.module, blocks
@@ -120,20 +124,35 @@ def normalising_passes(weights: frozenset[str]) -> tuple[Pass, ...]:
     )
 
 
-def analyse(captured: CapturedGraph, choice: Choice) -> Analysis:
-    """Match, group and plan. Edits nothing."""
-    graph = captured.module.graph
-    facts = GraphFacts(graph, (node for node in graph.nodes if node.name in captured.weights))
-    opaque = {node: captured.opaque[node.name] for node in graph.nodes if node.name in captured.opaque}
-    matches = match_residual(facts, opaque)
+def hoist_and_analyse(captured: CapturedGraph, choice: Choice, history: History) -> Analysis:
+    """Hoist the windows that the choice names, in the graph, then match again, group and plan."""
+    wanted = choice.windows
+    if not wanted:
+        return analyse(captured, choice)
+    facts, matches = _match(captured)
+    windows, refusals = WindowMatcher(matches, facts, choice.norm).match(wanted)
+    run_passes(captured.module, [HoistMixers(windows)], history)
+    return analyse(captured, choice, Hoisted(windows, refusals))
+
+
+def analyse(captured: CapturedGraph, choice: Choice, hoisted: Hoisted = NOTHING_HOISTED) -> Analysis:
+    """Match, group and plan. Edits nothing; `hoisted`: what became of the windows that the choice names."""
+    facts, matches = _match(captured)
     chains, alone = find_chains(matches, facts)
     checker = GroupChecker(facts, matches.ffns)
     if isinstance(choice, FusionPlan):
         refused = (*matches.refusals, *alone)
-        groups, left = plan_by_plan(chains, matches.ffns, refused, choice, checker)
+        groups, left = plan_by_plan(chains, matches.ffns, refused, choice, checker, hoisted)
     else:
-        groups, left = plan_by_policy(chains, choice, checker)
+        groups, left = plan_by_policy(chains, choice, checker, hoisted)
     return Analysis(matches=matches, chains=chains, groups=groups, refusals=(*matches.refusals, *alone, *left))
+
+
+def _match(captured: CapturedGraph) -> tuple[GraphFacts, Matches]:
+    graph = captured.module.graph
+    facts = GraphFacts(graph, (node for node in graph.nodes if node.name in captured.weights))
+    opaque = {node: captured.opaque[node.name] for node in graph.nodes if node.name in captured.opaque}
+    return facts, match_residual(facts, opaque)
 
 
 def _rewrite(

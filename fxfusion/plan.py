@@ -37,6 +37,7 @@ __all__ = [
     "MadeBy",
     "Member",
     "ModelFacts",
+    "PlannedGroup",
     "Refit",
     "ResidueFile",
     "Scores",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fxfusion.graph import ops
 from fxfusion.passes.ffn import Chain, FfnNode, Group, Matches
@@ -22,7 +22,15 @@ def summarise_chain(chain: Chain) -> ChainSummary:
 def summarise_group(group: Group) -> GroupSummary:
     members = tuple(summarise_member(ffn) for ffn in group.members)
     size = sum(member_bytes(member) for member in group.members)
-    return GroupSummary(members=members, norm=group.norm, width=group.width, packed_bytes=size)
+    window = group.window
+    return GroupSummary(
+        members=members,
+        norm=group.norm,
+        width=group.width,
+        packed_bytes=size,
+        mixers="none" if window is None else window.names.mixers,
+        moved=() if window is None else tuple(mixer.layer or mixer.add.name for mixer in window.mixers),
+    )
 
 
 def member_bytes(ffn: FfnNode) -> int:
@@ -31,11 +39,9 @@ def member_bytes(ffn: FfnNode) -> int:
     return sum(size_hint(value.numel()) * value.element_size() for value in values)
 
 
-def blocks_before(matches: Matches, groups: Sequence[Group]) -> tuple[Block, ...]:
-    """The residual blocks of the graph in order: mixers, FFNs, and candidates that are neither."""
-    order: dict[str, int] = {}
-    for node in matches.ffns[0].add.graph.nodes if matches.ffns else ():
-        order[node.name] = len(order)
+def blocks_before(matches: Matches, groups: Sequence[Group], order: Mapping[str, int]) -> tuple[Block, ...]:
+    """The residual blocks of the graph: mixers, FFNs, and candidates that are neither. `order`: of nodes, by name."""
+    moved = {mixer.add: index for index, group in enumerate(groups) if group.window for mixer in group.window.mixers}
     group_of = {ffn.add: index for index, group in enumerate(groups) for ffn in group.members}
     placed: list[tuple[int, Block]] = []
     for ffn in matches.ffns:
@@ -45,7 +51,8 @@ def blocks_before(matches: Matches, groups: Sequence[Group]) -> tuple[Block, ...
     for mixer in matches.mixers:
         mixing.add(mixer.add.name)
         name = mixer.layer or mixer.add.name
-        placed.append((order.get(mixer.add.name, 0), Block(kind="mixer", name=name, detail=mixer.op)))
+        block = Block(kind="mixer", name=name, detail=mixer.op, window=moved.get(mixer.add))
+        placed.append((order.get(mixer.add.name, 0), block))
     for refusal in matches.refusals:
         if refusal.node not in mixing:
             name = refusal.layer or refusal.node

@@ -19,6 +19,7 @@ from torch import fx
 
 from fxfusion.errors import Refusal
 from fxfusion.graph.isomorphism import Structure
+from fxfusion.plan import PlannedGroup
 
 Role = Literal["gain", "shift", "fixed"]
 
@@ -112,11 +113,12 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Consecutive members of one chain that become one FFN."""
+    """Consecutive members of one chain that become one FFN. `window`: what was moved to make the chain, if anything."""
 
     members: tuple[FfnNode, ...]
     norm: Literal["fold", "last"]
     roles: tuple[Role, ...] = ()
+    window: Window | None = None
 
     @property
     def width(self) -> int:
@@ -125,12 +127,33 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixer:
-    """A residual branch that lets tokens see each other (attention, convolution, scan)."""
+    """A residual branch that lets tokens see each other (attention, convolution, scan).
+
+    `stream`: what it is added to and reads. `leaks`: what else it reads from before the stream: masks, rotary angles,
+    caches.
+    """
 
     add: fx.Node
+    stream: fx.Node
+    leaks: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     op: str
     layer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Neighbouring layers whose mixers go before their FFNs.
+
+    `names`: as the plan or policy gives them. `members`: the FFNs, in order. `mixers`: those that lie between the
+    first and the last member, in order: they are moved. `entry`: the stream before the first member, in each shape
+    that it has there (some models regroup it into `[tokens, hidden]` for their FFNs).
+    """
+
+    names: PlannedGroup
+    members: tuple[FfnNode, ...]
+    mixers: tuple[Mixer, ...]
+    entry: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

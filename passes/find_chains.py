@@ -18,7 +18,7 @@ from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.passes.ffn import Chain, FfnNode, Matches
-from fxfusion.passes.match_pieces import VIEWS, keeps_channels
+from fxfusion.passes.match_pieces import behind_views
 
 Break = tuple[RefusalCode, str]
 
@@ -81,7 +81,7 @@ def _is_function_of(value: fx.Node, source: fx.Node, facts: GraphFacts) -> bool:
 
 
 def _start_of(ffn: FfnNode, matches: Matches) -> str:
-    source = _behind_views(ffn.stream)
+    source = behind_views(ffn.stream)
     for mixer in matches.mixers:
         if mixer.add is source:
             return f"{mixer.op} in {mixer.layer or mixer.add.name} comes before"
@@ -90,7 +90,7 @@ def _start_of(ffn: FfnNode, matches: Matches) -> str:
 
 def _is_leading(first: FfnNode, matches: Matches) -> bool:
     """Whether the mixer that wrote the stream just before lives in the first member's own layer."""
-    source = _behind_views(first.stream)
+    source = behind_views(first.stream)
     for mixer in matches.mixers:
         if mixer.add is source:
             if not first.layer and not mixer.layer:
@@ -115,13 +115,6 @@ def _block_of(layer: str, others: Sequence[str]) -> str:
 
 def _words(path: str) -> tuple[str, ...]:
     return tuple("" if step.isdigit() else step for step in path.split("."))
-
-
-def _behind_views(node: fx.Node) -> fx.Node:
-    """The value that was regrouped into `[tokens, hidden]` or back to make the node."""
-    while ops.op_name(node) in VIEWS and keeps_channels(node, node.all_input_nodes[0]):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _alone(ffn: FfnNode, code: RefusalCode, ended_by: str, started_by: str) -> Refusal:

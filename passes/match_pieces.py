@@ -160,3 +160,17 @@ def _split_sizes(node: fx.Node, name: str, width: int, dim_count: int) -> list[i
 
 def _first(kwargs: Mapping[str, Any], *names: str) -> Any:
     return next((kwargs[name] for name in names if name in kwargs), None)
+
+
+def behind_views(node: fx.Node) -> fx.Node:
+    """The value that was regrouped into `[tokens, hidden]` or back to make the node."""
+    return (node, *views_behind(node))[-1]
+
+
+def views_behind(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The values that a regrouped one was made from, nearest first; none where it is no view."""
+    found = []
+    while ops.op_name(node) in VIEWS and keeps_channels(node, node.all_input_nodes[0]):
+        node = node.all_input_nodes[0]
+        found.append(node)
+    return tuple(found)

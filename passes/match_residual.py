@@ -58,8 +58,9 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
             refusals.append(_refusal(refused, add, found, facts))
             debug.show(4, f"candidate {add}: {refused.code.value}: {refused.message}")
             if refused.code is RefusalCode.TOKEN_MIXING:
-                layer = provenance.owning_layer(linear_layers(found, facts), add)
-                mixers.append(Mixer(add=add, nodes=found.nodes, op=_mixing_op(found, facts), layer=layer))
+                layer, op = provenance.owning_layer(linear_layers(found, facts), add), _mixing_op(found, facts)
+                mixer = Mixer(add=add, stream=stream, leaks=found.leaks, nodes=found.nodes, op=op, layer=layer)
+                mixers.append(mixer)
     return Matches(ffns=tuple(ffns), mixers=tuple(mixers), refusals=tuple(refusals))
 
 

@@ -3,29 +3,53 @@
 Matches (no edit):
     chain F0 F1 F2 F3 F4, policy include_leading=False, keep_last=1    ->    group (F1 F2 F3)
     chain F0 F1 F2 F3 F4, plan groups [[1, 2]]                         ->    group (F1 F2)
+    chain F0 F1 F2 F3 F4, window [1, 2] hoisted, default policy        ->    groups (F1 F2), (F3 F4)
 Every member of a chain that ends up in no group gets a refusal that names the rule or the difference.
 Source: issue 2; arXiv 2503.18908, section 3 (which FFNs of a run are fused).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
-from fxfusion.errors import Refusal, RefusalCode, Refused
-from fxfusion.graph.provenance import layer_numbers
+from torch import fx
+
+from fxfusion.errors import PassError, Refusal, RefusalCode, Refused
 from fxfusion.passes.check_group import GroupChecker
-from fxfusion.passes.ffn import Chain, FfnNode, Group
-from fxfusion.plan import FusionPlan, Member
-from fxfusion.policy import FusionPolicy
+from fxfusion.passes.ffn import Chain, FfnNode, Group, Window
+from fxfusion.passes.member_index import MemberIndex, check_fit
+from fxfusion.plan import FusionPlan, Member, PlannedGroup
+from fxfusion.policy import FusionPolicy, NormMode
 
 Planned = tuple[tuple[Group, ...], tuple[Refusal, ...]]
 
+_HOIST_WOULD = "where only attention lies between them, mixers: hoist (FusionPlan(..., hoist=True)) would move it"
 
-def plan_by_policy(chains: Sequence[Chain], policy: FusionPolicy, checker: GroupChecker) -> Planned:
-    """Groups of every chain under the policy."""
-    groups: list[Group] = []
-    refusals: list[Refusal] = []
-    for chain in chains:
+
+@dataclass(frozen=True, slots=True)
+class Hoisted:
+    """What was done beforehand about the windows that a plan or policy names: moved, or refused."""
+
+    windows: tuple[Window, ...] = ()
+    refusals: Mapping[PlannedGroup, Refusal] = field(default_factory=dict)
+
+    def window(self, names: PlannedGroup) -> Window | None:
+        return next((window for window in self.windows if window.names == names), None)
+
+
+NOTHING_HOISTED = Hoisted()
+
+
+def plan_by_policy(
+    chains: Sequence[Chain], policy: FusionPolicy, checker: GroupChecker, hoisted: Hoisted = NOTHING_HOISTED
+) -> Planned:
+    """Groups of every chain under the policy: its windows, and what the rules make of all other FFNs."""
+    groups = [_window_group(window, chains, checker, policy.norm) for window in hoisted.windows]
+    refusals = list(hoisted.refusals.values())
+    taken = {ffn.add for group in groups for ffn in group.members}
+    for chain in (part for whole in chains for part in _around(whole, taken)):
         members, left_out = _eligible(chain, policy)
         refusals += left_out
         for run, reason in _compatible_runs(members, policy, checker):
@@ -37,6 +61,25 @@ def plan_by_policy(chains: Sequence[Chain], policy: FusionPolicy, checker: Group
             else:
                 refusals += [_refusal(ffn, reason) for ffn in run]
     return tuple(groups), tuple(refusals)
+
+
+def _around(chain: Chain, taken: Container[fx.Node]) -> Iterator[Chain]:
+    """The parts of a chain beside the windows in it."""
+    for is_taken, run in groupby(chain.members, key=lambda ffn: ffn.add in taken):
+        members = tuple(run)
+        if not is_taken:
+            yield replace(chain, members=members, leading=chain.leading and members[0] is chain.members[0])
+
+
+def _window_group(window: Window, chains: Sequence[Chain], checker: GroupChecker, norm: NormMode) -> Group:
+    """The group of a window's members, as they were matched after its mixers had moved."""
+    adds = [ffn.add for ffn in window.members]
+    found = [[ffn for ffn in chain.members if ffn.add in adds] for chain in chains]
+    members = max(found, key=len, default=[])
+    if [ffn.add for ffn in members] != adds:
+        raise PassError(f"the FFNs of window {list(window.names)} are no chain after its mixers moved")
+    check_fit(members, norm, checker)
+    return replace(checker.group(members, norm), window=window)
 
 
 def _eligible(chain: Chain, policy: FusionPolicy) -> tuple[list[FfnNode], list[Refusal]]:
@@ -95,86 +138,51 @@ def plan_by_plan(
     refused: Sequence[Refusal],
     plan: FusionPlan,
     checker: GroupChecker,
+    hoisted: Hoisted = NOTHING_HOISTED,
 ) -> Planned:
     """Exactly the plan's groups; a group that cannot be had is refused, with the member at fault."""
     if not ffns:
-        return (), ()
-    index = _Index(chains, ffns, refused)
+        return (), tuple(hoisted.refusals.values())
+    index = MemberIndex(ffns, refused)
     groups: list[Group] = []
     refusals: list[Refusal] = []
     for number, names in enumerate(plan.groups):
-        if not any(name in index.by_name for name in names):
-            refusals.append(Refusal(code=RefusalCode.PLAN_ABSENT, message=index.absent(number, names)))
-            continue
-        try:
-            members = index.neighbours(names)
-            for end, ffn in enumerate(members):
-                misfit = checker.misfit(members[:end], ffn, plan.norm)
-                if misfit is not None:
-                    raise Refused(misfit.code, f"{ffn.name}: {misfit.message}")
-            groups.append(checker.group(members, plan.norm))
-        except Refused as error:
-            message = f"group {number} {list(names)}: {error.message}"
-            refusals.append(Refusal(code=RefusalCode.PLAN_UNMATCHED, message=message))
+        window = hoisted.window(names)
+        if names in hoisted.refusals:
+            refusals.append(hoisted.refusals[names])
+        elif window is not None:
+            groups.append(_window_group(window, chains, checker, plan.norm))
+        elif not index.holds_any(names):
+            refusals.append(Refusal(code=RefusalCode.PLAN_ABSENT, message=index.absent(f"group {number}", names)))
+        else:
+            try:
+                members = _neighbours(names, chains, index)
+                check_fit(members, plan.norm, checker)
+                groups.append(checker.group(members, plan.norm))
+            except Refused as error:
+                message = f"group {number} {list(names)}: {error.message}"
+                refusals.append(Refusal(code=RefusalCode.PLAN_UNMATCHED, message=message))
     chosen = {ffn.add for group in groups for ffn in group.members}
     not_chosen = Refused(RefusalCode.NOT_IN_PLAN, "no group of the plan names it")
     refusals += [_refusal(ffn, not_chosen) for chain in chains for ffn in chain.members if ffn.add not in chosen]
     return tuple(groups), tuple(refusals)
 
 
-class _Index:
-    """FFNs of one graph by module path and by layer number."""
-
-    def __init__(self, chains: Sequence[Chain], ffns: Sequence[FfnNode], refused: Sequence[Refusal]) -> None:
-        self.place = {ffn.add: (c, m) for c, chain in enumerate(chains) for m, ffn in enumerate(chain.members)}
-        self.by_name: Mapping[Member, list[FfnNode]] = {}
-        found: dict[Member, list[FfnNode]] = {}
-        for ffn, layer in zip(ffns, layer_numbers([ffn.layer for ffn in ffns]), strict=True):
-            found.setdefault(ffn.name, []).append(ffn)
-            if layer is not None:
-                found.setdefault(layer, []).append(ffn)
-        self.by_name = found
-        self.refused = refused
-
-    def neighbours(self, names: Sequence[Member]) -> list[FfnNode]:
-        """The named FFNs in graph order. Raises `Refused` unless they are neighbours in one chain."""
-        members = [self._one(name) for name in names]
-        places = {ffn.add: self.place.get(ffn.add) for ffn in members}
-        for name, ffn in zip(names, members, strict=True):
-            if places[ffn.add] is None:
-                raise Refused(RefusalCode.PLAN_UNMATCHED, f"{name!r} is in no chain{self._why(name)}")
-        ordered = sorted(members, key=lambda ffn: self.place[ffn.add])
-        spots = [self.place[ffn.add] for ffn in ordered]
-        for one, other in zip(spots, spots[1:], strict=False):
-            if (one[0], one[1] + 1) != other:
-                raise Refused(RefusalCode.PLAN_UNMATCHED, "its members are not neighbours in one chain")
-        return ordered
-
-    def _one(self, name: Member) -> FfnNode:
-        found = self.by_name.get(name, [])
-        if len(found) == 1:
-            return found[0]
-        if found:
-            paths = ", ".join(ffn.name for ffn in found)
-            raise Refused(RefusalCode.PLAN_UNMATCHED, f"{name!r} means several FFNs ({paths}); name one by its path")
-        message = f"{name!r} holds no FFN of this graph{self._known()}{self._why(name)}"
-        raise Refused(RefusalCode.PLAN_UNMATCHED, message)
-
-    def absent(self, number: int, names: Sequence[Member]) -> str:
-        """Why none of a group's members is here: refused, in another graph, or not in the model at all."""
-        why = next((why for name in names if (why := self._why(name))), "")
-        return f"group {number} {list(names)}: none of them holds an FFN of this graph{self._known()}{why}"
-
-    def _known(self) -> str:
-        known = sorted(key for key in self.by_name if isinstance(key, int))
-        return f"; FFNs were found in layers {known}" if known else ""
-
-    def _why(self, name: Member) -> str:
-        for refusal in self.refused:
-            steps = refusal.layer.split(".")
-            if refusal.layer == name or (isinstance(name, int) and str(name) in steps):
-                return f" ({refusal.code.value}: {refusal.message})"
-        return ""
+def _neighbours(names: Sequence[Member], chains: Sequence[Chain], index: MemberIndex) -> list[FfnNode]:
+    """The named FFNs in graph order. Raises `Refused` unless they are neighbours in one chain."""
+    place = {ffn.add: (c, m) for c, chain in enumerate(chains) for m, ffn in enumerate(chain.members)}
+    members = [index.one(name) for name in names]
+    for name, ffn in zip(names, members, strict=True):
+        if ffn.add not in place:
+            words = f"{name!r} is in no chain{index.why(name)}; {_HOIST_WOULD}"
+            raise Refused(RefusalCode.PLAN_UNMATCHED, words)
+    ordered = sorted(members, key=lambda ffn: place[ffn.add])
+    spots = [place[ffn.add] for ffn in ordered]
+    for one, other in zip(spots, spots[1:], strict=False):
+        if (one[0], one[1] + 1) != other:
+            words = f"its members are not neighbours in one chain; {_HOIST_WOULD}"
+            raise Refused(RefusalCode.PLAN_UNMATCHED, words)
+    return ordered
 
 
 def _refusal(ffn: FfnNode, reason: Refused) -> Refusal:

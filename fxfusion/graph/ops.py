@@ -127,6 +127,8 @@ def is_random(node: fx.Node) -> bool:
         return training is not False and probability != 0
     if name == "rrelu":
         return node.kwargs.get("training", node.args[3] if len(node.args) > 3 else False) is not False
+    if name == "scaled_dot_product_attention" and argument(node, 4, "dropout_p", 0.0) == 0.0:
+        return False  # its ATen tag says what it might do
     if isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
         return True
     return name in RANDOM_OPS

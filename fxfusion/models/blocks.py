@@ -95,7 +95,9 @@ def _mixers_beside(spine: Sequence[Addition], facts: GraphFacts) -> list[Mixer]:
         names = {ops.op_name(node) for node in addition.nodes}
         mixing = [node for node in addition.nodes if mixes_tokens(node, facts)]
         if addition.reads is not addition.stream and mixing and names.isdisjoint(ROUTERS):
-            found.append(Mixer(add=addition.add, nodes=addition.nodes, op=ops.op_name(mixing[0]), layer=addition.layer))
+            op, nodes = ops.op_name(mixing[0]), addition.nodes
+            mixer = Mixer(add=addition.add, stream=addition.stream, leaks=(), nodes=nodes, op=op, layer=addition.layer)
+            found.append(mixer)
     return found
 
 

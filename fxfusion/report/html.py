@@ -139,6 +139,7 @@ def _graph(graph: GraphReport, index: int) -> dict[str, Any]:
             {
                 "summary": group,
                 "span": span(group.members),
+                "moved": compact(group.moved),
                 "proof": proofs.get(number),
                 "hue": number % HUES,
             }
@@ -173,12 +174,15 @@ def _box(block: Block, row: int, widest: int, reasons: dict[str, Refusal], ancho
         lines.append(f"FFN, intermediate width {block.width}")
     if block.kind == "mixer":
         lines.append(f"token mixer: {block.detail}")
+    if block.window is not None:
+        lines.append(f"moved before the FFNs of its window, group {block.window}")
     if block.group is not None:
         lines.append(f"fused, group {block.group}")
     elif refusal is not None:
         lines.append(f"not fused ({refusal.code.value}): {refusal.message}")
         lines += [refusal.source] if refusal.source else []
     link = f"#{anchor}-refusals" if refusal is not None else ""
+    group = block.group if block.group is not None else block.window
     return Box(
         kind=block.kind,
         row=row,
@@ -186,14 +190,14 @@ def _box(block: Block, row: int, widest: int, reasons: dict[str, Refusal], ancho
         percent=100.0 * block.width / widest if block.width else _MIXER_PERCENT,
         label=_label(block),
         title="\n".join(lines),
-        link=link if block.group is None else f"#{anchor}-group{block.group}",
+        link=link if group is None else f"#{anchor}-group{group}",
         hue=None if block.group is None else block.group % HUES,
     )
 
 
 def _label(block: Block) -> str:
     if block.kind == "mixer":
-        return f"{tail(block.name)} mixer"
+        return f"{tail(block.name)} mixer" + ("" if block.window is None else f" (moved, group {block.window})")
     if block.kind == "refused":
         return f"{tail(block.name)} {block.detail}"
     return f"{tail(block.name)} {block.width}"

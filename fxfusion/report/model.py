@@ -21,7 +21,8 @@ class Block:
     """One residual block of the model, in order: a box of the before/after map.
 
     `width`: intermediate channels of an FFN (0 for a mixer). `group`: number of the group it belongs
-    to, or None. `members`: how many FFNs a fused block stands for.
+    to, or None. `members`: how many FFNs a fused block stands for. `window`: number of the group for
+    whose sake a mixer goes before the FFNs that stand before it, or None.
     """
 
     kind: BlockKind
@@ -30,6 +31,7 @@ class Block:
     width: int = 0
     group: int | None = None
     members: int = 1
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +56,18 @@ class ChainSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSummary:
-    """FFNs that became one. `packed_bytes`: memory of the wide weights, beside the originals."""
+    """FFNs that became one. `packed_bytes`: memory of the wide weights, beside the originals.
+
+    `mixers`: what the plan or policy says of the mixers between the members (`"none"`, `"hoist"`, `"wide"`);
+    `moved`: layers of the mixers that go before FFNs for the group's sake.
+    """
 
     members: tuple[MemberSummary, ...]
     norm: str
     width: int
     packed_bytes: int = 0
+    mixers: str = "none"
+    moved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

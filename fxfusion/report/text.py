@@ -19,7 +19,7 @@ _CODE, _WHERE, _SOURCE = 18, 26, 22
 def render(report: FusionReport) -> str:
     parts = [headline(report), *report.notes]
     for index, graph in enumerate(report.graphs):
-        tables = [table(graph) for table in (chains, groups, refusals, passes)]
+        tables = [table(graph) for table in (chains, groups, windows, refusals, passes)]
         if not any(tables):
             continue
         if len(report.graphs) > 1:
@@ -72,6 +72,17 @@ def groups(graph: GraphReport) -> str:
         rows,
         (None, None, 28, None, None, None, None),
     )
+
+
+def windows(graph: GraphReport) -> str:
+    """The groups for whose sake mixers were moved."""
+    rows = [
+        (index, span(group.members), group.mixers, compact(group.moved) or "none")
+        for index, group in enumerate(graph.groups)
+        if group.mixers != "none"
+    ]
+    title = "Windows (approximate: these mixers go before the FFNs of their window)"
+    return _table(title, ("group", "members", "mixers", "moved"), rows, (None, 36, None, 36))
 
 
 def refusals(graph: GraphReport) -> str:

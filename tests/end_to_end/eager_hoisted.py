@@ -1,0 +1,131 @@
+"""The hoisted form of a window of layers, in plain eager PyTorch: attention by attention, then every FFN on one stream.
+
+    x <- x + A_a(x); ...; x <- x + A_b(x)          then          x <- x + F_a(x) + ... + F_b(x)
+
+Nothing here uses fxfusion. A layer's attention is what its FFN's norm reads; its FFN is what the layer adds to its
+input while its attention is a stub. So the layers' own code runs, with their own masks, scales and caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.end_to_end.families import Family, Stub, first_tensor, layers_of
+
+
+@contextmanager
+def hoisted(model: nn.Module, family: Family, windows: Sequence[Sequence[int]]) -> Iterator[nn.Module]:
+    """The model, which computes its hoisted form inside."""
+    container: Any = model.get_submodule(family.layers)
+    layers = layers_of(model, family)
+    try:
+        for window in windows:
+            members = [layers[number] for number in window]
+            container[window[0]] = HoistedLayers(members, family)
+            for number in window[1:]:
+                container[number] = Passed(layers[number], layers[window[0]])
+        yield model
+    finally:
+        for number, layer in enumerate(layers):
+            container[number] = layer
+
+
+class _Named(nn.Module):
+    """Stands in for a layer: what the model asks it for besides its forward comes from the layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.of = [layer]  # in a list, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.of[0], name)
+
+
+class Passed(_Named):
+    """A layer whose work was done before; its output looks like that of the layer that did it."""
+
+    def __init__(self, layer: nn.Module, worker: nn.Module) -> None:
+        super().__init__(layer)
+        self.is_tuple = [worker]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stream = args[0] if args else kwargs["hidden_states"]
+        return (stream,) if self.is_tuple[0]._returns_tuple else stream  # type: ignore[union-attr]
+
+
+class HoistedLayers(_Named):
+    """All the attentions of a window, then all its FFNs."""
+
+    def __init__(self, layers: Sequence[nn.Module], family: Family) -> None:
+        super().__init__(layers[0])
+        self.layers, self.family = list(layers), family
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stream = args[0] if args else kwargs["hidden_states"]
+        output: Any = None
+        for layer in self.layers:
+            stream, output = self._attended(layer, stream, args, kwargs)
+        total = stream
+        for layer in self.layers:
+            with _stubbed(layer, self.family):
+                alone = first_tensor(_call(layer, stream, args, kwargs))
+            total = total + (alone - stream)
+        self.layers[0]._returns_tuple = not isinstance(output, Tensor)  # type: ignore[assignment]
+        return total if isinstance(output, Tensor) else (total, *output[1:])
+
+    def _attended(self, layer: nn.Module, stream: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Any]:
+        """The stream after the layer's attention: what the norm of its FFN reads."""
+        seen: list[Tensor] = []
+        norm = layer.get_submodule(self.family.ffn_norm)
+        handle = norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            output = _call(layer, stream, args, kwargs)
+        finally:
+            handle.remove()
+        return seen[0].reshape(stream.shape), output
+
+
+def _call(layer: nn.Module, stream: Tensor, args: Any, kwargs: Any) -> Any:
+    return layer(stream, *args[1:], **kwargs) if args else layer(**(kwargs | {"hidden_states": stream}))
+
+
+@contextmanager
+def _stubbed(layer: nn.Module, family: Family) -> Iterator[None]:
+    paths = [path for path in family.mixers if any(name == path for name, _ in layer.named_modules())]
+    own = [(path, layer.get_submodule(path)) for path in paths]
+    try:
+        for path, _ in own:
+            layer.set_submodule(path, Stub(family.stub, family.arity))
+        yield
+    finally:
+        for path, module in own:
+            layer.set_submodule(path, module)
+
+
+@torch.no_grad()
+def hoisted_by_hand(model: Any, windows: Sequence[Sequence[int]], ids: Tensor) -> Tensor:
+    """Logits of a Llama's hoisted form, written out; it checks `hoisted`, which the other families use."""
+    inner = model.model
+    x = inner.embed_tokens(ids)
+    places = torch.arange(ids.shape[1])[None]
+    given = {"position_embeddings": inner.rotary_emb(x, places), "position_ids": places}
+    count = ids.shape[1]
+    mask = torch.full((count, count), float("-inf"), dtype=x.dtype).triu(1)[None, None]
+    window_of = {window[0]: list(window) for window in windows}
+    number = 0
+    while number < len(inner.layers):
+        window = [inner.layers[member] for member in window_of.get(number, [number])]
+        for layer in window:
+            x = x + layer.self_attn(hidden_states=layer.input_layernorm(x), attention_mask=mask, **given)[0]
+        x = x + sum(layer.mlp(layer.post_attention_layernorm(x)) for layer in window)
+        number += len(window)
+    logits: Tensor = model.lm_head(inner.norm(x))
+    return logits
