@@ -28,13 +28,16 @@ _FOLDER = resources.files("fxfusion.cost") / "architectures"
 class Layer(BaseModel):
     """One decoder layer: whether it has a token mixer, and its FFN's intermediate channels (None: no FFN).
 
-    A layer with neither is padding: the stream passes through.
+    A layer with neither is padding: the stream passes through. `num_key_value_heads` and `window` (tokens that its
+    attention reaches back) are those of the table where they are None.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     has_mixer: bool = Field(alias="attention", strict=True)
     ffn_width: int | None = Field(ge=0)
+    num_key_value_heads: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=1)
 
     @field_validator("ffn_width")
     @classmethod
@@ -52,6 +55,7 @@ class LayerTable(BaseModel):
     hidden_size: int = Field(ge=1)
     num_attention_heads: int | None = Field(default=None, ge=1)
     num_key_value_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=1)
     vocab_size: int | None = Field(default=None, ge=1)
     tie_word_embeddings: bool = False
     gated: bool = True
