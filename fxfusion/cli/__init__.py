@@ -19,7 +19,21 @@ import traceback
 
 import typer
 
-from fxfusion.cli import check, demo, explain, export, fuse, generate, matrix, plan, report, score, sweep, unfuse
+from fxfusion.cli import (
+    check,
+    demo,
+    explain,
+    export,
+    fuse,
+    generate,
+    matrix,
+    plan,
+    report,
+    score,
+    simulate,
+    sweep,
+    unfuse,
+)
 from fxfusion.cli import eval as evaluate
 from fxfusion.errors import OptionError, PlanError
 
@@ -39,6 +53,7 @@ for name, body, what in (
     ("eval", evaluate.command, "What a plan costs in quality, gains in speed."),
     ("sweep", sweep.command, "What every depth costs: table, plot, front."),
     ("report", report.command, "One page of all results."),
+    ("simulate", simulate.command, "What a model would do on a device, and gain."),
     ("fuse", fuse.command, "Write a folder of the fused model."),
     ("unfuse", unfuse.command, "Write a folder with the groups taken apart."),
     ("export", export.command, "Write a folder that serving engines load."),

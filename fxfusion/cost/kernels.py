@@ -78,19 +78,21 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """One kernel. `bytes`: read and written. `tiles`: pieces of its output, None where it is no GEMM.
+    """One kernel. `bytes`: read and written. `precision`: of its arithmetic.
 
-    `precision`: of its arithmetic.
+    `tiles`: pieces of a GEMM's output, of which each takes `tile_flops`, full or not; None where it is no GEMM.
     """
 
     name: str
     bytes: float
     flops: float = 0.0
     tiles: int | None = None
+    tile_flops: float = 0.0
     precision: str = "bf16"
 
 
-TILE = 128  # rows and columns of a GEMM's output that one processor computes at a time
+_TILE = 128  # rows and columns of a GEMM's output that one processor computes at a time
+_LEAST_ROWS = 16
 
 
 def gemm(
@@ -98,12 +100,14 @@ def gemm(
 ) -> Kernel:
     """`[rows, inputs] x [inputs, outputs]`, the weights read once. `plain`: weights in the activations' precision."""
     rows = work.tokens if rows is None else rows
+    tall = min(_TILE, max(_LEAST_ROWS, 1 << (rows - 1).bit_length()))
     weights = inputs * outputs * (work.size if plain else work.weight_size)
     return Kernel(
         name=name,
         bytes=weights + rows * (inputs + outputs) * work.size,
         flops=2.0 * rows * inputs * outputs,
-        tiles=math.ceil(rows / TILE) * math.ceil(outputs / TILE),
+        tiles=math.ceil(rows / tall) * math.ceil(outputs / _TILE),
+        tile_flops=2.0 * tall * _TILE * inputs,
         precision=work.plain if plain else work.precision,
     )
 

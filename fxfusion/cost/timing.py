@@ -1,6 +1,6 @@
 """Time of a kernel and of a step on a device: a roofline with a floor.
 
-    kernel      kernel_latency + max(bytes / bandwidth, FLOPs / rate in whole waves, gemm_floor)
+    kernel      kernel_latency + max(bytes / bandwidth, FLOPs / rate in waves of tiles, gemm_floor)
     all-reduce  see `fxfusion.cost.hardware.Link`
 
 The floor is what makes wide FFNs pay: a GEMM below it (18 us, 55 MB on an H100) takes as long as one at it. So the
@@ -17,6 +17,8 @@ from fxfusion.cost.hardware import Hardware
 from fxfusion.cost.kernels import Kernel, Workload, head_kernels, kernels_of
 from fxfusion.cost.sublayers import Step, Sublayer
 from fxfusion.errors import OptionError
+
+_SPLIT = 8  # into so many parts of its inner dimension a tile may be split, so that the last wave is fuller
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +63,11 @@ class Timed:
 
 def kernel_seconds(kernel: Kernel, device: Hardware) -> Seconds:
     """The time of one kernel: its work counts as what binds it, the rest of the floor as launch."""
-    memory = kernel.bytes / device.bandwidth
-    compute = kernel.flops / device.rate(kernel.precision) if kernel.flops else 0.0
-    if kernel.tiles is not None and kernel.tiles > device.processors:  # below one wave, k is split
-        waves = kernel.tiles / device.processors
-        compute *= math.ceil(waves) / waves
+    memory, flops = kernel.bytes / device.bandwidth, kernel.flops
+    if kernel.tiles is not None:
+        parts = math.ceil(kernel.tiles * _SPLIT / device.processors) / _SPLIT
+        flops = parts * device.processors * kernel.tile_flops
+    compute = flops / device.rate(kernel.precision) if flops else 0.0
     work = max(memory, compute)
     launch = device.kernel_latency
     if kernel.tiles is not None:

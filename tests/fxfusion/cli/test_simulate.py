@@ -1,0 +1,66 @@
+"""`fxfusion simulate`: predictions from tables, configs and plans."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fxfusion.cost import Hardware, simulate
+from fxfusion.plan import FusionPlan
+from tests.fxfusion.cli.conftest import Run
+
+H100 = ["--hardware", "h100", "--tp", "8", "--precision", "fp8", "--batch", "1"]
+UNFUSE = ["--unfuse", "125:8", "--unfuse", "134:12", "--unfuse", "143:15", "--unfuse", "149:14"]
+
+
+def test_a_published_latency_as_json(run: Run) -> None:
+    ran = run("simulate", "nemotron-ultra-253b", *H100, *UNFUSE, "--json")
+    assert ran.code == 0 and ran.err == ""
+    assert ran.json["tokens_per_second"] == pytest.approx(63.38, rel=0.15)
+    assert ran.json["latency_ms"] == pytest.approx(1e3 / ran.json["tokens_per_second"])
+    assert (ran.json["all_reduces"], ran.json["ffns"]) == (190, 126)
+    assert ran.json["bytes_per_gpu"] == sum(ran.json["memory"].values())
+
+
+def test_groups_are_shown_beside_the_model_as_it_is(run: Run) -> None:
+    args = ["simulate", "nemotron-super-49b", *H100, "--group", "42-50", "--group", "53-69"]
+    ran = run(*args, "--json")
+    assert ran.json["before"]["ffns"] - ran.json["ffns"] == 8 + 16
+    assert ran.json["latency_ms"] < ran.json["before"]["latency_ms"]
+    shown = run(*args, "--price", "2").out
+    assert "as it is" in shown and "fused" in shown and "cost of a million tokens" in shown and "x as fast" in shown
+
+
+def test_a_folder_a_plan_and_a_hardware_file(run: Run, model: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    FusionPlan(dropped_attention=[1, 2], groups=[[1, 2]]).save(plan)
+    device = Hardware.of("cpu").model_copy(update={"name": "mine"}).save(tmp_path / "mine.json")
+    ran = run("simulate", model, "--hardware", device, "--precision", "fp32", "--plan", plan, "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.json["hardware"], ran.json["attentions"], ran.json["ffns"]) == ("mine", 1, 2)
+    expected = simulate(model, hardware=device, precision="fp32", plan=plan).to_dict()
+    assert {name: ran.json[name] for name in expected} == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "MODEL: name a layer table, a config.json, or a folder with one"),
+        (["no-such-model"], "no-such-model: no such file or folder with a config.json, and no table of that name"),
+        (["llama-3.3-70b", "--hardware", "h1000"], "no device 'h1000'"),
+        (["llama-3.3-70b", "--precision", "fp9"], "precision: expected one of fp4"),
+        (["llama-3.3-70b", "--tp", "3"], "which tp 3 does not divide"),
+        (["llama-3.3-70b", "--unfuse", "3"], "--unfuse: expected a layer and a number of members such as 125:8"),
+        (["llama-3.3-70b", "--unfuse", "3:2", "--unfuse", "3:4"], "--unfuse: layer 3 is named twice"),
+        (["llama-3.3-70b", "--group", "3"], "group 3-3: it has 1 FFN"),
+        (["llama-3.3-70b", "--group", "3-4"], "the attention of layer 4 lies between its FFNs"),
+        (["llama-3.3-70b", "--group", "a-b"], "--group: expected layers such as 4-8"),
+        (["llama-3.3-70b", "--plan", "gone.yaml"], "gone.yaml: cannot be read"),
+        (["llama-3.3-70b", "--price", "-1"], "price: expected a price above 0"),
+    ],
+)
+def test_errors_are_one_line(run: Run, args: list[str], message: str) -> None:
+    ran = run("simulate", *args)
+    assert ran.code == 2 and message in ran.error and len(ran.err.splitlines()) == 1
