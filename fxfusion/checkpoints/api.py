@@ -19,6 +19,7 @@ from fxfusion.checkpoints.card import Card, card_text
 from fxfusion.checkpoints.companions import Companions
 from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
+from fxfusion.checkpoints.nemotron_nas.members import load_unfused
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE
 from fxfusion.errors import CheckpointError, OptionError
@@ -100,7 +101,9 @@ def from_pretrained(
         directory: the folder.
         dtype: what floating-point tensors are cast to; None keeps them as they are stored.
         device: where the model goes.
-        fused: apply the plan's groups; without, only the attention that it drops is dropped.
+        fused: apply the plan's groups; without, only the attention that it drops is dropped. A nemotron-nas folder
+            that fxfusion wrote gives the model from before it was fused, of its own class: weights bit for bit with
+            `norm="last"`, to rounding with `"fold"`; others keep no members.
         shards: see `fuse`: for tensor parallelism over so many devices.
         progress: show a progress bar (needs `rich`).
 
@@ -119,7 +122,7 @@ def from_pretrained(
     if kind != nemotron_load.MODEL_TYPE:
         return canonical_load.load(directory, dtype=dtype, device=device, fused=fused, shards=shards, progress=progress)
     if not fused:
-        raise CheckpointError(f"{folder.path} has the fused form alone: a nemotron-nas folder keeps no members")
+        return load_unfused(directory, dtype=dtype, device=device, progress=progress)
     if shards != 1:
         raise CheckpointError(
             f"{folder.path} has its channels in one order: fuse with shards={shards} before exporting"

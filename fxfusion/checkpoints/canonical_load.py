@@ -53,7 +53,7 @@ def load(
     stored = stored_names(intact, reader)
     dtypes = {name: value.dtype for name, value in own_tensors(intact).items()} if dtype is not None else {}
     model = empty_model(copy.deepcopy(config), built)
-    done = plan is None or _fused_on_meta(model, plan, shards)
+    done = plan is None or fuse_on_meta(model, plan, shards)
     first = Filling(reader=reader, stored=stored, dtypes=dtypes, device=device if done else "cpu")
     with byte_bar(progress, "Reading", first.nbytes(model)) as advance:
         Filling(reader=reader, stored=stored, dtypes=dtypes, device=first.device, advance=advance).run(model)
@@ -105,7 +105,7 @@ def read_generation_config(folder: SafeFolder) -> Any:
         raise CheckpointError(f"{folder.path / GENERATION_CONFIG} is not valid: {error}") from error
 
 
-def _fused_on_meta(model: Any, plan: FusionPlan, shards: int) -> bool:
+def fuse_on_meta(model: Any, plan: FusionPlan, shards: int) -> bool:
     """Apply a plan to a model without weights. False, and nothing done, where its code does not run on the meta
     device; such a model is fused when it has its weights."""
     try:

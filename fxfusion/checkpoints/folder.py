@@ -29,7 +29,7 @@ _CHECKPOINT_FILE = re.compile(
     r"(config|generation_config|preprocessor_config|processor_config|quantization_config)\.json"
     r"|.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?"
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|merges|chat_template)\.(json|txt|jinja)"
-    r"|.*\.(model|tiktoken)|fxfusion_[a-z_]*\.(yaml|json)|(configuration|modeling|block_config)[a-z_0-9]*\.py"
+    r"|.*\.(model|tiktoken)|fxfusion_[a-z_]*\.(yaml|json|st)|(configuration|modeling|block_config)[a-z_0-9]*\.py"
     r"|README\.md|LICENSE.*|NOTICE.*|USE_POLICY\.md|\.gitattributes|__pycache__|additional_chat_templates|\.cache"
 )
 

@@ -115,6 +115,12 @@ class CheckpointReader:
                 raise CheckpointError(f"{folder.path / file} lacks {lost}, which {INDEX} says is there")
         return cls(folder, stored, files)
 
+    @classmethod
+    def of_file(cls, folder: SafeFolder, name: str) -> CheckpointReader:
+        """The tensors of one file, which need not be a part of the model."""
+        stored = {facts.name: facts for facts in _header(folder, name)}
+        return cls(folder, stored, dict.fromkeys(stored, name))
+
     def check(self, expected: Iterable[TensorFacts], optional: Iterable[str] = ()) -> None:
         """Compare with what the model expects; `optional`: names that may be there too.
 
@@ -145,6 +151,13 @@ class CheckpointReader:
 
     def _place(self, name: str) -> str:
         return f"{self.folder.path / self.files[name]}: {name}"
+
+
+def notes_in(folder: SafeFolder, name: str) -> dict[str, str]:
+    """The text that a safetensors file carries beside its tensors. Raises `CheckpointError`."""
+    path = folder.file(name)
+    with _naming(folder.path / name), _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def _placed(folder: SafeFolder) -> dict[str, list[str]]:

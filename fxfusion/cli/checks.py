@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fxfusion.checkpoints.canonical_load import read_plan
-from fxfusion.checkpoints.nemotron_nas.load import MODEL_TYPE
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
 from fxfusion.cli.conversion import Conversion
 from fxfusion.errors import FxFusionError
@@ -67,7 +66,7 @@ class _Folder:
         return off <= limit, f"decoding token by token is off by {off:.1g} (allowed {limit:.1g})"
 
     def fuses(self) -> Verdict:
-        """The streamed fused model against one that is fused, and proved, from the members."""
+        """The fused model as it was read against one that is fused, and proved, from the members."""
         assert self.logits is not None
         plan = read_plan(SafeFolder.of(self.path))
         assert plan is not None
@@ -90,9 +89,7 @@ def checks(run: Conversion, path: Path) -> list[Check]:
         Check("computes", folder.computes),
         Check("cache", folder.caches),
     ]
-    where = SafeFolder.of(path)
-    if where.json("config.json").get("model_type") != MODEL_TYPE:
-        plan = read_plan(where)
-        if plan is not None and plan.groups:
-            found.append(Check("fused", folder.fuses))
+    plan = read_plan(SafeFolder.of(path))
+    if plan is not None and plan.groups:
+        found.append(Check("fused", folder.fuses))
     return found

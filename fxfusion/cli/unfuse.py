@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxfusion.cli.conversion import Conversion, DryRun, OutDir, ShardSize, converting, facts, show
+from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, ShardSize, converting, facts, show
 from fxfusion.cli.fuse import say_plan
 from fxfusion.cli.options import ModelDir, check_folder
 from fxfusion.errors import FxFusionError
@@ -18,9 +18,10 @@ def command(
     max_shard_size: ShardSize = "2GB",
     dry_run: DryRun = False,
 ) -> dict[str, Any]:
-    """Take the fused groups out of a canonical folder: its weights, bit for bit, without them.
+    """Take the fused groups out of a folder: the model's weights from before, in a canonical folder.
 
-    Attention that was dropped stays dropped: its weights are gone. A nemotron-nas folder has no members to give back.
+    They are there bit for bit in a canonical folder, and come out of a nemotron-nas folder that fxfusion wrote: bit for
+    bit where norms were not folded, to rounding where they were. Dropped attention stays dropped: its weights are gone.
     """
     check_folder(model_dir)
     from fxfusion.checkpoints.canonical_load import read_plan
@@ -35,11 +36,13 @@ def command(
         run.screen.line(f"dry run: would write {out_dir} with {len(plan.groups)} groups taken apart")
         return {**result, "groups": [group.to_data() for group in plan.groups]}
     from fxfusion.checkpoints.api import save_pretrained
+    from fxfusion.checkpoints.nemotron_nas.load import MODEL_TYPE
     from fxfusion.models.ffn_surgery.record import plan_of
 
     model = run.load(model_dir, fused=False)
     after = facts(model, plan_of(model))
-    save_pretrained(model, out_dir, max_shard_size=max_shard_size, progress=run.screen.notes.is_terminal)
+    form = Format.nemotron_nas if model.config.model_type == MODEL_TYPE else Format.canonical  # one that it came in
+    save_pretrained(model, out_dir, form.value, max_shard_size=max_shard_size, progress=run.screen.notes.is_terminal)
     show(run.screen, "after", after)
     run.screen.line(f"written: {out_dir}")
     return {**result, "after": after}

@@ -2,6 +2,7 @@
 
 config.json, configuration_decilm.py, modeling_decilm.py, generation_config.json, tokenizer files, README.md
 model-00001-of-00002.safetensors, ..., model.safetensors.index.json
+fxfusion_plan.yaml, fxfusion_residue.st         of a fused model: what gives its members back
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fxfusion.checkpoints import disk
 from fxfusion.checkpoints.folder import replacing
 from fxfusion.checkpoints.nemotron_nas.engines import engines_that_load
 from fxfusion.checkpoints.nemotron_nas.layout import Layout
+from fxfusion.checkpoints.nemotron_nas.members import write_members
 from fxfusion.checkpoints.nemotron_nas.proof import prove
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, ShardLayout, TensorFacts, write_shards
 from fxfusion.errors import CheckpointError
@@ -110,6 +112,7 @@ def save(
             disk.write_file(folder / "generation_config.json", bare.generation_config.to_json_string())
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        write_members(folder, bare)
         values = ((piece.facts.name, piece.take(layout.state)) for piece in layout.pieces)
         write_shards(folder, plan.tensors, values, max_shard_size, progress)
     return plan

@@ -6,6 +6,7 @@ config.json -> `DeciLMConfig` -> decoder without memory -> names and shapes comp
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,14 +73,18 @@ def outline_of(folder: SafeFolder) -> DeciLMForCausalLM:
 
 def read_config(folder: SafeFolder) -> DeciLMConfig:
     """The configuration of a folder. Raises `CheckpointError` that names the setting."""
-    found = folder.json(CONFIG)
-    where = folder.path / CONFIG
+    return config_from(folder.json(CONFIG), folder)
+
+
+def config_from(found: Mapping[str, Any], folder: SafeFolder, file: str = CONFIG) -> DeciLMConfig:
+    """The configuration of these settings, out of a file of a folder. Raises `CheckpointError` that names both."""
+    where = folder.path / file
     if found.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{where} is of the model_type {found.get('model_type')!r}, not {MODEL_TYPE!r}")
     if found.get("quantization_config") is not None:
         raise CheckpointError(f"{where} is of a quantised model (quantization_config), which is not read")
     settings = {name: value for name, value in found.items() if name not in _NOT_OURS and not name.startswith("_")}
-    with _naming(folder, "is not valid"):
+    with _naming(folder, "is not valid", file):
         config = DeciLMConfig(**settings)
         if reason := config.unsupported():
             raise ValueError(reason)

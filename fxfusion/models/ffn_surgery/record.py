@@ -75,13 +75,13 @@ def forget_entry(config: Any) -> None:
 
 def plan_of(model: nn.Module) -> FusionPlan:
     """The attention that was dropped from a model, and the groups that were fused, as a plan for the model as it was
-    loaded. Empty where nothing was."""
+    loaded. Empty where nothing was. It names no file of a folder."""
     state = fused_state(model)
     config = getattr(model, "config", None)
     record, entry = read_record(config), fused_entry(config)
     dropped, refit = () if record is None else tuple(record.dropped_attention), read_refit(config)
     if state is not None:
-        return state.plan.replace(dropped_attention=dropped, refit=refit)
+        return state.plan.replace(dropped_attention=dropped, refit=refit, residue=None)
     if entry is None:
         return FusionPlan(dropped_attention=dropped, refit=refit)
     try:

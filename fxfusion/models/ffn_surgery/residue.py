@@ -2,7 +2,8 @@
 
     residue   gains, shifts, biases and scales of all members; weight columns whose gain is zero, rows whose scale is
 
-Kept on the model by `fuse`; a checkpoint that keeps the fused form writes it to a small file.
+Kept on the model by `fuse`; a checkpoint that keeps the fused form writes it to a small file
+(`fxfusion/checkpoints/nemotron_nas/members.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,21 @@ def residue_of(recipe: GroupRecipe, tensors: Tensors) -> Residue:
         if rows is not None:
             kept[member.down.weight + _ROWS] = member.down.out_in(tensors[member.down.weight])[rows].detach().clone()
     return kept
+
+
+def extra_shapes(recipe: GroupRecipe, small: Tensors, hidden: int) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the columns and rows that `residue_of` keeps. `small`: the members' small parameters."""
+    found: dict[str, tuple[int, int]] = {}
+    for member in recipe.members:
+        columns = zero_columns(member, small, hidden)
+        if columns is not None:
+            for number, matrix in enumerate(member.projections):
+                pieces = sum(cut.projection == number for cut in member.cuts)
+                found[matrix.weight + _COLUMNS] = (pieces * member.width, int(columns.sum()))
+        rows = zero_rows(recipe, member, small, torch.empty(hidden, 1))
+        if rows is not None:
+            found[member.down.weight + _ROWS] = (int(rows.sum()), member.width)
+    return found
 
 
 def zero_columns(member: Member, small: Tensors, hidden: int) -> Tensor | None:

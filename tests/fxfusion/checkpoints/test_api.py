@@ -97,7 +97,15 @@ def test_channels_in_the_order_of_several_devices(tmp_path: Path) -> None:
     fxfusion.save_pretrained(one, tmp_path / "export", format="nemotron-nas")
     with pytest.raises(CheckpointError, match="fuse with shards=2 before exporting"):
         fxfusion.from_pretrained(tmp_path / "export", shards=2)
-    with pytest.raises(CheckpointError, match="keeps no members"):
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer")
+def test_the_members_of_a_folder_for_engines(tmp_path: Path) -> None:
+    fxfusion.save_pretrained(models.fused("last"), tmp_path / "export", format="nemotron-nas")
+    members = fxfusion.from_pretrained(tmp_path / "export", fused=False)
+    assert torch.equal(logits(members), logits(models.dropped())), "every bit, with norm='last'"
+    fxfusion.save_pretrained(members, tmp_path / "export", format="nemotron-nas")
+    with pytest.raises(CheckpointError, match="keeps no members: it has no fxfusion_plan.yaml"):
         fxfusion.from_pretrained(tmp_path / "export", fused=False)
 
 
