@@ -42,6 +42,7 @@ from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
 from fxfusion.report import FusionReport, GraphReport
 from fxfusion.summary import blocks_after, blocks_before, summarise_chain, summarise_group
+from fxfusion.unwrap import unwrapped
 from fxfusion.verify import Region, Verification, extract_region, verify_group
 
 Choice = FusionPolicy | FusionPlan
@@ -199,11 +200,12 @@ def explain(
 ) -> FusionReport:
     """What would be found and fused in `model(*args, **kwargs)`. Touches no weight, computes nothing.
 
-    Works on models on the meta device. Several graphs (graph breaks) are reported one by one. Raises
+    Works on models on the meta device; of what `torch.compile` or PEFT wrapped, names are those of the model inside.
+    Several graphs (graph breaks) are reported one by one. Raises
     `CaptureError` where the model cannot be captured, `OptionError` or `PlanError` for a bad choice.
     """
     choice = choose(policy, plan)
-    captured, notes = capture_model(model, args, kwargs)
+    captured, notes = capture_model(unwrapped(model), args, kwargs)
     reports = [fuse_captured(graph, choice).report for graph in captured]
     return FusionReport(graphs=tuple(reports), notes=notes)
 

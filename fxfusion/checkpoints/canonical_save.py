@@ -23,7 +23,7 @@ from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN
 from fxfusion.checkpoints.dropped_attention import layer_number, prove_zeros
 from fxfusion.checkpoints.empty_model import outline
 from fxfusion.checkpoints.folder import replacing
-from fxfusion.checkpoints.model_tensors import own_tensors, tied_names
+from fxfusion.checkpoints.model_tensors import check_plain, own_tensors, tied_names
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
 from fxfusion.errors import CheckpointError, SurgeryError
@@ -113,8 +113,7 @@ class CanonicalTensors:
         wanted = own_tensors(intact)
         unknown = dtypes.keys() - wanted.keys()
         if unknown:
-            hint = "; merge the adapters first" if hasattr(model, "peft_config") else ""
-            raise CheckpointError(f"{min(unknown)} is no tensor of the model that the config builds{hint}")
+            raise CheckpointError(f"{min(unknown)} is no tensor of the model that the config builds")
         facts = [TensorFacts(name, tuple(value.shape), dtypes.get(name, value.dtype)) for name, value in wanted.items()]
         zeros = frozenset(wanted.keys() - dtypes.keys())
         plan = plan_of(model)
@@ -157,12 +156,7 @@ def _check_plain(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(f"{type(model).__name__} is no transformers model: a checkpoint needs its config")
-    for name, value in model.state_dict(keep_vars=True).items():
-        if type(value.detach()) is not Tensor:
-            kind = type(value.detach()).__name__
-            raise CheckpointError(
-                f"{name} is a {kind}; only plain tensors are written: save before quantising or sharding"
-            )
+    check_plain(model)
 
 
 def _check_ties(model: Any, intact: Any) -> None:

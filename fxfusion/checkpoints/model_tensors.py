@@ -11,6 +11,7 @@ from torch import Tensor
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import TensorFacts
 from fxfusion.errors import CheckpointError
+from fxfusion.models.adapters.wrappers import find_wrappers
 
 _OLD_BUFFERS = re.compile(r"rotary_emb\.inv_freq$")  # stored by old versions of transformers, computed by new ones
 
@@ -18,6 +19,28 @@ _OLD_BUFFERS = re.compile(r"rotary_emb\.inv_freq$")  # stored by old versions of
 def tied_names(model: Any) -> dict[str, str]:
     """Names that stand for another tensor as the config says, with the name of that: `lm_head.weight` as a rule."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def check_plain(model: Any) -> None:
+    """Raises `CheckpointError` that names what no format holds: adapters, quantised or sharded weights."""
+    wrapper = next(iter(find_wrappers(model)), None)
+    if wrapper is not None:
+        raise CheckpointError(
+            f"{wrapper.path} has adapters, which are no part of the model: merge them first (`merge_and_unload`); PEFT "
+            "saves them alone"
+        )
+    for name, value in model.state_dict(keep_vars=True).items():
+        if type(value.detach()) is not Tensor:
+            raise CheckpointError(
+                f"{name} is a {type(value.detach()).__name__}, and only plain tensors are written: fuse and save the "
+                "model first, then quantise or shard what from_pretrained loads"
+            )
+    quantised = getattr(getattr(model, "config", None), "quantization_config", None)
+    if quantised is not None:
+        raise CheckpointError(
+            "the model is quantised (config.quantization_config), and only plain tensors are written: fuse and save it "
+            "first, then quantise what from_pretrained loads"
+        )
 
 
 def own_tensors(model: Any) -> dict[str, Tensor]:

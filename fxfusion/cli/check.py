@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,9 +11,11 @@ from fxfusion.cli.conversion import Conversion, converting, say_engines
 from fxfusion.cli.options import ModelDir, check_folder
 from fxfusion.errors import FxFusionError
 
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be checked; reads no weights.")]
+
 
 @converting
-def command(run: Conversion, model_dir: ModelDir) -> dict[str, Any]:
+def command(run: Conversion, model_dir: ModelDir, dry_run: DryRun = False) -> dict[str, Any]:
     """Check a model folder: files, tensors, plan, logits, cache; exit code 1 where something is wrong.
 
     Nothing of the folder is trusted: no pickle is read and no code of it is run. Of a folder with a plan, the fused
@@ -22,8 +24,11 @@ def command(run: Conversion, model_dir: ModelDir) -> dict[str, Any]:
     check_folder(model_dir)
     from fxfusion.cli.checks import checks
 
-    rows: list[dict[str, Any]] = []
-    for check in checks(run, model_dir):
+    planned, rows = checks(run, model_dir), list[dict[str, Any]]()
+    if dry_run:
+        run.screen.line(f"would check: {', '.join(check.what for check in planned)}")
+        return {"model": str(model_dir), "dry_run": True, "would_check": [check.what for check in planned]}
+    for check in planned:
         try:
             good, detail = check.run()
         except FxFusionError as error:

@@ -120,7 +120,7 @@ class AttentionSurgery:
         mixers = {layer: self._modules(site) for layer, site in self.sites.items()}
         names = cache_slots.index_attributes(mixers, now)
         if not names:
-            caches = hasattr(self.configs[0], "use_cache") if proof is None else proof.cached_error is not None
+            caches = hasattr(self.configs[0], "use_cache") if proof is None else proof.cache.error is not None
             if caches:
                 raise SurgeryError(
                     f"how the attention finds its slot of the key-value cache cannot be told: {self._facts()} has no "
@@ -162,7 +162,7 @@ class AttentionSurgery:
         if proof is None:
             return
         try:
-            proof.check_cache(self.model)
+            proof.cache.check(self.model)
         except Exception as error:
             if self.survivors:
                 raise SurgeryError(f"{error}; found {self._facts()}, cache slots {self.slots.slots}") from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfusion.errors import PlanError
+from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import fused_entry
 from fxfusion.plan import FusionPlan, ModelFacts
 from fxfusion.plan_file import located
@@ -48,7 +49,7 @@ def facts_of(model: nn.Module) -> ModelFacts:
 
     Raises `PlanError` where no decoder layers are found.
     """
-    model = _bare(model)
+    model = bare_model(model)
     path, layers = decoder_layers(model)
     outside = {name: value for name, value in model.named_parameters() if not _is_inside(name, path)}
     described: dict[str, Any] = {name: list(value.shape) for name, value in sorted(outside.items())}
@@ -93,12 +94,6 @@ def _refuse_other_facts(wanted: ModelFacts, found: ModelFacts) -> None:
         only = [name for name, _, _ in wrong] == ["fingerprint"]
         hint = f" (parameters outside the layers, or {' or '.join(_CONFIG_FACTS)}, differ)" if only else ""
         raise PlanError(f"plan: made for another model: {words}{hint}")
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model inside of what `torch.compile` returned."""
-    inner = getattr(model, "_orig_mod", model)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _decoder(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxfusion.errors import SurgeryError
+from fxfusion.models.bare_model import bare_model
 from fxfusion.models.cache_slots import SHARING_NAMES
 from fxfusion.models.drop_record import NAME, fused_entry, read_record
 from fxfusion.models.ffn_surgery.record import fused_state
@@ -20,7 +21,7 @@ def intact_config(model: nn.Module) -> Any:
 
     Raises `SurgeryError` where the model was fused in another process, so that this is not known.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = bare_model(model)
     current: Any = model.config
     state, record = fused_state(model), read_record(current)
     if state is None and fused_entry(current) is not None:

@@ -25,8 +25,9 @@ _FIRST_IDS = 256  # multimodal models keep the ids with a meaning of their own a
 _SAME = 4  # times the dtype's epsilon: the same operations in the same order, so mostly no difference at all
 _NOISE = 32  # times it: experts see the tokens in another grouping
 _CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+_SKIPPED = "so nothing can be said about its cache (check=False skips this)"
 _BROKEN = 0.1  # a cache that is off by this much does not work at all
-_CACHED = 8  # times what the intact model's own cache is off
+_CACHED = 8  # times what the unchanged model's own cache is off
 
 
 def proof_tokens(model: nn.Module) -> Tensor:
@@ -41,14 +42,53 @@ def proof_tokens(model: nn.Module) -> Tensor:
     return usable[places].to(weight.device if weight is not None else "cpu")
 
 
+@dataclass(frozen=True, slots=True)
+class CacheProof:
+    """`error`: what cached decoding of the unchanged model is off its own full computation; None without a cache."""
+
+    ids: Tensor
+    error: float | None
+
+    @classmethod
+    def of(cls, model: nn.Module, ids: Tensor, full: Tensor | None = None) -> CacheProof:
+        """`full`: the model's logits, where they are known. Raises `SurgeryError` where decoding fails."""
+        try:
+            decoded = cached_logits(model, ids)
+        except SurgeryError:
+            raise
+        except Exception as error:
+            raise SurgeryError(f"cached decoding of the unchanged model fails, {_SKIPPED}: {error}") from error
+        if decoded is None:
+            return cls(ids, None)
+        return cls(ids, relative(decoded, full_logits(model, ids) if full is None else full))
+
+    def refuse_broken(self) -> None:
+        """Raises `SurgeryError` where the unchanged model's own cache is no use."""
+        if self.error is not None and not self.error < _BROKEN:
+            raise SurgeryError(
+                f"cached decoding of the unchanged model is off by {self.error:.2g} from its own full computation, "
+                f"{_SKIPPED}"
+            )
+
+    def check(self, model: nn.Module) -> None:
+        """Raises `SurgeryError` unless the changed model, token by token, gives the logits of its full computation."""
+        if self.error is None:
+            return
+        decoded = cached_logits(model, self.ids)
+        assert decoded is not None
+        error = relative(decoded, full_logits(model, self.ids))
+        limit = _CACHED * (self.error + torch.finfo(decoded.dtype).eps)
+        if not error <= limit:
+            raise SurgeryError(f"cached decoding is off by {error:.2g} (allowed {limit:.2g})")
+
+
 @dataclass(slots=True, kw_only=True)
 class Proof:
-    """What the changed model must compute. `expected`: logits `[2, TOKENS, vocabulary]`; `cached_error`: what cached
-    decoding of the intact model is off, None where it has no cache."""
+    """What the model without attention must compute. `expected`: logits `[2, TOKENS, vocabulary]`."""
 
     ids: Tensor
     expected: Tensor
-    cached_error: float | None
+    cache: CacheProof
 
     @classmethod
     def of_intact(cls, model: nn.Module, traced: TracedGraph, removed: Sequence[ResidualBlock], ids: Tensor) -> Proof:
@@ -56,8 +96,9 @@ class Proof:
         intact = full_logits(model, ids)
         _refuse_if_not_causal(model, ids, intact)
         expected = traced.run(ids, keep=[traced.logits], removed=removed)[traced.logits]
-        error = _cached_error_of_intact(model, ids, intact)
-        return cls(ids=ids, expected=expected, cached_error=error)
+        cache = CacheProof.of(model, ids, intact)
+        cache.refuse_broken()
+        return cls(ids=ids, expected=expected, cache=cache)
 
     def check_logits(self, model: nn.Module) -> None:
         """Raises `SurgeryError` unless the model computes what the graph without the mixers does."""
@@ -65,17 +106,6 @@ class Proof:
         limit = _SAME * torch.finfo(self.expected.dtype).eps
         if not error <= limit:
             raise SurgeryError(f"the logits are off by {error:.2g} (allowed {limit:.2g})")
-
-    def check_cache(self, model: nn.Module) -> None:
-        """Raises `SurgeryError` unless decoding token by token gives the logits of the full computation."""
-        if self.cached_error is None:
-            return
-        decoded = cached_logits(model, self.ids)
-        assert decoded is not None
-        error = relative(decoded, full_logits(model, self.ids))
-        limit = _CACHED * self.cached_error + _SAME * torch.finfo(self.expected.dtype).eps
-        if not error <= limit:
-            raise SurgeryError(f"cached decoding is off by {error:.2g} (allowed {limit:.2g})")
 
 
 @torch.no_grad()
@@ -111,24 +141,6 @@ def relative(value: Tensor, reference: Tensor) -> float:
     wanted = reference.double()
     scale = (wanted - wanted.mean(dim=-1, keepdim=True)).pow(2).mean().sqrt()
     return float((value.double() - wanted).pow(2).mean().sqrt() / scale)
-
-
-def _cached_error_of_intact(model: nn.Module, ids: Tensor, intact: Tensor) -> float | None:
-    hint = "so nothing can be said about its cache (check=False skips this)"
-    try:
-        decoded = cached_logits(model, ids)
-    except SurgeryError:
-        raise
-    except Exception as error:
-        raise SurgeryError(f"cached decoding of the intact model fails, {hint}: {error}") from error
-    if decoded is None:
-        return None
-    off = relative(decoded, intact)
-    if not off < _BROKEN:
-        raise SurgeryError(
-            f"cached decoding of the intact model is off by {off:.2g} from its own full computation, {hint}"
-        )
-    return off
 
 
 def _refuse_if_not_causal(model: nn.Module, ids: Tensor, logits: Tensor) -> None:

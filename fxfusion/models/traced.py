@@ -22,6 +22,7 @@ from fxfusion.errors import CaptureError, OptionError
 from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
+from fxfusion.models.bare_model import bare_model
 from fxfusion.models.blocks import Blocks, ResidualBlock, find_blocks
 from fxfusion.models.effects import Effects
 from fxfusion.models.ffn_surgery.quantised import is_quantised
@@ -36,12 +37,12 @@ class TracedModel:
 
     `model`: may be a `TracedModel`, whose graphs are then used. `dropped_attention`: decoder layers whose
     mixers are left out of every graph; the model stays as it is. After surgery a model must be traced anew.
+    Of what `torch.compile` or PEFT wrapped, the model inside is captured, its adapters included.
     """
 
     def __init__(self, model: nn.Module | TracedModel, dropped_attention: Iterable[int] = ()) -> None:
         self._source = model if isinstance(model, TracedModel) else None
-        # What `torch.compile` returned holds the model that it was made from.
-        self.model: nn.Module = model.model if isinstance(model, TracedModel) else getattr(model, "_orig_mod", model)
+        self.model: nn.Module = model.model if isinstance(model, TracedModel) else bare_model(model)
         known: tuple[int, ...] = () if self._source is None else self._source.dropped_attention
         self._left_out = set(dropped_attention).difference(known)
         self.dropped_attention: tuple[int, ...] = tuple(sorted(self._left_out.union(known)))

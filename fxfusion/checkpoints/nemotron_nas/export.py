@@ -23,6 +23,7 @@ from fxfusion.checkpoints.nemotron_nas.members import write_members
 from fxfusion.checkpoints.nemotron_nas.proof import prove
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, ShardLayout, TensorFacts, write_shards
 from fxfusion.errors import CheckpointError
+from fxfusion.models.bare_model import bare_model
 
 CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
 
@@ -99,7 +100,7 @@ def save(
         CheckpointError: what the layout cannot say, or a folder that cannot be written. Nothing was changed then.
     """
     plan, layout = _plan(model, max_shard_size, check)
-    bare: Any = getattr(model, "_orig_mod", model)
+    bare: Any = bare_model(model)
     if any(value.is_meta for value in layout.state.values()):
         raise CheckpointError("the model is on the meta device: there are no weights to write (plan_export needs none)")
     with replacing(directory) as folder:
@@ -119,7 +120,7 @@ def save(
 
 
 def _plan(model: nn.Module, max_shard_size: int | str, check: bool) -> tuple[ExportPlan, Layout]:
-    bare: nn.Module = getattr(model, "_orig_mod", model)
+    bare = bare_model(model)
     layout = Layout.of(bare)
     proof = prove(bare, layout) if check else "not checked"
     config = layout.config.to_diff_dict()

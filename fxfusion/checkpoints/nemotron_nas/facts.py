@@ -23,8 +23,6 @@ _NEUTRAL = (None, False, 1, 1.0, "")
 
 def check_facts(model: nn.Module, config: Any, parts: DecoderParts) -> None:
     """Raises `CheckpointError` that names the setting for which the layout has no word."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError("the model is quantised (config.quantization_config): write it first, then quantise")
     _check_window(model, config, parts)
     for name, value in vars(config).items():
         if _FACTOR.fullmatch(name) and isinstance(value, (int, float)) and value not in _NEUTRAL:

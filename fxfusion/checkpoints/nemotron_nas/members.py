@@ -146,7 +146,8 @@ class _Kept:
         """The model before anything was done to it, its parameters on the meta device."""
         config = copy.deepcopy(self.config)  # what is done to a model is written into its config
         if isinstance(config, DeciLMConfig):
-            return finish(empty_decoder(config).to(dtype))
+            decoder: Any = empty_decoder(config)
+            return finish(decoder.to(dtype))
         return empty_model(config, dtype)
 
     def residue(self, recipe: FuseRecipe) -> Residue:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxfusion.checkpoints.model_tensors import check_plain
 from fxfusion.errors import CheckpointError, PlanError
 from fxfusion.models.fingerprint import decoder_layers
 
@@ -79,11 +80,8 @@ def find_parts(model: nn.Module, query_rows: int) -> DecoderParts:
 
     Raises `CheckpointError` that names the first thing that has no place in the layout, or that is missing.
     """
+    check_plain(model)
     state = dict(model.state_dict(keep_vars=True))
-    for name, value in state.items():
-        if type(value) not in (Tensor, nn.Parameter):
-            kind = type(value).__name__
-            raise CheckpointError(f"{name} is a {kind}: write the model first, then quantise or distribute it")
     try:
         path, modules = decoder_layers(model)
     except PlanError as error:

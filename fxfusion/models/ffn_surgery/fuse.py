@@ -25,14 +25,14 @@ from fxfusion.models.drop_attention import drop_traced
 from fxfusion.models.drop_record import fused_entry, read_record
 from fxfusion.models.ffn_surgery.depth import DepthEditor
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
-from fxfusion.models.ffn_surgery.proof import CacheProof, ParallelForm, check_widths
+from fxfusion.models.ffn_surgery.proof import ParallelForm, check_widths
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.ffn_surgery.record import FusedState, set_fused_state, write_entry
 from fxfusion.models.ffn_surgery.residue import Residue, residue_of
 from fxfusion.models.ffn_surgery.unfuse import give_back
 from fxfusion.models.ffn_surgery.widen import empty, set_parameter, set_width, tensor_of
 from fxfusion.models.fingerprint import check_fits
-from fxfusion.models.surgery_proof import proof_tokens
+from fxfusion.models.surgery_proof import CacheProof, proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.plan import FusionPlan
 

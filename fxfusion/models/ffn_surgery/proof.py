@@ -20,7 +20,7 @@ from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.ffn_surgery.quantised import plain
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
-from fxfusion.models.surgery_proof import cached_logits, full_logits, relative
+from fxfusion.models.surgery_proof import full_logits, relative
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.passes.parallelise import Parallelise
 from fxfusion.pipeline import analyse
@@ -29,7 +29,6 @@ from fxfusion.plan import FusionPlan
 _TIMES = 2.0  # what the parallel form itself is off, and as much again
 _FLOOR = 2  # times the dtype's epsilon, where the parallel form happens to be off by less
 _NORM_IN_FLOAT32 = 1e-6  # what float64 models are off by that compute their norms in float32
-_CACHED = 8  # times what the unfused model's own cache is off
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,38 +59,6 @@ class ParallelForm:
         if not error <= limit:
             raise SurgeryError(f"the fused model's logits are off by {error:.2g} (allowed {limit:.2g})")
         return error
-
-
-@dataclass(frozen=True, slots=True)
-class CacheProof:
-    """`error`: what cached decoding of the unfused model is off its own full computation; None without a cache."""
-
-    ids: Tensor
-    error: float | None
-
-    @classmethod
-    def of(cls, model: nn.Module, ids: Tensor) -> CacheProof:
-        """Raises `SurgeryError` where the unfused model cannot decode with a cache."""
-        return cls(ids, _cached_error(model, ids))
-
-    def check(self, model: nn.Module) -> None:
-        """Raises `SurgeryError` unless the fused model decodes as well as the unfused one."""
-        error = _cached_error(model, self.ids)
-        if self.error is None or error is None:
-            return
-        limit = _CACHED * (self.error + torch.finfo(next(model.parameters()).dtype).eps)
-        if not error <= limit:
-            raise SurgeryError(f"cached decoding of the fused model is off by {error:.2g} (allowed {limit:.2g})")
-
-
-def _cached_error(model: nn.Module, ids: Tensor) -> float | None:
-    try:
-        decoded = cached_logits(model, ids)
-    except SurgeryError:
-        raise
-    except Exception as error:
-        raise SurgeryError(f"cached decoding fails (check=False skips this): {error}") from error
-    return None if decoded is None else relative(decoded, full_logits(model, ids))
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def unfused_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Members are made as they are asked for, so no more than one matrix of theirs need be in memory. The model is not
     changed. A model that is not fused gives its own.
     """
-    bare = getattr(model, "_orig_mod", model)
+    bare = bare_model(model)
     if fused_entry(getattr(bare, "config", None)) is None:
         yield from bare.state_dict(keep_vars=True).items()
         return

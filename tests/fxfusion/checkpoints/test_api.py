@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,26 @@ def test_channels_in_the_order_of_several_devices(tmp_path: Path) -> None:
     fxfusion.save_pretrained(one, tmp_path / "export", format="nemotron-nas")
     with pytest.raises(CheckpointError, match="fuse with shards=2 before exporting"):
         fxfusion.from_pretrained(tmp_path / "export", shards=2)
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer")
+@pytest.mark.parametrize("format", ["canonical", "nemotron-nas"])
+def test_what_is_no_part_of_the_model_is_refused_with_what_to_do(tmp_path: Path, format: Any) -> None:
+    import peft
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = peft.get_peft_model(models.intact(), peft.LoraConfig(target_modules=["v_proj"]))
+    with pytest.raises(CheckpointError, match=r"model.layers.0.self_attn.v_proj has adapters.*merge them first"):
+        fxfusion.save_pretrained(model, tmp_path / "out", format)
+    fxfusion.save_pretrained(model.merge_and_unload(), tmp_path / "out", format)
+    quantised = models.intact()
+    quantize_(quantised, Int8WeightOnlyConfig())
+    with pytest.raises(CheckpointError, match=r"proj.weight is a Int8Tensor, .* save the model first, then quantise"):
+        fxfusion.save_pretrained(quantised, tmp_path / "out", format)
+    quantised = models.intact()
+    quantised.config.quantization_config = {"quant_method": "x"}
+    with pytest.raises(CheckpointError, match="the model is quantised .* save it first, then quantise"):
+        fxfusion.save_pretrained(quantised, tmp_path / "out", format)
 
 
 @pytest.mark.filterwarnings("ignore:no tokenizer")

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import fxfusion
 from fxfusion.checkpoints.nemotron_nas.export import save
@@ -50,8 +50,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("norm", ["fold", "last"])
-@pytest.mark.parametrize("others", [NARROW, {"mlp_bias": True, "tie_word_embeddings": True}], ids=["narrow", "biases"])
+@pytest.mark.parametrize(
+    ("norm", "others"),
+    [("fold", NARROW), ("last", {"mlp_bias": True, "tie_word_embeddings": True})],
+    ids=["folded and narrow", "with biases, tied"],
+)
 def test_the_model_from_before_comes_back(tmp_path: Path, norm: str, others: dict[str, Any]) -> None:
     model = dropped(decoder(**others))
     before, expected = state_of(model), logits(model)
@@ -78,6 +81,7 @@ def test_packed_weights_and_a_dtype(tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name].float()) for name, value in again.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:no tokenizer")
 def test_a_model_of_the_layout_itself(tmp_path: Path) -> None:
     """As published folders are: read, fused further, written, and unfused again."""
     save(fxfusion.drop_attention(decoder(), FUSED), tmp_path / "published")
@@ -88,13 +92,6 @@ def test_a_model_of_the_layout_itself(tmp_path: Path) -> None:
     assert type(again) is type(model)
     assert max(off(value, before[name]) for name, value in again.state_dict().items()) < 1e-6
     assert off(logits(again), expected) < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore:no tokenizer")
-def test_the_canonical_folder_of_the_members(written: Path, tmp_path: Path) -> None:
-    fxfusion.save_pretrained(fxfusion.from_pretrained(written, fused=False), tmp_path / "out")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert off(logits(plain), logits(dropped(decoder(**NARROW)))) < 1e-5
 
 
 def test_a_changed_weight_is_seen_by_these_comparisons(written: Path, tmp_path: Path) -> None:
@@ -159,8 +156,6 @@ def in_other_words(edit: Callable[[dict[str, Tensor]], Any], file: str = RESIDUE
         (cut_off, f"{RESIDUE} is cut off or was changed: fxfusion_plan.yaml names a file with another sha256"),
         (another, f"{RESIDUE} is cut off or was changed"),
         (without_notes, f"{RESIDUE} does not say which model was fused"),
-        (in_other_words(lambda found: found.pop(GAIN)), f"lacks the tensor {GAIN}"),
-        (in_other_words(lambda found: found.update({GAIN: torch.ones(3)})), f"{RESIDUE}: {GAIN} is [3], the model's"),
         (in_other_words(lambda found: found.update(more=torch.ones(3))), f"{RESIDUE}: more is no tensor of the model"),
         (
             in_other_words(lambda found: found[GAIN].mul_(0)),

@@ -200,7 +200,7 @@ CHANGES = [
     (two_rotations, "one rotary embedding for all layers"),
     (quantised, "the model is quantised"),
     (mismatched, r"layers.1.mlp.gate_proj.weight is \[256, 64\], where its layer has \[240, 64\]"),
-    (subclass, "model.layers.1.mlp.up_proj.weight is a Other: write the model first, then quantise"),
+    (subclass, "model.layers.1.mlp.up_proj.weight is a Other, and only plain tensors are written: fuse and save"),
 ]
 
 

@@ -111,10 +111,34 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(
 
 
 def test_check_passes_on_good_folders(run: Run, model: Path, fused: Path, exported: Path) -> None:
-    for folder, checks in ((model, 4), (fused, 5), (exported, 4)):
+    for folder, checks in ((model, 4), (fused, 5), (exported, 5)):
         ran = run("check", folder, "--json")
         assert ran.code == 0 and ran.json["good"] and len(ran.json["checks"]) == checks
     assert ran.json["engines"]["vllm"] is None
+
+
+def test_unfuse_takes_a_folder_for_engines_apart(run: Run, fused: Path, exported: Path, tmp_path: Path) -> None:
+    ran = run("unfuse", exported, tmp_path / "out", "--json")
+    assert ran.code == 0 and ran.json["after"]["layers"] == 3 and ran.json["after"]["groups"] == []
+    before, after = weights(fused), weights(tmp_path / "out")
+    assert all(torch.allclose(after[name], before[name], rtol=1e-6, atol=0) for name in before)
+    folder = Path(shutil.copytree(exported, tmp_path / "folder"))
+    (folder / "fxfusion_residue.st").write_bytes(b"other")
+    ran = run("check", folder)
+    assert ran.code == 1 and "fxfusion_residue.st is cut off or was changed" in ran.out
+    ran = run("unfuse", folder, tmp_path / "more")
+    assert ran.code == 1 and "fxfusion_residue.st is cut off or was changed" in ran.error
+
+
+def test_a_dry_run_of_what_only_reads(run: Run, fused: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fused, tmp_path / "folder"))
+    (folder / "model.safetensors").unlink()
+    ran = run("check", folder, "--dry-run", "--json")
+    assert ran.code == 0 and ran.json["would_check"] == ["files", "loads", "computes", "cache", "fused"]
+    ran = run("generate", folder, "--prompt", "3 4 5", "--dry-run", "--json")
+    assert ran.code == 0 and ran.json["texts"] == [{"prompt": "3 4 5", "prompt_tokens": 3}]
+    assert (ran.json["before"]["layers"], ran.json["after"]["layers"]) == (3, 1)
+    assert run("generate", folder, "--prompt", "3 4 5").code == 1
 
 
 def test_check_names_what_is_wrong(run: Run, fused: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 import fxfusion
 from fxfusion.errors import PlanError, SurgeryError
 from fxfusion.models.bare_model import bare_model
+from fxfusion.models.fingerprint import facts_of
 from tests.end_to_end.eager_parallel import llama, parallel_logits, relative, token_ids
 
 PLAN = {"dropped_attention": [1, 2], "groups": [[0, 1, 2]]}
@@ -34,6 +35,30 @@ def test_compile_and_adapters_are_looked_through(model: Any) -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     for outer in (model, torch.compile(model), wrapped, torch.compile(wrapped)):
         assert bare_model(outer) is model
+
+
+def test_what_is_measured_has_the_names_of_the_model_inside(model: Any) -> None:
+    """With the adapters in it, and so that a plan fits the model itself."""
+    ids = [token_ids()]
+    plain = fxfusion.attention_scores(model, ids, layers=[1, 2])
+    facts = facts_of(model)
+    outer = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+    found = fxfusion.attention_scores(torch.compile(outer), ids, layers=[1, 2])
+    assert [score.name for score in found.scores] == [score.name for score in plain.scores]
+    pairs = zip(found.scores, plain.scores, strict=True)
+    assert all(abs(one.value.value / two.value.value - 1) > 1e-3 for one, two in pairs)
+    plan = fxfusion.make_plan(outer, ids, drop=1)
+    assert plan.model == facts
+    assert facts_of(torch.compile(outer)) == facts
+    seen = fxfusion.explain(torch.compile(outer), input_ids=token_ids(), use_cache=False)
+    assert all(refusal.layer.startswith("model.layers.") for graph in seen.graphs for refusal in graph.refusals)
+    fxfusion.fuse(outer, plan)
+
+
+def test_learned_prompts_are_refused_where_layers_are_looked_at(model: Any) -> None:
+    prompts = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(SurgeryError, match="adapter 'default' is a learned prompt"):
+        fxfusion.attention_scores(prompts, [token_ids()])
 
 
 @pytest.mark.parametrize("act", [fxfusion.fuse, fxfusion.drop_attention])

@@ -27,7 +27,7 @@ from fxfusion.errors import SurgeryError
 from fxfusion.models import attention_surgery
 from fxfusion.models.drop_attention import drop_attention
 from fxfusion.models.no_attention import NoAttention, NoNorm, Nothing
-from fxfusion.models.surgery_proof import Proof
+from fxfusion.models.surgery_proof import CacheProof, Proof
 from tests.end_to_end.caching import (
     LIMIT,
     RED,
@@ -341,7 +341,7 @@ def test_a_model_that_is_not_one_graph_is_refused() -> None:
         ({"form": "inline"}, "is no module of its own"),
         ({"form": "shared"}, "other parts of the model read"),
         ({"form": "named"}, "returns a dict"),
-        ({"form": "forgetful"}, "cached decoding of the intact model is off"),
+        ({"form": "forgetful"}, "cached decoding of the unchanged model is off"),
         ({"index": "place"}, "how the attention finds its slot of the key-value cache cannot be told"),
         ({"offset": 1}, "how the attention finds its slot of the key-value cache cannot be told"),
         ({"num_kv_shared_layers": 1}, "use the keys and values of others"),
@@ -373,16 +373,16 @@ def test_a_model_without_a_cache_can_lose_attention_too() -> None:
     assert isinstance(model.blocks[0].mix, NoAttention)
 
 
-@pytest.mark.parametrize("step", ["check_logits", "check_cache"])
-def test_after_a_failed_proof_the_model_is_as_it_was(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Proof, model: nn.Module) -> None:
+@pytest.mark.parametrize(("proof", "step"), [(Proof, "check_logits"), (CacheProof, "check")])
+def test_after_a_failed_proof_the_model_is_as_it_was(proof: type, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, model: nn.Module) -> None:
         assert any(isinstance(module, NoAttention) for module in model.modules()), "nothing was changed yet"
         assert slots(model) == [None, 0, 1, 2], "nothing was renumbered yet"
         raise SurgeryError("a failure on purpose")
 
     model = odd_decoder()
     before = state(model)
-    monkeypatch.setattr(Proof, step, fail)
+    monkeypatch.setattr(proof, step, fail)
     with pytest.raises(SurgeryError, match="blocks.0.mix .*a failure on purpose|a failure on purpose.*found"):
         drop_attention(model, [0])
     assert state(model) == before
@@ -400,12 +400,12 @@ def test_a_stand_in_that_is_not_right_is_never_kept(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_interrupt_leaves_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(self: Proof, model: nn.Module) -> None:
+    def interrupt(self: CacheProof, model: nn.Module) -> None:
         raise KeyboardInterrupt
 
     model = odd_decoder()
     before = state(model)
-    monkeypatch.setattr(Proof, "check_cache", interrupt)
+    monkeypatch.setattr(CacheProof, "check", interrupt)
     with pytest.raises(KeyboardInterrupt):
         drop_attention(model, [0])
     assert state(model) == before

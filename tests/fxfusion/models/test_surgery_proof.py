@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,16 @@ from torch import Tensor, nn
 
 from fxfusion.errors import SurgeryError
 from fxfusion.models.same_graph import check_same_graph
-from fxfusion.models.surgery_proof import PREFILL, TOKENS, Proof, cached_logits, full_logits, proof_tokens, relative
+from fxfusion.models.surgery_proof import (
+    PREFILL,
+    TOKENS,
+    CacheProof,
+    Proof,
+    cached_logits,
+    full_logits,
+    proof_tokens,
+    relative,
+)
 from fxfusion.models.traced import TracedGraph, TracedModel
 from tests.fxfusion.models.odd_decoder import OddDecoder, odd_decoder
 
@@ -112,12 +120,12 @@ def test_cached_decoding_is_compared_with_the_full_computation() -> None:
     ids = proof_tokens(model)
     full, cached = full_logits(model, ids), cached_logits(model, ids)
     assert cached is not None and relative(cached, full) < 1e-6
-    proof = Proof(ids=ids, expected=full, cached_error=0.0)
-    proof.check_cache(model)
+    proof = CacheProof(ids, 0.0)
+    proof.check(model)
     model.blocks[2].mix.layer_idx = 3
     with pytest.raises(SurgeryError, match="cached decoding is off by"):
-        proof.check_cache(model)
-    replace(proof, cached_error=None).check_cache(model)
+        proof.check(model)
+    CacheProof(ids, None).check(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -126,13 +134,13 @@ def test_half_precision_is_judged_by_what_the_intact_model_does(dtype: torch.dty
     ids = proof_tokens(model)
     graph = TracedModel(model).graph(ids)
     proof = Proof.of_intact(model, graph, graph.blocks.mixers_of([1]), ids)
-    assert proof.cached_error is not None and proof.cached_error < 0.02
+    assert proof.cache.error is not None and proof.cache.error < 0.02
     changed = without(model)
     proof.check_logits(changed)
-    proof.check_cache(changed)
+    proof.cache.check(changed)
     changed.blocks[2].mix.layer_idx = 3
     with pytest.raises(SurgeryError, match="cached decoding is off by"):
-        proof.check_cache(changed)
+        proof.cache.check(changed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -154,7 +162,7 @@ def test_a_model_whose_own_cache_does_not_work_is_refused() -> None:
     model = odd_decoder(form="forgetful")
     ids = proof_tokens(model)
     graph = TracedModel(model).graph(ids)
-    with pytest.raises(SurgeryError, match="cached decoding of the intact model is off by .*check=False"):
+    with pytest.raises(SurgeryError, match="cached decoding of the unchanged model is off by .*check=False"):
         Proof.of_intact(model, graph, graph.blocks.mixers_of([1]), ids)
 
 
@@ -163,7 +171,7 @@ def test_a_model_whose_own_cache_fails_is_refused() -> None:
     ids = proof_tokens(model)
     graph = TracedModel(model).graph(ids)
     model.blocks[0].mix.layer_idx = 99
-    with pytest.raises(SurgeryError, match="cached decoding of the intact model fails"):
+    with pytest.raises(SurgeryError, match="cached decoding of the unchanged model fails"):
         Proof.of_intact(model, graph, (), ids)
 
 
