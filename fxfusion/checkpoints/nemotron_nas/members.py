@@ -35,6 +35,7 @@ from fxfusion.checkpoints.progress import byte_bar
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder, notes_in
 from fxfusion.checkpoints.shards import TensorFacts
 from fxfusion.errors import CheckpointError
+from fxfusion.models.drop_record import write_refit
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.ffn_surgery.record import fused_state, plan_of
 from fxfusion.models.ffn_surgery.residue import Residue, extra_shapes
@@ -91,6 +92,8 @@ def load_unfused(
     state.residue.clear()  # the meta device knew none of it
     state.residue.update(kept.residue(state.recipe))
     unfuse(model)
+    if kept.plan.refit is not None:
+        write_refit(model.config, kept.plan.refit)
     generation = read_generation_config(reader.folder)
     if generation is not None:
         model.generation_config = generation
