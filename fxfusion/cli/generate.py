@@ -55,8 +55,8 @@ def command(
 
     chosen = None if plan is None else FusionPlan.load(plan)
     tokenizer = load_tokenizer(model_dir)
-    for folder in (model_dir, *([] if draft is None else [draft])):
-        check_folder(folder)
+    if draft is not None:
+        check_folder(draft)
     if dry_run:
         return _outline(run, model_dir, chosen, tokenizer, prompt, new_tokens)
     model = run.load(model_dir)
