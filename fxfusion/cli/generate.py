@@ -47,8 +47,6 @@ def command(
         raise OptionError("--prompt: give the text to continue")
     if cache not in ("dynamic", "static"):
         raise OptionError(f"--cache: expected dynamic or static, got {cache!r}")
-    import torch
-
     from fxfusion.cli.inputs import load_tokenizer
     from fxfusion.models.ffn_surgery.fuse import fuse
     from fxfusion.plan import FusionPlan
@@ -68,10 +66,7 @@ def command(
     settings |= {"cache_implementation": "static"} if cache == "static" else {}
     if draft is not None:
         settings["assistant_model"] = run.load(draft)
-    texts = []
-    for text in prompt:
-        torch.manual_seed(seed)
-        texts.append(_continue(run, model, tokenizer, text, settings))
+    texts = [_continue(run, model, tokenizer, text, settings, seed) for text in prompt]
     return {"model": str(model_dir), "plan": None if plan is None else str(plan), "texts": texts}
 
 
@@ -88,7 +83,12 @@ def _outline(
     return {"model": str(model_dir), "dry_run": True, **found, "texts": texts, "new_tokens": new_tokens}
 
 
-def _continue(run: Conversion, model: Any, tokenizer: Any, text: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _continue(
+    run: Conversion, model: Any, tokenizer: Any, text: str, settings: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    import torch
+
+    torch.manual_seed(seed)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = inputs["input_ids"].shape[1]
     if length == 0:
