@@ -1,0 +1,276 @@
+"""Whole decoders, reading a prompt and writing token by token: unfused, fused by the backend, fused by surgery.
+
+    python -m bench.whole_models [--seconds 170] [--rounds 8] [--continue]
+
+All forms lack the same attentions, so what is compared is fusing alone. Decoding uses a static cache, and CUDA graphs
+on a GPU. Random weights, but for the reference model; the vocabulary of the large shapes is cut to 32,000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+import fxfusion
+from bench.budget import Session
+from bench.chains import compiled, with_random_weights
+from bench.limits import Limits, measure_limits
+from bench.record import Measurement, Scalar
+from bench.tables import bytes_, seconds, table, times
+from bench.timing import measure
+
+STEPS = 64  # decoded before the cache is wound back to the prompt's end
+PAIRS = [("unfused", "fused"), ("unfused", "surgery"), ("unfused", "unfused again")]
+PREDICTIONS = {"decode": "ratios near 1 on a CPU, where weights are read no faster; compile time falls with the layers"}
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Sizes of a Llama; half of its layers, in the middle, lose their attention and become one group."""
+
+    name: str
+    hidden: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int = 32_000
+
+    @property
+    def run(self) -> list[int]:
+        first = self.layers // 3
+        return list(range(first, first + self.layers // 2))
+
+    def build(self, dtype: torch.dtype, device: str) -> Any:
+        """Random weights, without the attention of the run."""
+        config = LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocabulary,
+            max_position_embeddings=4096,
+        )
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).to(dtype)
+        return fxfusion.drop_attention(with_random_weights(model, device), self.run, check=False)
+
+
+SIZES = {
+    "1B": Size("1B", 2048, 8192, 16, 32, 8),
+    "8B": Size("8B", 4096, 14336, 32, 32, 8),
+    "70B, 16 layers": Size("70B, 16 layers", 8192, 28672, 16, 64, 8),
+    "small": Size("small", 64, 96, 6, 4, 2, vocabulary=64),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`tokens`: read at once. Decoding: after a context of so many."""
+
+    model: str
+    phase: str  # "prefill" or "decode"
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def place(self) -> dict[str, str | int]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"model": self.model, "phase": self.phase, "tokens": self.tokens, "dtype": dtype}
+
+
+def prefill(model: Any, case: Case, compile_: Callable[..., Any]) -> Callable[[], Tensor]:
+    """Reads a prompt; gives the logits of its last token."""
+    ids = _ids(model, case.tokens)
+    run = compile_(lambda x: model(input_ids=x, use_cache=False, logits_to_keep=1).logits)
+    return lambda: run(ids)
+
+
+def decode(model: Any, case: Case, compile_: Callable[..., Any]) -> Callable[[], Tensor]:
+    """Writes one token more at each call, with a static cache that is wound back after `STEPS` of them."""
+    cache = StaticCache(config=model.config, max_cache_len=case.tokens + STEPS)
+    model(input_ids=_ids(model, case.tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    written = [layer for layer in cache.layers if hasattr(layer, "cumulative_length")]  # others have no attention
+    lengths = [layer.cumulative_length for layer in written]
+    for layer in written:  # the same in all forms, whatever they make of the prompt
+        for values in (layer.keys, layer.values):
+            values.copy_(torch.linspace(-1, 1, values.numel(), device=values.device).sin().view(values.shape))
+    ids, done = _ids(model, 1), [0]
+    run = compile_(lambda x: model(input_ids=x, past_key_values=cache, use_cache=True).logits)
+
+    def step() -> Tensor:
+        if done[0] % STEPS == 0:
+            for length in lengths:
+                length.fill_(case.tokens)
+        done[0] += 1
+        found: Tensor = run(ids)
+        return found
+
+    return step
+
+
+def _ids(model: Any, tokens: int) -> Tensor:
+    """The same pseudo-random tokens each time: [1, tokens]."""
+    draw = torch.Generator().manual_seed(tokens)
+    return torch.randint(model.config.vocab_size, (1, tokens), generator=draw).to(model.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A model without some attention, the same fused by surgery, and the plan."""
+
+    unfused: Any
+    surgery: Any
+    plan: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Any, plan: dict[str, Any]) -> Pair:
+        fused = copy.deepcopy(model)
+        fxfusion.fuse(fused, plan, check=False)
+        return cls(model, fused, plan)
+
+    @classmethod
+    def sized(cls, name: str, dtype: torch.dtype, device: str) -> Pair:
+        size = SIZES[name]
+        return cls.of(size.build(dtype, device), {"dropped_attention": size.run, "groups": [size.run]})
+
+    @classmethod
+    def reference(cls) -> Pair:
+        from bench.reference.load import load_model
+
+        plan = {"dropped_attention": [1, 4, 6, 10, 11], "groups": [[3, 4], [5, 6], [9, 10, 11]]}  # as bench.assisted
+        return cls.of(fxfusion.drop_attention(load_model(), plan["dropped_attention"]), plan)
+
+
+def measure_case(case: Case, pair: Pair, limits: Limits, mode: str, *, rounds: int, threads: int) -> Measurement:
+    """All forms in turn. First calls compile, each with an empty cache of Inductor's."""
+    torch._dynamo.reset()
+    phase = {"prefill": prefill, "decode": decode}[case.phase]
+    plain, fused = (lambda f: compiled(f, mode)), (lambda f: compiled(f, mode, fused=True, plan=pair.plan))
+    forms = {"unfused": (pair.unfused, plain), "fused": (pair.unfused, fused), "surgery": (pair.surgery, plain)}
+    runs, facts = {}, {}
+    with torch.no_grad():
+        for name, (model, compile_) in forms.items():
+            runs[name] = phase(model, case, compile_)
+            facts |= _first_call(name, runs[name])
+        runs["unfused again"] = phase(pair.unfused, case, plain)
+        runs["unfused again"]()
+        _check_same(runs, case)
+        samples = measure(runs, rounds=rounds, threads=threads, sample_seconds=0.02)
+    found = Measurement.of(case.place, samples, PAIRS)
+    facts |= _limit_facts(case, pair, limits, found)
+    return found.model_copy(update={"facts": facts})
+
+
+def _check_same(runs: dict[str, Callable[[], Tensor]], case: Case) -> None:
+    """Raises `RuntimeError` where the two fused forms, or the two unfused ones, do not give the same logits."""
+    logits = {name: run().float() for name, run in runs.items()}
+    limit = 0.05 if case.dtype == torch.bfloat16 else 1e-3
+    for one, other in (("fused", "surgery"), ("unfused", "unfused again")):
+        error = float((logits[one] - logits[other]).norm() / logits[other].norm())
+        if not error <= limit:
+            raise RuntimeError(f"{case.place}: the logits of {one} and {other} differ by {error:.2g}")
+
+
+def _first_call(name: str, run: Callable[[], Tensor]) -> dict[str, Scalar]:
+    """Seconds until the first answer, and how much more memory was taken on the way than before."""
+    gc.collect()
+    before = _memory_now()
+    start = time.perf_counter()
+    with torch._inductor.utils.fresh_cache():
+        run()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    found = time.perf_counter() - start
+    return {f"first call, {name}": round(found, 3), f"peak bytes more, {name}": _memory_peak() - before}
+
+
+def _memory_now() -> int:
+    """Bytes in use; the peak starts anew."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5", "ascii")
+    return _status("VmRSS:")
+
+
+def _memory_peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else _status("VmHWM:")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def _limit_facts(case: Case, pair: Pair, limits: Limits, found: Measurement) -> dict[str, Scalar]:
+    """Weights are read once for a prompt or for a token; an embedding is looked up, not read."""
+    head = pair.unfused.get_output_embeddings().weight
+    weights = {id(value): value for value in pair.unfused.parameters() if value.dim() > 1}
+    weights.pop(id(pair.unfused.get_input_embeddings().weight), None)
+    weights[id(head)] = head
+    parameters = sum(value.numel() for value in weights.values())
+    count = case.tokens if case.phase == "prefill" else 1
+    limit = limits.seconds(parameters, count, case.dtype)
+    facts: dict[str, Scalar] = {"bytes": parameters * case.dtype.itemsize, "limit_seconds": limit}
+    for name, one in found.medians.items():
+        facts[f"tokens_per_second, {name}"] = float(f"{count / one.value:.5g}")
+        facts[f"share of limit, {name}"] = round(limit / one.value, 4)
+    return facts
+
+
+def show(measurements: list[Measurement]) -> str:
+    rows = [
+        (
+            *one.place.values(),
+            *(times(one.ratios[f"{slow}/{fast}"]) for slow, fast in PAIRS),
+            *(seconds(float(one.facts[f"first call, {name}"] or 0)) for name in ("unfused", "fused", "surgery")),
+            bytes_(float(one.facts["peak bytes more, fused"] or 0)),
+        )
+        for one in measurements
+    ]
+    heads = ["model", "phase", "tokens", "dtype", "fused", "surgery", "A/A"]
+    compile_heads = [f"compile, {name}" for name in ("unfused", "fused", "surgery")]
+    return table(rows, [*heads, *compile_heads, "memory more, fused"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=170.0)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="keep the cases of an earlier run")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    with Session("whole_models", seconds=chosen.seconds, fresh=not chosen.go_on) as session:
+        limits = measure_limits("cpu")
+        session.results["limits"] = limits.to_dict()
+        session.predictions = PREDICTIONS
+        for name, phase, tokens, needs in (
+            ("1B", "decode", 32, 90.0),
+            ("reference", "decode", 64, 30.0),
+            ("reference", "prefill", 256, 30.0),
+            ("1B", "prefill", 32, 90.0),
+        ):
+            case = Case(name, phase, tokens, torch.float32 if name == "reference" else torch.bfloat16)
+            session.do(case.place, lambda case=case: _on_the_cpu(case, limits, chosen.rounds), needs=needs)
+    print(show(session.measurements))
+
+
+def _on_the_cpu(case: Case, limits: Limits, rounds: int) -> Measurement:
+    pair = Pair.reference() if case.model == "reference" else Pair.sized(case.model, case.dtype, "cpu")
+    return measure_case(case, pair, limits, "default", rounds=rounds, threads=1)
+
+
+if __name__ == "__main__":
+    main()
