@@ -89,8 +89,13 @@ def main() -> None:
         for cell in on_the_cpu():
             run = lambda cell=cell: measure_cell(cell, "cpu", limits, rounds=chosen.rounds, threads=1)  # noqa: E731
             session.do(cell.place, run, needs=NEEDS)
-    columns = [(name, f"{name.partition('/')[0]} over fused") for name in session.measurements[0].ratios]
-    print(ratio_table(session.measurements, columns))
+    print(ratio_table(session.measurements, columns(session.measurements)))
+
+
+def columns(found: Sequence[Measurement]) -> list[tuple[str, str]]:
+    """Ratios and their headings, for the table."""
+    names = dict.fromkeys(name for one in found for name in one.ratios)
+    return [(name, "A/A" if "again" in name else f"{name.partition('/')[0]} over fused") for name in names]
 
 
 if __name__ == "__main__":

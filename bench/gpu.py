@@ -1,0 +1,166 @@
+"""Everything that one GPU can tell, most important first, within a time: `bench/results/gpu.json`.
+
+    python -m bench.gpu                       under 8 minutes on one GPU
+    python -m bench.gpu --continue            goes on where the last run stopped or ran out of time
+    python -m bench.gpu --device cpu --small  tiny shapes: does the script run?
+
+Needs torch (2.11 or newer), transformers, networkx, tabulate and pydantic, and this checkout; no installation.
+
+Order: limits of the machine; decoding in chains of 8 on slices of a 70B, on Super-49B's narrow FFNs and on slices of
+a 405B, under CUDA graphs, against unfused max-autotune; whole models; more tokens; then the whole grid in Inductor's
+default mode. Every form is checked against the form that it must equal before it is timed. The file is written after
+each part, and says what was left out.
+
+Goals (issue 5), at 1 to 16 tokens under CUDA graphs: at least 1.10x over unfused max-autotune on the 70B slice, 1.5x
+on Super-49B's narrow FFNs, 0.90 of the bandwidth's limit on the 405B slice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bench.budget import Session
+from bench.grid import columns, measure_cell
+from bench.limits import Limits, measure_limits
+from bench.record import Measurement
+from bench.shapes import SHAPES, SMALL, Cell, grid
+from bench.tables import ratio_table
+from bench.whole_models import PAIRS, Case, Pair, measure_case
+
+GRAPHS, AUTOTUNED = "reduce-overhead", "max-autotune"
+PREDICTIONS = {
+    "70B / 8, 8 members, 1 token": "fused max-autotune 1.15x to 1.4x over unfused max-autotune",
+    "Super-49B, run, 8 members, 1 token": "1.2x to 1.6x: narrower members leave more of the GPU idle",
+    "405B / 8, 8 members, 1 token": "fused reaches 0.85 to 0.95 of the bandwidth's limit",
+    "2048 tokens": "1.0x to 1.1x: products of unfused members are large enough to fill the GPU",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One thing to measure in some modes; `needs`: seconds that it takes at most."""
+
+    of: Cell | Case
+    modes: tuple[str, ...]
+    needs: float
+
+    @property
+    def place(self) -> dict[str, str | int]:
+        """Where it goes in the file. The last mode tells parts of one cell apart."""
+        return {**self.of.place, "mode": self.modes[-1] if self.modes else "default"}
+
+
+def parts(small: bool, gpu: bool) -> Iterator[Part]:
+    """All of them, most important first."""
+    modes = (GRAPHS, AUTOTUNED) if gpu else ()
+    cells = list(grid(SMALL if small else SHAPES))
+    decoding = [cell for cell in cells if cell.length == 8 and cell.tokens == 1 and cell.dtype == torch.bfloat16]
+    few = [cell for cell in cells if cell.length == 8 and cell.tokens in (4, 16) and cell.dtype == torch.bfloat16]
+    for cell in decoding[:3]:
+        yield Part(cell, modes, 60.0)
+    yield from whole(small, gpu)
+    for cell in (*few[:3], *decoding[3:5]):
+        yield Part(cell, modes, 60.0)
+    for cell in cells:
+        yield Part(cell, modes[:1], 25.0)
+
+
+def whole(small: bool, gpu: bool) -> Iterator[Part]:
+    """Decoding under CUDA graphs; prompts in the default mode."""
+    modes = (GRAPHS,) if gpu else ()
+    names = ("small",) if small else ("8B", "70B, 16 layers")
+    context, prompt = (8, 16) if small else (512, 1024)
+    for name in names:
+        yield Part(Case(name, "decode", context, torch.bfloat16), modes, 75.0)
+    for name in names:
+        yield Part(Case(name, "prefill", prompt, torch.bfloat16), (), 60.0)
+
+
+class Runner:
+    """Measures parts; keeps the last whole model, as the next part may be of it."""
+
+    def __init__(self, device: str, limits: Limits, rounds: int) -> None:
+        self.device, self.limits, self.rounds = device, limits, rounds
+        self.held: tuple[str, Pair] | None = None
+
+    def measure(self, part: Part) -> Measurement:
+        of = part.of
+        if isinstance(of, Cell):
+            self.held = None
+            self._free()
+            found = measure_cell(of, self.device, self.limits, part.modes, rounds=self.rounds, threads=1)
+        else:
+            mode = part.modes[-1] if part.modes else "default"
+            pair = self._pair(of)
+            found = measure_case(of, pair, self.limits, mode, rounds=self.rounds, threads=1)
+        return found.model_copy(update={"place": part.place})
+
+    def _pair(self, case: Case) -> Pair:
+        if self.held is None or self.held[0] != case.model:
+            self.held = None
+            self._free()
+            self.held = case.model, Pair.sized(case.model, case.dtype, self.device)
+        return self.held[1]
+
+    def _free(self) -> None:
+        torch._dynamo.reset()
+        gc.collect()
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def fits(cell: Cell, device: str) -> bool:
+    """Whether the weights of all forms fit: the members, those that `fuse` made, and the backend's."""
+    if device == "cpu":
+        return True
+    return 3.5 * cell.parameters * cell.dtype.itemsize < torch.cuda.get_device_properties(0).total_memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny shapes, recorded only where --out says")
+    parser.add_argument("--seconds", type=float, default=450.0, help="no part is begun that would end after that")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--parts", type=int, help="stop after so many parts")
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="keep the parts of an earlier run")
+    parser.add_argument("--out", type=Path, help="another file than bench/results/gpu.json")
+    chosen = parser.parse_args()
+    gpu = chosen.device != "cpu"
+    if gpu and not torch.cuda.is_available():
+        sys.exit("bench.gpu: torch sees no GPU (try --device cpu --small to test the script)")
+    if chosen.small and chosen.out is None:
+        parser.error("--small needs --out: tiny shapes are no result")
+    torch.set_float32_matmul_precision("highest")
+    with Session("gpu", seconds=chosen.seconds, path=chosen.out, fresh=not chosen.go_on) as session:
+        limits = measure_limits(chosen.device, small=chosen.small)
+        session.results["limits"] = limits.to_dict()
+        session.predictions = PREDICTIONS
+        runner = Runner(chosen.device, limits, chosen.rounds)
+        for part in list(parts(chosen.small, gpu))[: chosen.parts]:
+            if isinstance(part.of, Cell) and not fits(part.of, chosen.device):
+                session.left_out.append(f"{part.place}: does not fit into the memory")
+                continue
+            needs = 0.0 if chosen.small else part.needs
+            session.do(part.place, lambda part=part: runner.measure(part), needs=needs)
+    print(summary(session.measurements))
+
+
+def summary(measurements: list[Measurement]) -> str:
+    """One table for chains, one for whole models, with the ratios that each has."""
+    texts = []
+    for kind in ("members", "phase"):
+        found = [one for one in measurements if kind in one.place]
+        texts.append(ratio_table(found, columns(found) if kind == "members" else [(f"{a}/{b}", b) for a, b in PAIRS]))
+    return "\n\n".join(texts)
+
+
+if __name__ == "__main__":
+    main()
