@@ -14,10 +14,11 @@ import typer
 from fxfusion.cli.options import AsJson, PlanFile, read_layers
 from fxfusion.cli.screen import Screen
 from fxfusion.cli.session import stdout_for_json, stopping_cleanly
+from fxfusion.cli.simulated import show, show_gains, show_hardware, show_placements
 from fxfusion.errors import OptionError
 
 if TYPE_CHECKING:
-    from fxfusion.cost import LayerTable, Simulation
+    from fxfusion.cost import LayerTable, Simulation, Step
     from fxfusion.plan import FusionPlan
 
 
@@ -68,6 +69,21 @@ Unfuse = Annotated[
 Price = Annotated[float | None, typer.Option("--price", help="Of one device for an hour.", show_default=False)]
 
 
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", help="Where --sweep goes: a .csv, or a plot as .png, .svg or .pdf.", show_default=False),
+]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibrate",
+        metavar="FILE",
+        help="Measure --device for half a minute and write a file for --hardware.",
+        show_default=False,
+    ),
+]
+
+
 def command(
     model: Model = None,
     hardware: HardwareName = "h100",
@@ -81,6 +97,11 @@ def command(
     unfuse: Unfuse = None,
     plan: PlanFile = None,
     price: Price = None,
+    placement: Annotated[bool, typer.Option("--placement", help="Compare sizes of --tp and ways to cut runs.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Gain of fusing over tp, batch and scale.")] = False,
+    output: Output = None,
+    calibrate: Calibrate = None,
+    device: Annotated[str, typer.Option("--device", help="What --calibrate measures: cpu, cuda, cuda:1.")] = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Predict one step of a model: latency, tokens per second, memory, price; fused first where groups are named.
@@ -89,50 +110,91 @@ def command(
     """
     with stopping_cleanly("nothing was written"), stdout_for_json(as_json):
         screen = Screen(quiet=as_json, notes_on_stderr=True)
-        request = Request(
-            table=_model(model),
-            options={
-                "hardware": hardware,
-                "tp": tp,
-                "precision": precision,
-                "kv_precision": kv_precision,
-                "batch": batch,
-                "context": context,
-                "phase": phase.value,
-                "price": price,
-            },
-            unfuse=_unfuse(unfuse or []),
-            groups=[read_layers(text, "--group") for text in group or []],
-            plan=_plan(plan),
-        )
-        result = _simulate(screen, request)
+        _check_modes(placement, sweep, output, calibrate)
+        if calibrate is not None:
+            result = _calibrate(screen, calibrate, device)
+        else:
+            work = {"tp": tp, "precision": precision, "batch": batch, "context": context, "phase": phase.value}
+            request = Request(
+                table=_model(model),
+                hardware=hardware,
+                work={**work, "kv_precision": kv_precision},
+                price=price,
+                unfuse=_unfuse(unfuse or []),
+                groups=[read_layers(text, "--group") for text in group or []],
+                plan=_plan(plan),
+            )
+            result = _answer(screen, request, placement, sweep, output)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the options of the command mean."""
+    """What the options of the command mean. `work`: fields of a `Workload`."""
 
     table: LayerTable
-    options: dict[str, Any]
+    hardware: str
+    work: dict[str, Any]
+    price: float | None
     unfuse: dict[int, int]
     groups: list[list[int]]
     plan: FusionPlan | None
 
-    def run(self, fused: bool = True, **changes: Any) -> Simulation:
+    @property
+    def fuses(self) -> bool:
+        """Whether something is to be fused or dropped."""
+        return self.plan is not None or bool(self.groups)
+
+    def run(self, fused: bool = True) -> Simulation:
         """One simulation, as the model is or with its groups and plan."""
         from fxfusion.cost import simulate
 
         arranged: dict[str, Any] = {"plan": self.plan, "groups": self.groups} if fused else {}
-        return simulate(self.table, unfuse=self.unfuse, **arranged, **(self.options | changes))
+        return simulate(
+            self.table, hardware=self.hardware, unfuse=self.unfuse, price=self.price, **self.work, **arranged
+        )
+
+    def steps(self) -> tuple[Step, Step]:
+        """Before and after fusing. Without groups: `--unfuse` undone, or each run but its ends as one FFN."""
+        from fxfusion.cost import arrange
+        from fxfusion.cost.cuts import fusable_runs, fused
+        from fxfusion.policy import PRESETS
+
+        before = arrange(self.table, unfuse=self.unfuse)
+        if self.fuses:
+            return before, arrange(self.table, self.plan, self.groups, self.unfuse)
+        if self.unfuse:
+            return before, arrange(self.table)
+        runs = fusable_runs(before, PRESETS["paper"])
+        if not runs:
+            raise OptionError(f"--sweep: {self.table.name} has no FFNs in a row; name some with --group or --plan")
+        return before, fused(before, [(run,) for run in runs])
+
+
+def _check_modes(placement: bool, sweep: bool, output: Path | None, calibrate: Path | None) -> None:
+    chosen = [
+        name
+        for name, given in (("--placement", placement), ("--sweep", sweep), ("--calibrate", calibrate is not None))
+        if given
+    ]
+    if len(chosen) > 1:
+        raise OptionError(f"{chosen[0]} and {chosen[1]} were both given; give one of them")
+    if output is not None and not sweep:
+        raise OptionError("--output: only --sweep writes a file")
+
+
+def _answer(screen: Screen, request: Request, placement: bool, sweep: bool, output: Path | None) -> dict[str, Any]:
+    if placement:
+        return _placement(screen, request)
+    return _sweep(screen, request, output) if sweep else _simulate(screen, request)
 
 
 def _simulate(screen: Screen, request: Request) -> dict[str, Any]:
     found = request.run()
     result = found.to_dict()
     shown = [("", found)]
-    if request.plan is not None or request.groups:
+    if request.fuses:
         before = request.run(fused=False)
         result["before"] = before.to_dict()
         shown = [("as it is", before), ("fused", found)]
@@ -140,31 +202,41 @@ def _simulate(screen: Screen, request: Request) -> dict[str, Any]:
     return result
 
 
-def show(screen: Screen, found: list[tuple[str, Simulation]]) -> None:
-    """Simulations side by side."""
-    first = found[0][1]
-    work = first.work
-    what = "prompts of" if work.phase == "prefill" else "cached tokens of each:"
-    device = f"{work.tp} x {first.hardware.name}"
-    screen.line(f"{first.name} on {device}, {work.precision}, batch {work.batch}, {what} {work.context}")
-    columns = [_rows(one) for _, one in found]
-    screen.table(("", *(name for name, _ in found)), [(name, *(each[name] for each in columns)) for name in columns[0]])
-    if len(found) > 1:
-        screen.line(f"{first.latency_ms / found[-1][1].latency_ms:.3f}x as fast")
+def _placement(screen: Screen, request: Request) -> dict[str, Any]:
+    from fxfusion.cost import Hardware, Workload, arrange
+    from fxfusion.cost.placement import placements
+
+    step = arrange(request.table, request.plan, request.groups, request.unfuse)
+    device = Hardware.of(request.hardware)
+    found = placements(step, Workload(**request.work), device, price=request.price)
+    show_placements(screen, found)
+    return {"model": step.name, "hardware": device.name, **found.to_dict()}
 
 
-def _rows(one: Simulation) -> dict[str, str]:
-    rows = {
-        "latency [ms]": f"{one.latency_ms:.3f}",
-        **{f"  {name.replace('_', '-')}": f"{value:.3f}" for name, value in one.to_dict()["breakdown_ms"].items()},
-        "tokens per second": f"{one.tokens_per_second:.2f}",
-        "kernels, all-reduces": f"{one.kernels}, {one.all_reduces}",
-        "attentions, FFNs in a row": f"{one.attentions}, {one.ffns}",
-        "memory of a device [GB]": f"{one.bytes.total / 1e9:.2f}" + ("" if one.fits_in_memory else " (does not fit)"),
-    }
-    if one.cost_per_million_tokens is not None:
-        rows["cost of a million tokens"] = f"{one.cost_per_million_tokens:.3f}"
-    return rows
+def _sweep(screen: Screen, request: Request, output: Path | None) -> dict[str, Any]:
+    from fxfusion.cost import Hardware, Workload
+    from fxfusion.cost.gain import gains
+
+    before, after = request.steps()
+    found = gains(before, after, Workload(**request.work), Hardware.of(request.hardware))
+    show_gains(screen, found)
+    if output is not None:
+        found.save(output)
+        screen.line(f"written: {output}", "dim")
+    return found.to_dict()
+
+
+def _calibrate(screen: Screen, path: Path, device: str) -> dict[str, Any]:
+    if path.suffix.lower() != ".json":
+        raise OptionError(f"--calibrate {path}: expected a name that ends in .json")
+    from fxfusion.cost import calibrate
+
+    with screen.busy(f"measuring {device}"):
+        found = calibrate(device)
+    found.save(path)
+    show_hardware(screen, found)
+    screen.line(f"written: {path}; use it as --hardware {path}", "dim")
+    return found.to_dict()
 
 
 def _model(model: str | None) -> LayerTable:

@@ -44,6 +44,34 @@ def test_a_folder_a_plan_and_a_hardware_file(run: Run, model: Path, tmp_path: Pa
     assert {name: ran.json[name] for name in expected} == json.loads(json.dumps(expected))
 
 
+def test_placements(run: Run) -> None:
+    args = ["simulate", "nemotron-super-49b", "--placement", "--precision", "bf16"]
+    found = run(*args, "--json").json
+    assert {row["tp"] for row in found["placements"]} == {1, 2, 4, 8}
+    assert found["quickest"]["tp"] == 8 and found["refused"] == {}
+    shown = run(*args, "--price", "2").out
+    assert "whole runs" in shown and "8 *" in shown and "9, 17" in shown
+
+
+def test_the_gain_over_sizes_and_batches(run: Run, tmp_path: Path) -> None:
+    args = ["simulate", "nemotron-super-49b", "--precision", "fp8", "--sweep", "--output", tmp_path / "gain.csv"]
+    ran = run(*args)
+    assert ran.code == 0 and "hidden size" in ran.out and f"written: {tmp_path / 'gain.csv'}" in ran.out
+    assert (tmp_path / "gain.csv").read_text().startswith("tp,batch,scale,hidden,before_ms,after_ms,gain\n")
+    named = run("simulate", "nemotron-super-49b", "--sweep", "--group", "42-50", "--json").json["points"]
+    undone = run("simulate", "nemotron-ultra-253b", "--sweep", "--unfuse", "125:8", "--json").json["points"]
+    assert all(point["gain"] > 1 for point in (*named, *undone))
+
+
+def test_a_file_of_this_machine(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fxfusion.cost
+
+    monkeypatch.setattr(fxfusion.cost, "calibrate", lambda device: Hardware.of("cpu"))
+    ran = run("simulate", "--calibrate", tmp_path / "here.json")
+    assert ran.code == 0 and "memory bandwidth" in ran.out
+    assert Hardware.of(tmp_path / "here.json") == Hardware.of("cpu")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -59,6 +87,11 @@ def test_a_folder_a_plan_and_a_hardware_file(run: Run, model: Path, tmp_path: Pa
         (["llama-3.3-70b", "--group", "a-b"], "--group: expected layers such as 4-8"),
         (["llama-3.3-70b", "--plan", "gone.yaml"], "gone.yaml: cannot be read"),
         (["llama-3.3-70b", "--price", "-1"], "price: expected a price above 0"),
+        (["llama-3.3-70b", "--sweep"], "Llama-3.3-70B-Instruct has no FFNs in a row"),
+        (["llama-3.3-70b", "--sweep", "--placement"], "--placement and --sweep were both given"),
+        (["llama-3.3-70b", "--output", "x.csv"], "--output: only --sweep writes a file"),
+        (["nemotron-super-49b", "--sweep", "--output", "x.txt"], "x.txt: expected a name that ends in"),
+        (["--calibrate", "x.txt"], "--calibrate x.txt: expected a name that ends in .json"),
     ],
 )
 def test_errors_are_one_line(run: Run, args: list[str], message: str) -> None:

@@ -1,0 +1,159 @@
+"""When fusing pays: its gain over tensor-parallel size, batch and scale, as a table, CSV and plot.
+
+Gain is the latency before over the latency after. Scale: the same layers with hidden size, heads and widths of a
+smaller or larger model.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fxfusion.cost.hardware import Hardware
+from fxfusion.cost.kernels import Workload
+from fxfusion.cost.sublayers import Ffn, Step, Sublayer
+from fxfusion.cost.timing import step_time
+from fxfusion.errors import OptionError
+
+SIZES = (1, 2, 4, 8)
+BATCHES = (1, 4, 16, 64, 256, 1024)
+SCALES = (0.125, 0.25, 0.5, 1.0)
+_GRAIN = 32  # channels: sizes of a scaled model are multiples, so that 8 devices can share them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GainPoint:
+    """One setting: latencies in milliseconds. `scale` 1: the model itself, of `hidden` channels."""
+
+    tp: int
+    batch: int
+    scale: float
+    hidden: int
+    before_ms: float
+    after_ms: float
+
+    @property
+    def gain(self) -> float:
+        return self.before_ms / self.after_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("tp", "batch", "scale", "hidden", "before_ms", "after_ms", "gain")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """All points. `refused`: settings that cannot be had, in words."""
+
+    name: str
+    hardware: str
+    precision: str
+    points: tuple[GainPoint, ...]
+    refused: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "hardware": self.hardware,
+            "precision": self.precision,
+            "points": [point.to_dict() for point in self.points],
+            "refused": list(self.refused),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """CSV by that suffix, a plot by .png, .svg or .pdf. Raises `OptionError` for another suffix."""
+        writers: dict[str, Callable[[Path], None]] = {".csv": self._csv}
+        writers |= dict.fromkeys((".png", ".svg", ".pdf"), self._plot)
+        found = Path(path)
+        if found.suffix.lower() not in writers:
+            raise OptionError(f"{found}: expected a name that ends in {', '.join(writers)}")
+        writers[found.suffix.lower()](found)
+        return found
+
+    def _csv(self, path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            rows = [point.to_dict() for point in self.points]
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def _plot(self, path: Path) -> None:
+        """A panel for each scale: batch against gain, one line for each tensor-parallel size."""
+        from matplotlib.figure import Figure
+
+        scales = sorted({(point.scale, point.hidden) for point in self.points})
+        figure = Figure(figsize=(3.4 * len(scales), 3.6), layout="constrained")
+        panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+        for axes, (scale, hidden) in zip(panels, scales, strict=True):
+            for tp in sorted({point.tp for point in self.points}):
+                chosen = [point for point in self.points if (point.tp, point.scale) == (tp, scale)]
+                axes.plot([p.batch for p in chosen], [p.gain for p in chosen], "o-", markersize=3, label=f"tp {tp}")
+            axes.axhline(1.0, color="grey", linewidth=0.8)
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("sequences at once")
+            axes.set_title(f"hidden size {hidden}", fontsize="medium")
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("latency before / after")
+        panels[-1].legend(fontsize="small")
+        figure.suptitle(f"Predicted gain of fusing: {self.name}, {self.hardware}, {self.precision}", fontsize="medium")
+        figure.savefig(path)
+
+
+def gains(
+    before: Step,
+    after: Step,
+    work: Workload,
+    device: Hardware,
+    *,
+    sizes: Sequence[int] = SIZES,
+    batches: Sequence[int] = BATCHES,
+    scales: Sequence[float] = SCALES,
+) -> Gains:
+    """The gain from `before` to `after` in each setting. Raises `OptionError` where none can be had."""
+    points: list[GainPoint] = []
+    refused: list[str] = []
+    for scale in scales:
+        one, other = scaled(before, scale), scaled(after, scale)
+        for tp in sizes:
+            for batch in batches:
+                setting = replace(work, tp=tp, batch=batch)
+                try:
+                    times = [step_time(step, setting, device).seconds.total * 1e3 for step in (one, other)]
+                except OptionError as error:
+                    refused.append(f"scale {scale:g}, tp {tp}: {error}")
+                    break
+                points.append(
+                    GainPoint(tp=tp, batch=batch, scale=scale, hidden=one.hidden, before_ms=times[0], after_ms=times[1])
+                )
+    if not points:
+        raise OptionError(f"no setting can be had: {refused[0] if refused else 'nothing was asked for'}")
+    return Gains(before.name, device.name, work.precision, tuple(points), tuple(refused))
+
+
+def scaled(step: Step, scale: float) -> Step:
+    """The same layers of a model whose hidden size, heads and widths are so many times larger.
+
+    Heads keep their size, and key-value heads stay where there are as many heads. Widths become multiples of 32.
+    """
+    if scale == 1.0:
+        return step
+    return replace(
+        step,
+        hidden=_round(step.hidden * scale, _GRAIN),
+        sublayers=tuple(_scaled(part, scale) for part in step.sublayers),
+    )
+
+
+def _scaled(part: Sublayer, scale: float) -> Sublayer:
+    if isinstance(part, Ffn):
+        return replace(part, width=_round(part.width * scale, _GRAIN))
+    heads = _round(part.heads * scale, min(part.kv_heads, part.heads))
+    return replace(part, heads=heads)
+
+
+def _round(value: float, grain: int) -> int:
+    return max(1, round(value / grain)) * grain
