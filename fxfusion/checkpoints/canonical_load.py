@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -47,6 +48,8 @@ def load(
     generation = read_generation_config(reader.folder)
     plan = read_plan(reader.folder)
     if plan is not None and not fused:
+        if plan.refit is not None and plan.groups:
+            warnings.warn(f"{directory} was refitted for its fused form; without, it is another model", stacklevel=3)
         plan = plan.replace(groups=())
     built = dtype or main_dtype(reader)
     intact = outline(config, built)

@@ -10,6 +10,7 @@ import typer
 from fxfusion.cli.card import Measured, card_of
 from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, Plan, ShardSize, converting, facts, show
 from fxfusion.cli.options import ModelDir, check_folder, show_layers, show_members
+from fxfusion.cli.session import Session
 from fxfusion.errors import OptionError
 
 FormatOption = Annotated[
@@ -74,7 +75,7 @@ def _write(
     return {"before": before, "after": after}
 
 
-def say_plan(run: Conversion, plan: Any) -> None:
+def say_plan(run: Conversion | Session, plan: Any) -> None:
     """What a plan does, in one line each."""
     if plan.dropped_attention:
         run.screen.line(f"attention dropped: layers {show_layers(plan.dropped_attention)}")

@@ -14,7 +14,7 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
@@ -85,14 +85,18 @@ class Session:
     @cached_property
     def batches(self) -> list[Tensor]:
         """`int64 [batch, length]` each."""
+        return self.read_text(self.common.text or ())
+
+    def read_text(self, sources: Sequence[Path]) -> list[Tensor]:
+        """The same from other files."""
         common = self.common
-        needs_tokenizer = any(source.suffix != ".safetensors" for source in common.text or ())
+        needs_tokenizer = any(source.suffix != ".safetensors" for source in sources)
         with self.screen.busy("reading the text"):
             from fxfusion.cli import inputs  # torch takes seconds: it is part of what is waited for
 
             inputs.check_length(common.length, self.config)
             found = inputs.read_batches(
-                common.text or (),
+                sources,
                 self.tokenizer if needs_tokenizer else None,
                 length=common.length,
                 batch=common.batch,
@@ -205,7 +209,12 @@ def _passes(part: Work) -> str:
     return "as needed" if part.passes is None else str(part.passes)
 
 
-def measuring(body: Callable[..., dict[str, Any]]) -> Callable[..., None]:
+def measuring_with(**defaults: Any) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., None]]:
+    """`measuring`, where some options of `Common` have other defaults."""
+    return functools.partial(measuring, defaults=defaults)
+
+
+def measuring(body: Callable[..., dict[str, Any]], defaults: Mapping[str, Any] | None = None) -> Callable[..., None]:
     """A typer command out of `body(run, own options)`: with the options of `Common`, JSON, and a clean stop."""
 
     @functools.wraps(body)
@@ -220,16 +229,17 @@ def measuring(body: Callable[..., dict[str, Any]]) -> Callable[..., None]:
 
     own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
     keyword_only = inspect.Parameter.KEYWORD_ONLY
-    merged = [*(parameter.replace(kind=keyword_only) for parameter in own), *_parameters_of_common()]
+    model_dir, *common = _parameters_of_common(defaults or {})  # MODEL_DIR stands before other arguments
+    merged = [model_dir, *(parameter.replace(kind=keyword_only) for parameter in own), *common]
     command.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
     return command
 
 
-def _parameters_of_common() -> Iterator[inspect.Parameter]:
+def _parameters_of_common(defaults: Mapping[str, Any]) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(Common, include_extras=True)
     for field in fields(Common):
-        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        default = defaults.get(field.name, inspect.Parameter.empty if field.default is MISSING else field.default)
         yield inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
         )
