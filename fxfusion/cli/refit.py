@@ -87,28 +87,33 @@ def command(
     if run.common.dry_run:
         work = [Work("loss of the intact model", 1), Work("sums for each projection, in both models")]
         return result | run.plan_dry_run(work, [out_dir])
+    found = _refit(run, chosen, reference.value, later.value, validation, limit)
+    record = _show(run, found)
+    _write(run, found, chosen, record, out_dir, format, max_shard_size)
+    return result | {"dry_run": False, "refit": record.model_dump(mode="json")}
+
+
+def _refit(
+    run: Session, plan: Any, reference: str, later: str, validation: list[Path] | None, limit: int | None
+) -> Any:
     decides = None if validation is None else run.read_text(validation)
     model = run.model
-    key = digest(
-        [contents(chosen), reference.value, later.value, run.text_facts, [str(path) for path in validation or ()]]
-    )
-    say_plan(run, chosen)
+    sources = [str(path) for path in validation or ()]
+    key = digest([contents(plan), reference, later, run.text_facts, sources])
+    say_plan(run, plan)
     from fxfusion.recovery.refit import refit
 
-    found = refit(
+    return refit(
         model,
-        chosen,
+        plan,
         run.batches,
-        reference.value,
+        reference,
         validation=decides,
-        later=later.value,
+        later=later,
         memory_limit=limit,
         cache=run.folder.file(f"refit_{key}"),
         progress=run.screen.notes.is_terminal,
     )
-    record = _show(run, found)
-    _write(run, found, chosen, record, out_dir, format, max_shard_size)
-    return result | {"dry_run": False, "refit": record.model_dump(mode="json")}
 
 
 def _show(run: Session, model: Any) -> Refit:
