@@ -56,6 +56,7 @@ bench: compiler venv
 # docs/results.md: the tables of the paper on the reference model. Goes on where it was stopped.
 results: compiler venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.choosing
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.roads
 
 lint: venv
 	$(BIN)/ruff check

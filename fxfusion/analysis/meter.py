@@ -43,16 +43,22 @@ class ChainFacts:
 class PlanMeter:
     """Quality of plans for one model on the same batches.
 
-    `cache`: a folder; results are written after each measurement and found again by the next process. Raises
-    `FxFusionError` where the folder holds results of another model or text.
+    `model`: one that is traced already shares its graphs. `cache`: a folder; results are written after each
+    measurement and found again by the next process. Raises `FxFusionError` where the folder holds results of another
+    model or text.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], cache: str | os.PathLike[str] | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module | TracedModel,
+        batches: Sequence[Batch],
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.model = model.model if isinstance(model, TracedModel) else model
         self.batches = list(batches)
         if not self.batches:
             raise ValueError("batches is empty: nothing to measure plans on")
-        self.traced = TracedModel(model)
+        self.traced = model if isinstance(model, TracedModel) else TracedModel(model)
         model_facts = facts_of(self.model).model_dump(mode="json")
         self.identity: dict[str, Any] = {"model": model_facts, "batches": batches_digest(self.batches)}
         self._store = QualityStore(None if cache is None else Path(cache) / "plans.json", self.identity)
@@ -101,6 +107,10 @@ class PlanMeter:
     def ffns(self) -> int:
         """FFNs of the model, fusable or not: one for each decoder layer at least."""
         return max(len(self.graph.blocks.layers), len(self.graph.blocks.ffns))
+
+    def knows(self, plan: FusionPlan) -> bool:
+        """Whether it was measured before."""
+        return self._store.get(plan_key(plan)) is not None
 
     def quality(self, plan: FusionPlan) -> Quality:
         """Loss, perplexity, and what is lost against the intact model."""

@@ -20,6 +20,7 @@ import traceback
 import typer
 
 from fxfusion.cli import (
+    auto,
     check,
     demo,
     explain,
@@ -47,6 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 for name, body, what in (
+    ("auto", auto.command, "From an ordinary model to a fused checkpoint, in one go."),
     ("score", score.command, "What each attention is worth."),
     ("matrix", matrix.command, "How much each block depends on those before it."),
     ("plan", plan.command, "Choose what to drop and to fuse, within a budget."),

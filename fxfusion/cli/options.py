@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -123,6 +123,26 @@ class Common:
     results: Results = Path("fxfusion_results")
     as_json: AsJson = False
     dry_run: DryRun = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLimits:
+    """What one group may be."""
+
+    max_members: MaxMembers = None
+    max_width: MaxWidth = None
+    max_bytes: MaxBytes = None
+    max_dependency: MaxDependency = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As `make_plan` takes them."""
+        room = None if self.max_bytes is None else read_bytes(self.max_bytes, "--max-bytes")
+        return {
+            "max_members": self.max_members,
+            "max_width": self.max_width,
+            "max_bytes": room,
+            "max_dependency": self.max_dependency,
+        }
 
 
 def check_folder(folder: Path) -> None:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from fxfusion.cli import options
-from fxfusion.cli.options import Method, read, read_bytes, read_drop, read_layers, read_share
+from fxfusion.cli import options, road_options
+from fxfusion.cli.options import Method, read, read_drop, read_layers, read_share
 from fxfusion.cli.results_folder import COMPILED, PLAN, PLANS
+from fxfusion.cli.road_options import Preset, Road, RoadChoice
 from fxfusion.cli.score import work as score_work
 from fxfusion.cli.session import Session, Work, measuring
 from fxfusion.errors import OptionError
-
-
-class Preset(str, Enum):
-    """Rules instead of a budget."""
-
-    paper = "paper"
-
 
 Drop = Annotated[
     str | None, typer.Option(metavar="NUMBER", help="Attention layers to drop: 5, or 0.4, or 40%.", show_default=False)
@@ -40,7 +33,9 @@ TargetDepth = Annotated[
 PresetOption = Annotated[
     Preset | None,
     typer.Option(
-        "--preset", help="paper: each run of FFNs without its first and last one, norm last.", show_default=False
+        "--preset",
+        help="paper: each run of FFNs without its first and last one, norm last. automatic: see --automatic.",
+        show_default=False,
     ),
 ]
 Splits = Annotated[
@@ -54,21 +49,35 @@ Out = Annotated[Path | None, typer.Option(help="The plan file.", show_default="p
 class Wish:
     """What was asked for, as arguments of `make_plan`."""
 
-    drop: int | float | None
-    dropped_attention: list[int] | None
-    max_perplexity_increase: float | None
-    max_kl: float | None
-    target_depth: int | None
-    max_members: int | None
-    max_width: int | None
-    max_bytes: int | None
-    max_dependency: float | None
-    norm: Literal["fold", "last"] | None
-    method: Literal["cosine", "loss", "kl"]
-    preset: Literal["paper"] | None
-    splits: list[int] | None
+    drop: int | float | None = None
+    dropped_attention: list[int] | None = None
+    max_perplexity_increase: float | None = None
+    max_kl: float | None = None
+    target_depth: int | None = None
+    max_members: int | None = None
+    max_width: int | None = None
+    max_bytes: int | None = None
+    max_dependency: float | None = None
+    norm: Literal["fold", "last"] | None = None
+    method: Literal["cosine", "loss", "kl"] = "loss"
+    preset: Literal["paper", "automatic"] | None = None
+    splits: list[int] | None = None
+    roads: list[Road] | None = None
+    after_refit: bool | None = None
+    max_window: int | None = None
+    hardware: str | None = None
+    tp: int = 1
+    precision: str = "bf16"
+    max_latency: float | None = None
+
+    @property
+    def over_roads(self) -> bool:
+        """Whether attention may move, or the planner itself decides where it is dropped."""
+        return self.roads is not None or self.preset == "automatic"
 
     def __post_init__(self) -> None:
+        if self.over_roads:
+            return
         if self.drop is not None and self.dropped_attention is not None:
             raise OptionError("--drop and --drop-attention were both given; the second names the layers itself")
         if self.preset is None:
@@ -86,25 +95,26 @@ class Wish:
 @measuring
 def command(
     run: Session,
+    limits: options.GroupLimits,
+    choice: RoadChoice,
     drop: Drop = None,
     drop_attention: options.DropAttention = None,
     max_perplexity_increase: Perplexity = None,
     max_kl: MaxKl = None,
     target_depth: TargetDepth = None,
-    max_members: options.MaxMembers = None,
-    max_width: options.MaxWidth = None,
-    max_bytes: options.MaxBytes = None,
-    max_dependency: options.MaxDependency = None,
     norm: options.NormOption = None,
     method: options.MethodOption = Method.loss,
     preset: PresetOption = None,
     splits: Splits = None,
+    automatic: road_options.Automatic = False,
+    after_refit: road_options.AfterRefit = None,
     out: Out = None,
 ) -> dict[str, Any]:
-    """Choose which attention to drop and which FFNs to fuse, by measurement, and write a plan file.
+    """Choose which attention to drop or move and which FFNs to fuse, by measurement, and write a plan file.
 
-    Of all plans within the budget, the one with the fewest FFNs one behind the other, and among those the one
-    with the least loss. What was scored or measured before with the same --results is not measured again.
+    Of all plans within the budget, the one with the fewest FFNs one behind the other (over several roads, with
+    --hardware: with the least predicted latency), and among those the one with the least loss. What was scored or
+    measured before with the same --results is not measured again.
     """
     wish = Wish(
         drop=read(drop, read_drop),
@@ -112,20 +122,27 @@ def command(
         max_perplexity_increase=read(max_perplexity_increase, partial(read_share, option="--max-perplexity-increase")),
         max_kl=max_kl,
         target_depth=target_depth,
-        max_members=max_members,
-        max_width=max_width,
-        max_bytes=read(max_bytes, partial(read_bytes, option="--max-bytes")),
-        max_dependency=max_dependency,
         norm=None if norm is None else norm.value,
         method=method.value,
-        preset=None if preset is None else preset.value,
+        preset="automatic" if automatic else None if preset is None else preset.value,
         splits=read(splits, partial(read_layers, option="--splits")),
+        after_refit=after_refit,
+        **limits.arguments(),
+        **choice.arguments(),
     )
     options.check_folder(run.common.model_dir)
     run.require_text()
     target = out or run.folder.file(PLAN)
     if run.common.dry_run:
         return run.plan_dry_run(work(run, wish), [target, COMPILED, PLANS])
+    return _make(run, wish, target)
+
+
+def _make(run: Session, wish: Wish, target: Path) -> dict[str, Any]:
+    if wish.over_roads:
+        from fxfusion.cli.road_planning import make as make_over_roads
+
+        return make_over_roads(run, wish, target)
 
     from fxfusion.cli.planning import make
 
@@ -136,6 +153,8 @@ def work(run: Session, wish: Wish) -> list[Work]:
     """For dry runs: the scores are needed where the layers are not named."""
     from fxfusion.planning.budget import Budget
 
+    if wish.over_roads:
+        return [Work("loss of each window alone"), *([Work("refits")] if wish.after_refit is not False else [])]
     number = Budget(drop=wish.drop).count(len(run.mixers))
     scored = [score_work(run, wish.method, greedy=False), score_work(run, wish.method, greedy=True, drop=number)]
     matrices = [Work("dependency matrix of each set of dropped layers")]

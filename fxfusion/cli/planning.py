@@ -43,7 +43,7 @@ def make(run: Session, wish: Wish, target: Path) -> dict[str, Any]:
     with run.screen.busy("measuring the plan"):
         meter = PlanMeter(model, batches, cache)
         quality = {"intact model": meter.quality(FusionPlan()), "the plan": meter.quality(plan)}
-        report = _what_becomes(meter, plan)
+        report = what_becomes(meter, plan)
         depth = meter.ffns
     if set(plan.dropped_attention) == set(meter.mixers):
         warnings.warn("the plan drops every attention: tokens cannot see each other", stacklevel=2)
@@ -60,7 +60,7 @@ def make(run: Session, wish: Wish, target: Path) -> dict[str, Any]:
     return result
 
 
-def _what_becomes(meter: PlanMeter, plan: FusionPlan) -> FusionReport:
+def what_becomes(meter: PlanMeter, plan: FusionPlan) -> FusionReport:
     """What the compiler makes of the plan: by graph, nothing is compiled."""
     captured = without_mixers(meter.graph, plan.dropped_attention)
     return FusionReport(graphs=(fuse_captured(captured, plan, verify="off").report,))

@@ -15,7 +15,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -215,11 +215,17 @@ def measuring_with(**defaults: Any) -> Callable[[Callable[..., dict[str, Any]]],
 
 
 def measuring(body: Callable[..., dict[str, Any]], defaults: Mapping[str, Any] | None = None) -> Callable[..., None]:
-    """A typer command out of `body(run, own options)`: with the options of `Common`, JSON, and a clean stop."""
+    """A typer command out of `body(run, own options)`: with the options of `Common`, JSON, and a clean stop.
+
+    An own option that is a dataclass stands for its fields.
+    """
+    own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+    parts = {p.name: p.annotation for p in own if isinstance(p.annotation, type) and is_dataclass(p.annotation)}
 
     @functools.wraps(body)
     def command(**given: Any) -> None:
-        common = Common(**{field.name: given.pop(field.name) for field in fields(Common)})
+        common = _filled(Common, given)
+        given |= {name: _filled(kind, given) for name, kind in parts.items()}
         with stopping_cleanly(f"what was measured is in {common.results}: the same command goes on from there"):
             run = Session(common)
             with stdout_for_json(common.as_json):
@@ -227,19 +233,24 @@ def measuring(body: Callable[..., dict[str, Any]], defaults: Mapping[str, Any] |
         if common.as_json:
             print(json.dumps(result, indent=2, allow_nan=False))
 
-    own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
-    keyword_only = inspect.Parameter.KEYWORD_ONLY
-    model_dir, *common = _parameters_of_common(defaults or {})  # MODEL_DIR stands before other arguments
-    merged = [model_dir, *(parameter.replace(kind=keyword_only) for parameter in own), *common]
+    plain = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name not in parts]
+    model_dir, *common = _parameters_of(Common, defaults)  # MODEL_DIR stands before other arguments
+    merged = [model_dir, *plain, *(p for kind in parts.values() for p in _parameters_of(kind)), *common]
     command.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
     return command
 
 
-def _parameters_of_common(defaults: Mapping[str, Any]) -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(Common, include_extras=True)
-    for field in fields(Common):
-        default = defaults.get(field.name, inspect.Parameter.empty if field.default is MISSING else field.default)
+def _filled(kind: type[Any], given: dict[str, Any]) -> Any:
+    """A dataclass from the options that are its fields, which are taken out of what was given."""
+    return kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+
+
+def _parameters_of(kind: type[Any], defaults: Mapping[str, Any] | None = None) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        default = (defaults or {}).get(field.name, field.default)
+        default = inspect.Parameter.empty if default is MISSING else default
         yield inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
         )

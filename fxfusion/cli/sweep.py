@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxfusion.cli import options
-from fxfusion.cli.options import Method, check_folder, read, read_bytes, read_layers, show_layers, show_members
+from fxfusion.cli.options import Method, check_folder, read, read_layers, show_layers, show_members
 from fxfusion.cli.plan import tried_work
 from fxfusion.cli.results_folder import PLANS, SWEEP, SWEEP_PLOT, SWEEP_TABLE, replacing
 from fxfusion.cli.score import work as score_work
@@ -31,11 +31,8 @@ Drops = Annotated[
 @measuring
 def command(
     run: Session,
+    limits: options.GroupLimits,
     drops: Drops = None,
-    max_members: options.MaxMembers = None,
-    max_width: options.MaxWidth = None,
-    max_bytes: options.MaxBytes = None,
-    max_dependency: options.MaxDependency = None,
     norm: options.NormOption = None,
     method: options.MethodOption = Method.loss,
 ) -> dict[str, Any]:
@@ -46,7 +43,7 @@ def command(
     check_folder(run.common.model_dir)
     run.require_text()
     numbers = read(drops, partial(read_layers, option="--drops"))
-    room = read(max_bytes, partial(read_bytes, option="--max-bytes"))
+    groups = limits.arguments()
     if run.common.dry_run:
         return run.plan_dry_run(_work(run, method.value), [SWEEP, SWEEP_TABLE, SWEEP_PLOT, PLANS])
 
@@ -60,10 +57,7 @@ def command(
         model,
         run.batches,
         drops=numbers,
-        max_members=max_members,
-        max_width=max_width,
-        max_bytes=room,
-        max_dependency=max_dependency,
+        **groups,
         norm=None if norm is None else norm.value,
         method=method.value,
         cache=run.folder.path,

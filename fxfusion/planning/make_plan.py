@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -18,7 +18,11 @@ from fxfusion.plan import FusionPlan, LayerScore, MadeBy, Scores
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.planner import Planner, search
+from fxfusion.planning.roads.choose import RoadArguments, check_unused, choose, road_options, search_for
 from fxfusion.policy import NormMode
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def make_plan(
@@ -36,11 +40,12 @@ def make_plan(
     max_dependency: float | None = None,
     norm: NormMode | None = None,
     method: Method = "loss",
-    preset: Literal["paper"] | None = None,
+    preset: Literal["paper", "automatic"] | None = None,
     splits: Iterable[int] | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
     command: str | None = None,
+    **over_roads: Unpack[RoadArguments],
 ) -> FusionPlan:
     """Choose which attention to drop and which FFNs to fuse, by measurement, under a budget.
 
@@ -56,8 +61,19 @@ def make_plan(
         max_dependency: largest entry of the dependency matrix inside a group.
         norm: see `FusionPlan`; None measures both and keeps the paper's, `"last"`, on the paper's groups unless
             `"fold"` is measured better. method: see `attention_scores`.
-        preset: `"paper"` leaves the leading and the last FFN of each run out and takes the norm of a group's last
-            member; groups are cut at `splits` (layers at which one begins) or where `max_bytes` is full, not measured.
+        roads: how FFNs with attention between them may become neighbours: by `"drop"` (dropping it), `"hoist"`
+            (moving it before them) or `"wide"` (moving it, as one attention); several may be mixed in one plan. Needs
+            a budget: a depth, a latency, or a quality, within which the latency (without hardware: the depth) is
+            least. None: the attention is dropped that the arguments above name, and no other is touched.
+        after_refit: with roads, judge each plan by its loss after `fxfusion.refit`: three quarters of the batches are
+            fitted to, the others judge.
+        max_window: layers that become one at most (6).
+        hardware, tp, precision: what the latency is predicted for, see `fxfusion.cost`: one token, decoded after
+            1,024. max_latency: in milliseconds.
+        preset: `"automatic"`: all roads, after refit, within 1 % of the perplexity, the least latency on one H100
+            (other arguments change that). `"paper"` leaves the leading and the last FFN of each run out and takes the
+            norm of a group's last member; groups are cut at `splits` (layers at which one begins) or where `max_bytes`
+            is full, not measured.
         cache: a folder where scores, matrices and measured plans are kept: the next call measures only what is new.
         progress: show progress bars. command: what is noted in the plan as its maker.
 
@@ -74,25 +90,38 @@ def make_plan(
     budget = Budget(
         drop=drop, max_perplexity_increase=max_perplexity_increase, max_kl=max_kl, target_depth=target_depth
     )
+    limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
+    if preset == "automatic" or over_roads.get("roads") is not None:
+        if dropped_attention is not None or splits is not None:
+            raise OptionError("dropped_attention and splits name layers; over several roads the planner does that")
+        options, budget = road_options(over_roads, budget, automatic=preset == "automatic")
+        roads = search_for(model, list(batches), options, budget, limits, norm, cache, progress)
+        return made(choose(roads, options, budget).plan, model, command)
+    check_unused(over_roads)
     if drop is not None and dropped_attention is not None:
         raise OptionError("drop and dropped_attention were both given; the second names the layers itself")
-    limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
-    if preset is not None:
-        _check_preset(preset, budget, limits, norm)
-    elif splits is not None:
-        raise OptionError("splits belong to preset='paper'; the planner cuts by measurement")
+    _check_preset(preset, budget, limits, norm, splits)
     planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
-    if preset is not None:
-        chosen = _paper(planner, budget, dropped_attention, splits)
-    else:
-        chosen = search(planner, budget, dropped_attention).plan
-    return recorded(planner, chosen, command)
+    if preset is None:
+        return recorded(planner, search(planner, budget, dropped_attention).plan, command)
+    return recorded(planner, _paper(planner, budget, dropped_attention, splits), command)
 
 
-def _check_preset(preset: str, budget: Budget, limits: Limits, norm: NormMode | None) -> None:
+def made(plan: FusionPlan, model: nn.Module, command: str | None) -> FusionPlan:
+    """The plan with its model and maker."""
+    return plan.replace(model=facts_of(model), made_by=MadeBy.now(command=command))
+
+
+def _check_preset(
+    preset: str | None, budget: Budget, limits: Limits, norm: NormMode | None, splits: Iterable[int] | None
+) -> None:
     """Raises `OptionError` for a budget of quality or depth: a rule measures nothing, so it cannot keep it."""
+    if preset is None:
+        if splits is not None:
+            raise OptionError("splits belong to preset='paper'; the planner cuts by measurement")
+        return
     if preset != "paper":
-        raise OptionError(f"preset: expected 'paper', got {preset!r}")
+        raise OptionError(f"preset: expected 'paper' or 'automatic', got {preset!r}")
     given = {name: getattr(budget, name) for name in ("max_perplexity_increase", "max_kl", "target_depth")}
     given |= {name: getattr(limits, name) for name in ("max_members", "max_width", "max_dependency")}
     named = next((name for name, value in given.items() if value is not None), None)

@@ -10,7 +10,7 @@ import pytest
 
 CHOOSING = ("score", "matrix", "plan", "explain", "eval", "sweep", "report", "simulate")
 KEEPING = ("fuse", "refit", "unfuse", "export", "check", "generate")
-COMMANDS = (*CHOOSING, *KEEPING, "demo")
+COMMANDS = ("auto", *CHOOSING, *KEEPING, "demo")
 HEAVY = ("torch", "transformers", "networkx", "jinja2", "tabulate", "pydantic", "matplotlib", "yaml")
 LIMIT = 0.5  # seconds
 HELP = "import sys; sys.argv = ['fxfusion', *{words}]\nfrom fxfusion.cli import main\nmain()"

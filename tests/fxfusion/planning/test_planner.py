@@ -235,7 +235,7 @@ def test_the_preset_leaves_the_ends_out() -> None:
         ({"preset": "paper", "drop": 2, "max_kl": 0.1}, "max_kl: preset='paper' is a rule"),
         ({"preset": "paper", "drop": 2, "max_members": 3}, "max_members: preset='paper' is a rule"),
         ({"preset": "paper", "drop": 2, "norm": "fold"}, "norm: preset='paper' takes the norm of a group's last"),
-        ({"preset": "eye"}, "expected 'paper', got 'eye'"),
+        ({"preset": "eye"}, "expected 'paper' or 'automatic', got 'eye'"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(more: dict[str, Any], message: str) -> None:

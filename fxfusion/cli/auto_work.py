@@ -1,0 +1,121 @@
+"""What `fxfusion auto` does: choose, refit, measure on held-out text, time, write. Imported when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fxfusion.analysis.quality import Quality, evaluate, record_logits
+from fxfusion.checkpoints.api import save_pretrained
+from fxfusion.cli import evaluation_tables, timing
+from fxfusion.cli.conversion import Format
+from fxfusion.cli.results_folder import PLAN
+from fxfusion.cli.road_planning import choose_plan, show
+from fxfusion.cli.session import Session
+from fxfusion.errors import OptionError
+from fxfusion.plan import FusionPlan
+from fxfusion.recovery.refit import refit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fxfusion.cli.plan import Wish
+
+_HELD_OUT = 8  # one batch in so many
+_ROUNDS = 12
+
+
+def make(run: Session, wish: Wish, output: Path, format: Format) -> dict[str, Any]:
+    """All of it; what `--json` prints."""
+    text, held_out = divided(run.batches)
+    chosen = choose_plan(run, wish, text)
+    result: dict[str, Any] = {**chosen.to_dict(), "text": run.text_facts, "output": None}
+    if not chosen.plan.groups and not chosen.plan.dropped_attention:
+        show(run, result)
+        run.screen.line("no window of layers is within the budget: nothing is written", "bold red")
+        return result
+    chosen.plan.save(run.folder.file(PLAN))
+    fused = refit(run.model, chosen.plan, text, reference="intact", progress=run.screen.notes.is_terminal)
+    with run.screen.busy("measuring on held-out text"):
+        quality = _quality(run, chosen.plan, fused, held_out)
+    result["quality"] = {name: each.to_dict() for name, each in quality.items()}
+    with run.screen.busy("timing both models on this machine"):
+        result["speed"] = _speed(run, fused, held_out[0])
+    save_pretrained(fused, output, format.value, card={"quality": _card(quality)})
+    result["output"] = str(output)
+    show(run, result)
+    _show_speed(run, result["speed"])
+    run.screen.line(f"\nwritten: {output} ({format.value}), plan: {run.folder.file(PLAN)}")
+    return result
+
+
+def divided(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Text to choose and refit with, and text that neither sees. Raises `OptionError` where there is too little."""
+    if len(batches) < 3:
+        raise OptionError(
+            f"--text: {len(batches)} batches of text are too few to choose by, to refit to, and to measure on; give "
+            "more text, or smaller batches (--batch)"
+        )
+    held_out = list(batches[::_HELD_OUT])
+    return [batch for number, batch in enumerate(batches) if number % _HELD_OUT], held_out
+
+
+def _quality(run: Session, plan: FusionPlan, fused: PreTrainedModel, held_out: list[Tensor]) -> dict[str, Quality]:
+    reference = record_logits(run.model, held_out)
+    return {
+        "intact model": evaluate(run.model, held_out, reference),
+        "fused and refitted": evaluate(fused, held_out, reference),
+    }
+
+
+def _speed(run: Session, fused: PreTrainedModel, batch: Tensor) -> dict[str, Any]:
+    """Both models in eager mode, interleaved, with the intact model against itself as control."""
+    found = {}
+    for name, tokens in (("a prompt", batch.shape[1]), ("one token", 1)):
+        ids = batch[:1, :tokens].to(run.device)
+        calls = {label: _call(model, ids) for label, model in (("intact", run.model), ("fused", fused))}
+        with torch.no_grad():
+            samples = timing.sample({**calls, "control": calls["intact"]}, _ROUNDS, run.common.seed)
+        found[name] = {
+            "tokens": tokens,
+            "milliseconds": {label: timing.median(samples[label]) * 1e3 for label in calls},
+            "faster": timing.ratio(samples["intact"], samples["fused"]).to_dict(),
+            "control": timing.ratio(samples["intact"], samples["control"]).to_dict(),
+        }
+    return found
+
+
+def _call(model: PreTrainedModel, ids: Tensor) -> Any:
+    def call() -> None:
+        model(input_ids=ids, use_cache=False)
+        if ids.device.type != "cpu":
+            torch.accelerator.synchronize(ids.device)
+
+    return call
+
+
+def _show_speed(run: Session, found: dict[str, Any]) -> None:
+    rows = [
+        (
+            f"{name} ({one['tokens']} tokens)" if one["tokens"] > 1 else name,
+            *(f"{milliseconds:.2f}" for milliseconds in one["milliseconds"].values()),
+            str(timing.Ratio(**one["faster"])),
+            str(timing.Ratio(**one["control"])),
+        )
+        for name, one in found.items()
+    ]
+    run.screen.line("")
+    run.screen.table(("on this machine, eager", "intact [ms]", "fused [ms]", "times faster", "control"), rows)
+
+
+def _card(quality: dict[str, Quality]) -> dict[str, str]:
+    """What the model card says."""
+    return {
+        f"{measure}, {name}": evaluation_tables.number(getattr(found, measure).to_dict(), 4)
+        for name, found in quality.items()
+        for measure in ("perplexity", "kl", "top1")
+    }

@@ -1,0 +1,278 @@
+"""The best plan over several roads: proposed by dynamic programming, decided by measuring whole plans.
+
+    screen    what each window costs alone                        many short measurements
+    propose   disjoint windows of least total cost, by price      no measurement
+    try       the best proposals as whole plans, as they are      a few measurements
+    refit     the best of these after their refit                 few long measurements, and they decide
+
+Source: issue 7.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fxfusion.analysis.meter import PlanMeter
+from fxfusion.analysis.quality import Quality
+from fxfusion.analysis.resume import progress_bar
+from fxfusion.errors import NotFusedError, PlanError
+from fxfusion.plan import FusionPlan
+from fxfusion.planning.budget import Budget
+from fxfusion.planning.roads.after_refit import RefitMeter
+from fxfusion.planning.roads.price import Price
+from fxfusion.planning.roads.programme import Offer, Proposal, front, propose
+from fxfusion.planning.roads.screen import Screen, increase
+from fxfusion.planning.roads.segment import Road, Segment, plan_of
+
+_KEPT = 4  # proposals for each price
+_TRIED, _JUDGED = 8, 3  # whole plans that are measured for one price on the text of the screen, and by the judge
+# A window that costs more alone than so many times what the whole plan may cost is hopeless, and so are longer ones.
+# A refit takes much of a window's cost back.
+_SLACK, _SLACK_AFTER_REFIT = 2.0, 8.0
+_PROBES, _PROBES_AFTER_REFIT = 12, 4  # prices that are tried on the way to the least one within a budget
+_JUDGED_ON_THE_WAY = 2
+_LEAST = 1e-6  # nats: what measures as a gain is chance
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A measured plan. `quality`: after the refit where one follows."""
+
+    plan: FusionPlan
+    price: float
+    quality: Quality
+
+    @property
+    def cost(self) -> float:
+        """Increase of the loss, in nats per token."""
+        assert self.quality.loss_increase is not None
+        return float(self.quality.loss_increase)
+
+
+@dataclass(slots=True)
+class RoadSearch:
+    """`judge`: measures the few plans that are left, on more text than the screen. `refitted`: the same after a refit,
+    None where plans are judged as they are."""
+
+    screen: Screen
+    price: Price
+    judge: PlanMeter
+    refitted: RefitMeter | None = None
+    found: dict[FusionPlan, Found] = field(default_factory=dict)
+    recovery: dict[Road, float] = field(default_factory=dict)
+    _proposals: list[Proposal] | None = None
+    _on_one_road: list[Proposal] | None = None
+
+    @property
+    def meter(self) -> PlanMeter:
+        return self.screen.meter
+
+    @property
+    def intact(self) -> Found:
+        """The model as it is."""
+        return self.measure(FusionPlan(norm=self.screen.norm))
+
+    def measure(self, plan: FusionPlan) -> Found:
+        """A whole plan, after its refit where one follows."""
+        if plan not in self.found:
+            quality = (self.judge if self.refitted is None else self.refitted).quality(plan)
+            self.found[plan] = Found(plan, self.price.of(plan), quality)
+        return self.found[plan]
+
+    def best_at(self, most: float) -> Found:
+        """The plan of least loss at a price of at most `most`. Raises `PlanError` where there is none."""
+        self.screen.run(lambda: _SLACK * self._cheapest_at(most))
+        self._renew()
+        return self._best_at(most)
+
+    def cheapest(self, budget: Budget) -> Found:
+        """The plan of least price within the budget's quality; the intact model where nothing else is."""
+        slack = _SLACK if self.refitted is None else _SLACK_AFTER_REFIT
+        self.screen.run(lambda: slack * _allowed_loss(budget))
+        self._renew()
+        ladder = [proposal for proposal in front(self.proposals) if proposal.saved > 0]
+        low, high, factor = -1, len(ladder), 1.0  # up to low within the budget, from high on outside
+        for _ in range(_PROBES if self.refitted is None else _PROBES_AFTER_REFIT):
+            if high - low < 2:
+                break
+            middle = sum(proposal.cost * factor <= _allowed_loss(budget) for proposal in ladder) - 1
+            if not low < middle < high:
+                middle = (low + high) // 2
+            found = self._best_at(self.intact_price - ladder[middle].saved, on_the_way=True)
+            factor = max(found.cost, _LEAST) / max(ladder[middle].cost, _LEAST)
+            if budget.allows(found.quality):
+                low = middle
+            else:
+                high = middle
+        return self.within(budget)
+
+    def within(self, budget: Budget) -> Found:
+        """Of all plans measured so far, the one of least price within the budget, then of least loss."""
+        allowed = [one for one in (self.intact, *self.found.values()) if budget.allows(one.quality)]
+        if not allowed:
+            raise PlanError(f"the intact model itself is outside the budget: {budget}")
+        return min(allowed, key=lambda one: (one.price, one.cost))
+
+    @property
+    def proposals(self) -> list[Proposal]:
+        """Sets of windows with their expected cost, after the refit where one follows."""
+        if self._proposals is None:
+            self._proposals = propose(self.screen.layers, self._offers(self.recovery), _KEPT)
+        return self._proposals
+
+    @property
+    def on_one_road(self) -> list[Proposal]:
+        """The same with all windows on one road, for each road in turn; nothing where there is only one."""
+        if self._on_one_road is None:
+            roads = self.screen.roads if len(self.screen.roads) > 1 else ()
+            self._on_one_road = [
+                proposal
+                for road in roads
+                for proposal in propose(self.screen.layers, self._offers(self.recovery, [road]))
+            ]
+        return self._on_one_road
+
+    def _renew(self) -> None:
+        """Propose anew, with what a refit takes back on each road."""
+        if self.refitted is not None and not self.recovery:
+            self.recovery = self._measured_recovery(self.refitted)
+        self._proposals = self._on_one_road = None
+
+    def _offers(self, recovery: Mapping[Road, float], roads: Sequence[Road] | None = None) -> list[Offer]:
+        """Each screened segment, and each with one more attention dropped: that cost is taken to add.
+
+        `roads`: on these alone.
+        """
+        costs = {
+            segment: max(cost, _LEAST) * recovery.get(segment.road, 1.0)
+            for segment, cost in self.screen.costs.items()
+            if segment.road in (roads or self.screen.roads)
+        }
+        alone = {segment.first: cost for segment, cost in costs.items() if segment.size == 1}
+        for segment, cost in list(costs.items()):
+            for layer in segment.layers if segment.size > 1 else ():
+                if layer in alone and layer not in segment.dropped:
+                    costs[segment.without(layer)] = cost + alone[layer]
+        mixers, intact = self.screen.mixers, self.intact_price
+        return [
+            Offer(segment, cost, intact - self.price.of(plan_of([segment], mixers))) for segment, cost in costs.items()
+        ]
+
+    @property
+    def intact_price(self) -> float:
+        return self.price.of(FusionPlan())
+
+    def _cheapest_at(self, most: float) -> float:
+        """The least cost, as windows add up, at which the price can be had; infinite where it cannot yet."""
+        known = propose(self.screen.layers, self._offers({}))
+        return min((one.cost for one in known if self._reaches(one, most)), default=math.inf)
+
+    def _reaches(self, proposal: Proposal, most: float) -> bool:
+        return self.intact_price - proposal.saved <= most * (1 + 1e-9)
+
+    def _best_at(self, most: float, on_the_way: bool = False) -> Found:
+        fitting = sorted((one for one in self.proposals if self._reaches(one, most)), key=lambda one: one.cost)
+        if not fitting:
+            raise PlanError(self._why_none(most))
+        on_one_road = [] if on_the_way else self._best_of_each_road(most)
+        plans = {self._plan(one): one for one in (*fitting[:_TRIED], *on_one_road)}
+        expected: dict[FusionPlan, float] = {}
+        with progress_bar(self.screen.progress, f"whole plans, {self.price.text(most)}", len(plans)) as advance:
+            for plan, proposal in plans.items():
+                found = self._expected(plan, proposal)
+                if found is not None:
+                    expected[plan] = found
+                advance(1)
+        if not expected:
+            raise PlanError(f"none of the plans that were tried for {self.price.text(most)} can be had")
+        ranked = sorted(expected, key=expected.__getitem__)
+        count = _JUDGED_ON_THE_WAY if on_the_way else _JUDGED
+        finalists = [*self._finalists(ranked, count), *(self._plan(one) for one in on_one_road)]
+        for plan in finalists:
+            if plan in expected:
+                self.measure(plan)
+        return min((one for one in self.found.values() if one.price <= most * (1 + 1e-9)), key=lambda one: one.cost)
+
+    def _best_of_each_road(self, most: float) -> list[Proposal]:
+        """So that several roads never lose more than one of them."""
+        best: dict[Road, Proposal] = {}
+        for one in self.on_one_road:
+            road = one.last.road if one.last is not None else None
+            if road is not None and self._reaches(one, most) and (road not in best or one.cost < best[road].cost):
+                best[road] = one
+        return list(best.values())
+
+    def _finalists(self, ranked: Sequence[FusionPlan], count: int) -> Sequence[FusionPlan]:
+        """Those that are worth the judge's time: the first ones, and all that it knows."""
+        if self.judge is self.meter and self.refitted is None:
+            return ranked
+        judge = self.judge if self.refitted is None else self.refitted
+        return [*ranked[:count], *(plan for plan in ranked[count:] if judge.knows(plan))]
+
+    def _plan(self, proposal: Proposal) -> FusionPlan:
+        return plan_of(proposal.segments, self.screen.mixers, self.screen.norm)
+
+    def _expected(self, plan: FusionPlan, proposal: Proposal) -> float | None:
+        """The cost to expect of a whole plan: what it costs as it is, and on each road what a refit leaves of that.
+
+        None for windows that cannot be had together.
+        """
+        try:
+            as_is = increase(self.meter, plan)
+        except NotFusedError as error:
+            self.screen.refused.update(dict.fromkeys(proposal.segments, str(error)))
+            return None
+        summed = sum(self._alone(segment) for segment in proposal.segments)
+        return max(as_is, _LEAST) * proposal.cost / max(summed, _LEAST)
+
+    def _alone(self, segment: Segment) -> float:
+        """The measured costs that an offer was made of."""
+        known = self.screen.costs
+        if segment in known:
+            return max(known[segment], _LEAST)
+        extra = next(layer for layer in segment.dropped if _without(segment, layer) in known)
+        return max(known[_without(segment, extra)], _LEAST) + max(
+            known[Segment(extra, extra, "drop", (extra,))], _LEAST
+        )
+
+    def _measured_recovery(self, refitted: RefitMeter) -> dict[Road, float]:
+        """Which part of its cost a refit leaves on each road: from one plan that merges about a quarter of the FFNs."""
+        found: dict[Road, float] = {}
+        with progress_bar(self.screen.progress, "what a refit takes back", len(self.screen.roads)) as advance:
+            for road in self.screen.roads:
+                plan = self._typical(road)
+                if plan is not None:
+                    before, after = increase(self.meter, plan), refitted.quality(plan).loss_increase
+                    assert after is not None
+                    found[road] = min(max(float(after), _LEAST) / max(before, _LEAST), 1.0)
+                advance(1)
+        return found
+
+    def _typical(self, road: Road) -> FusionPlan | None:
+        offers = [offer for offer in self._offers({}, [road]) if offer.segment.size > 1 and offer.saved > 0]
+        known = [one for one in propose(self.screen.layers, offers) if one.saved > 0]
+        enough = [one for one in known if len(one.segments) >= max(1, self.screen.layers // 4)]
+        chosen = min(enough or known, key=lambda one: one.cost, default=None)
+        return None if chosen is None else self._plan(chosen)
+
+    def _why_none(self, most: float) -> str:
+        least = self.intact_price - max((one.saved for one in self.proposals), default=0.0)
+        words = f"no plan reaches {self.price.text(most)}; the windows that can be had reach {self.price.text(least)}"
+        reasons = list(dict.fromkeys(self.screen.refused.values()))
+        return words + (f" ({len(self.screen.refused)} were refused, such as: {reasons[0]})" if reasons else "")
+
+
+def _without(segment: Segment, layer: int) -> Segment:
+    """The same with the attention of one layer kept."""
+    dropped = tuple(other for other in segment.dropped if other != layer)
+    return Segment(segment.first, segment.last, segment.road, dropped)
+
+
+def _allowed_loss(budget: Budget) -> float:
+    """The increase of the loss that a budget allows, in nats per token. A KL is of about that size too."""
+    bounds = [budget.max_kl] if budget.max_kl is not None else []
+    if budget.max_perplexity_increase is not None:
+        bounds.append(math.log1p(budget.max_perplexity_increase))
+    return min(bounds, default=math.inf)

@@ -1,0 +1,109 @@
+"""`fxfusion auto`, and `fxfusion plan` over several roads: a plan, a checkpoint, its loss and its speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fxfusion
+from fxfusion.cli.auto_work import divided
+from fxfusion.errors import OptionError
+from fxfusion.models.ffn_surgery.record import plan_of
+from fxfusion.plan import FusionPlan
+from tests.fxfusion.cli.conftest import Run
+from tests.fxfusion.recovery.own_text import LENGTH, model_of, own_text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that predicts its own text."""
+    path = tmp_path_factory.mktemp("own")
+    model_of().save_pretrained(path / "model")
+    save_file({"input_ids": torch.cat(own_text()).to(torch.int32)}, path / "text.safetensors")
+    return path
+
+
+@pytest.fixture
+def args(folder: Path, tmp_path: Path) -> list[object]:
+    text = ["--text", folder / "text.safetensors", "--length", LENGTH, "--batch", 16, "--sequences", 96]
+    return [folder / "model", *text, "--results", tmp_path / "results"]
+
+
+@pytest.mark.slow
+def test_one_command_gives_a_plan_a_checkpoint_its_loss_and_its_speed(
+    run: Run, args: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "fused"
+    more = ["--target-depth", 3, "--roads", "drop", "--max-window", 2]
+    ran = run("auto", *args, "--output", out, *more, "--json")
+    assert ran.code == 0, ran.err
+    found = ran.json
+    plan = FusionPlan.load(tmp_path / "results" / "plan.yaml")
+    assert found["depth"] == {"intact": 4, "plan": 3} and plan.to_dict() == found["plan"]
+    control, fused = found["quality"]["intact model"], found["quality"]["fused and refitted"]
+    assert control["kl"]["value"] == 0 and fused["kl"]["value"] > 0
+    assert set(found["speed"]) == {"a prompt", "one token"}
+    assert all(one["milliseconds"]["fused"] > 0 for one in found["speed"].values())
+
+    loaded = fxfusion.from_pretrained(out)
+    assert [list(group) for group in plan_of(loaded).groups] == [list(group) for group in plan.groups]
+    held_out = divided([batch.long() for batch in torch.cat(own_text()).split(16)])[1]
+    assert len(held_out) == 1
+    again = run("auto", *args, "--output", out, *more)
+    assert again.code == 0 and "times faster" in again.out and f"written: {out}" in again.out
+    assert "FFNs one behind the other: 4 -> 3" in again.out
+
+
+@pytest.mark.slow
+def test_where_nothing_is_within_the_budget_nothing_is_written(run: Run, args: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "fused"
+    more = ["--roads", "drop", "--max-window", 2, "--max-perplexity-increase", "0%"]
+    ran = run("auto", *args, "--output", out, *more)
+    assert ran.code == 0, ran.err
+    assert ("nothing is written" in ran.out) == (not out.exists()), "unless a refit gains even on the intact model"
+
+
+def test_text_is_held_out() -> None:
+    batches = [torch.full((1, 4), number) for number in range(17)]
+    text, held_out = divided(batches)
+    assert [int(batch[0, 0]) for batch in held_out] == [0, 8, 16] and len(text) == 14
+    with pytest.raises(OptionError, match="2 batches of text are too few"):
+        divided(batches[:2])
+
+
+def test_a_dry_run_measures_nothing(run: Run, args: list[object], tmp_path: Path) -> None:
+    ran = run("auto", *args, "--output", tmp_path / "fused", "--dry-run", "--json")
+    assert ran.code == 0 and ran.json["writes"][1] == str(tmp_path / "fused")
+    assert not (tmp_path / "fused").exists() and not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "named"),
+    [
+        ("auto", [], "--output"),
+        ("auto", ["--output", "x", "--roads", "hoist,raise"], "--roads: expected some of drop, hoist, wide"),
+        ("auto", ["--output", "x", "--hardware", "abacus"], "abacus"),
+        ("auto", ["--output", "x", "--tp", 3], "tp 3"),
+        ("plan", ["--roads", "hoist"], "roads need a budget"),
+        ("plan", ["--automatic", "--drop", 2], "drop: over several roads"),
+        ("plan", ["--after-refit", "--target-depth", 3], "after_refit: goes with roads"),
+        ("plan", ["--roads", "hoist", "--max-latency", 1], "max_latency: name the hardware"),
+    ],
+)
+def test_what_cannot_be_is_exit_code_2_and_named(
+    run: Run, args: list[object], command: str, more: list[object], named: str
+) -> None:
+    ran = run(command, *args, *more)
+    assert ran.code == 2 and named in ran.err and "Traceback" not in ran.err
+
+
+def test_a_plan_over_roads_is_written_with_what_it_costs(run: Run, args: list[object], tmp_path: Path) -> None:
+    more = ["--roads", "drop,hoist", "--target-depth", 3, "--max-window", 2, "--hardware", "h100"]
+    ran = run("plan", *args, *more)
+    assert ran.code == 0, ran.err
+    plan = FusionPlan.load(tmp_path / "results" / "plan.yaml")
+    assert len(plan.groups) == 1 and plan.model is not None and plan.made_by is not None
+    assert "FFNs one behind the other: 4 -> 3" in ran.out and "fxfusion fuse" in ran.out

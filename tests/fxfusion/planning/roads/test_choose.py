@@ -1,0 +1,108 @@
+"""choose: from arguments to a plan, on real models; and what cannot be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fxfusion.analysis.meter import PlanMeter
+from fxfusion.cost.simulate import simulate
+from fxfusion.errors import OptionError, PlanError
+from fxfusion.plan import FusionPlan
+from fxfusion.planning.make_plan import make_plan
+from fxfusion.planning.roads import screen as screen_file
+from fxfusion.planning.roads.price import depth_price, merged, predicted_latency, table_of_model
+from fxfusion.planning.roads.segment import Road
+from tests.fxfusion.planning.roads.priced_meter import all_plans
+from tests.fxfusion.recovery.own_text import model_of, own_text
+from tests.tiny_lm import TinyLm, ids
+
+BATCHES = [ids(3, 9, seed=5), ids(3, 9, seed=6)]
+LAYERS = 4
+ROADS_HERE = ("drop",)
+
+
+@pytest.mark.parametrize(("roads", "layers"), [(("hoist",), 4), (("drop", "hoist"), 3)])
+def test_of_all_plans_at_a_depth_the_one_measured_best_is_made(roads: tuple[Road, ...], layers: int) -> None:
+    model = TinyLm(layers)
+    plan = make_plan(model, BATCHES, roads=roads, target_depth=2)
+    meter = PlanMeter(model, BATCHES)
+    costs = {
+        other: float(meter.quality(other).loss)
+        for other in all_plans(layers, roads)
+        if depth_price(layers).of(other) <= 2
+    }
+    ranked = sorted(costs.values())
+    assert layers - merged(plan) <= 2 and plan.model is not None and plan.model.layers == layers
+    assert plan.made_by is not None
+    bare = FusionPlan(groups=plan.groups, dropped_attention=plan.dropped_attention)
+    assert costs[bare] <= ranked[len(ranked) // 4] < ranked[-1], "among the best, and there are worse ones"
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {"roads": ["hoist"], "target_depth": 3, "cache": tmp_path}
+    first = make_plan(TinyLm(LAYERS), BATCHES, **arguments)
+    from fxfusion.analysis import meter
+
+    monkeypatch.setattr(meter, "evaluate", lambda *_, **__: pytest.fail("a plan was measured again"))
+    assert make_plan(TinyLm(LAYERS), BATCHES, **arguments).groups == first.groups
+    with pytest.raises(pytest.fail.Exception):
+        make_plan(TinyLm(LAYERS), BATCHES, **{**arguments, "roads": ["drop"]})
+
+
+@pytest.mark.slow
+def test_automatic_is_the_least_latency_within_a_percent_of_the_perplexity() -> None:
+    model, text = model_of(), own_text()
+    arguments: dict[str, Any] = {"preset": "automatic", "roads": ROADS_HERE, "max_window": 2}
+    plan = make_plan(model, text, **arguments)
+    loose = make_plan(model, text, **arguments, max_perplexity_increase=1e9)
+    price = predicted_latency(PlanMeter(model, text[:1]), "h100")
+    assert price.of(loose) < price.of(FusionPlan()) and price.of(loose) <= price.of(plan)
+    assert loose.groups
+
+
+def test_latency_is_that_of_the_cost_model() -> None:
+    model = model_of()
+    meter = PlanMeter(model, own_text()[:1])
+    table = table_of_model(meter)
+    assert len(table.layers) == 4 and table.gated and table.hidden_size == model.config.hidden_size
+    price, plan = predicted_latency(meter, "h100"), FusionPlan(groups=[[1, 2]], hoist=True)
+    assert price.of(plan) == simulate(table, hardware="h100", plan=plan).latency_ms < price.of(FusionPlan())
+    assert not table_of_model(PlanMeter(model_of("gpt2"), own_text("gpt2")[:1])).gated
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"roads": ["hoist"]}, "roads need a budget"),
+        ({"roads": ["raise"], "target_depth": 3}, "expected some of drop, hoist, wide"),
+        ({"roads": ["hoist"], "target_depth": 3, "drop": 2}, "drop: over several roads"),
+        ({"roads": ["hoist"], "target_depth": 3, "dropped_attention": [1]}, "dropped_attention and splits"),
+        ({"roads": ["hoist"], "max_latency": 1.0}, "max_latency: name the hardware"),
+        ({"roads": ["hoist"], "max_latency": -1.0, "hardware": "h100"}, "max_latency: expected milliseconds"),
+        (
+            {"roads": ["hoist"], "max_latency": 1.0, "hardware": "h100", "target_depth": 2},
+            "target_depth and max_latency",
+        ),
+        ({"roads": ["hoist"], "max_kl": 1.0, "hardware": "h100"}, "TinyLm has no config"),
+        ({"roads": ["hoist"], "target_depth": 3, "max_dependency": 0.1}, "max_dependency"),
+        ({"roads": ["hoist"], "target_depth": 3, "max_window": 1}, "max_window"),
+        ({"after_refit": True, "target_depth": 3}, "after_refit: goes with roads"),
+        ({"hardware": "h100"}, "hardware: goes with roads"),
+        ({"roads": ["hoist"], "after_refit": True, "target_depth": 3, "batches": BATCHES[:1]}, "two batches at least"),
+    ],
+)
+def test_what_cannot_be_asked_for(arguments: dict[str, Any], named: str) -> None:
+    batches = arguments.pop("batches", BATCHES)
+    with pytest.raises(OptionError, match=named):
+        make_plan(TinyLm(LAYERS), batches, **arguments)
+
+
+def test_a_budget_that_no_plan_keeps_says_what_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PlanError, match=r"at 2 FFNs the best one costs \+"):
+        make_plan(TinyLm(LAYERS), BATCHES, roads=["hoist"], target_depth=2, max_kl=1e-9)
+    monkeypatch.setattr(screen_file, "windows", lambda *_: iter(()))
+    with pytest.raises(PlanError, match="no plan reaches 2 FFNs; the windows that can be had reach 4 FFNs"):
+        make_plan(TinyLm(LAYERS), BATCHES, roads=["hoist"], target_depth=2)

@@ -1,0 +1,120 @@
+"""search: the plan that is chosen, against trying all plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+
+from fxfusion.analysis.quality import Quality
+from fxfusion.errors import PlanError
+from fxfusion.plan import FusionPlan
+from fxfusion.planning.budget import Budget
+from fxfusion.planning.roads.after_refit import RefitMeter
+from fxfusion.planning.roads.price import Price, depth_price, latency_price, merged
+from fxfusion.planning.roads.screen import Screen
+from fxfusion.planning.roads.search import RoadSearch
+from fxfusion.planning.roads.segment import ROADS, Road
+from tests.fxfusion.planning.roads.priced_meter import LAYERS, Loss, PricedMeter, all_plans, loss_of, quality_of
+
+
+class PricedRefit:
+    """A refit whose result is set by hand. `asked`: the plans that were refitted."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss, self.asked = loss, cast(list[FusionPlan], [])
+
+    def knows(self, plan: FusionPlan) -> bool:
+        return plan in self.asked
+
+    def quality(self, plan: FusionPlan) -> Quality:
+        self.asked.append(plan)
+        return quality_of(self.loss(plan))
+
+
+def search(
+    roads: Sequence[Road] = ROADS, price: Price | None = None, refit: Loss | None = None, **meter: Any
+) -> RoadSearch:
+    refitted = None if refit is None else cast(RefitMeter, PricedRefit(refit))
+    screen = Screen(PricedMeter(**meter), tuple(roads), max_window=6)
+    return RoadSearch(screen, price or depth_price(LAYERS), screen.meter, refitted)
+
+
+def latency_of(plan: FusionPlan) -> float:
+    """2 for each attention, 1 for each FFN; a wide block's attentions count as one."""
+    moved = sum(len(group) - 1 for group in plan.groups if group.mixers == "wide")
+    inner = [layer for group in plan.groups if group.mixers == "wide" for layer in group[1:]]
+    spared = moved - sum(layer in plan.dropped_attention for layer in inner)
+    return 3.0 * LAYERS - 2.0 * (len(plan.dropped_attention) + spared) - merged(plan)
+
+
+LATENCY = latency_price(latency_of)
+
+
+@pytest.mark.parametrize("roads", [("hoist",), ("drop",), ("drop", "hoist"), ROADS])
+@pytest.mark.parametrize("depth", [5, 3, 1])
+def test_at_a_depth_no_plan_loses_less(roads: tuple[Road, ...], depth: int) -> None:
+    found = search(roads).best_at(depth)
+    least = min(loss_of(plan) for plan in all_plans(LAYERS, roads) if LAYERS - merged(plan) <= depth)
+    assert found.price <= depth and found.cost == pytest.approx(least)
+    assert found.cost > 0, "and it costs something"
+
+
+@pytest.mark.parametrize("most", [15.0, 11.0, 7.0])
+def test_at_a_latency_no_plan_loses_less(most: float) -> None:
+    found = search(price=LATENCY).best_at(most)
+    least = min(loss_of(plan) for plan in all_plans(LAYERS) if latency_of(plan) <= most)
+    assert found.price <= most and found.cost == pytest.approx(least)
+
+
+def test_more_roads_never_lose_more() -> None:
+    for most in (14.0, 12.0, 10.0):
+        alone = [search([road], LATENCY).best_at(most).cost for road in ROADS if road != "hoist"]
+        assert search(price=LATENCY).best_at(most).cost <= min(alone) + 1e-12
+
+
+@pytest.mark.parametrize("bound", [0.002, 0.01, 0.05])
+def test_within_a_quality_no_plan_is_cheaper(bound: float) -> None:
+    found = search(price=LATENCY).cheapest(Budget(max_kl=bound))
+    least = min(latency_of(plan) for plan in all_plans(LAYERS) if loss_of(plan) <= bound)
+    assert found.cost <= bound and found.price <= least + 1.0, "up to what additive costs cannot tell"
+    assert found.price < 3.0 * LAYERS
+
+
+def test_with_no_room_nothing_is_done() -> None:
+    assert search().cheapest(Budget(max_kl=0.0)).plan == FusionPlan()
+
+
+def test_the_refit_decides() -> None:
+    """As it is, hoisting 4-5 is best; after a refit, 2-3 is. Few plans are refitted."""
+
+    def after(plan: FusionPlan) -> float:
+        return loss_of(plan) * (0.1 if any(set(group) == {2, 3} for group in plan.groups) else 0.9)
+
+    as_is, judged = search(["hoist"]), search(["hoist"], refit=after)
+    assert [list(group) for group in as_is.best_at(5).plan.groups] == [[4, 5]]
+    found = judged.best_at(5)
+    assert [list(group) for group in found.plan.groups] in ([[2, 3]], [[2, 3], [4, 5]])
+    assert found.cost < loss_of(found.plan)
+    assert len(judged.refitted.asked) < 8  # type: ignore[union-attr]
+
+
+def test_windows_that_do_not_add_up_are_measured_together() -> None:
+    """Neighbouring windows that hurt each other: their sum alone would choose them."""
+
+    def loss(plan: FusionPlan) -> float:
+        starts = {int(group[0]) for group in plan.groups}
+        return loss_of(plan) + 0.5 * ({2, 4} <= starts)
+
+    found = search(["hoist"], loss=loss).best_at(4)
+    assert not {2, 4} <= {int(group[0]) for group in found.plan.groups} and found.cost < 0.1
+
+
+def test_what_cannot_be_had_is_said() -> None:
+    with pytest.raises(PlanError, match="no plan reaches 0 FFNs; the windows that can be had reach 1 FFNs"):
+        search(["hoist"]).best_at(0)
+    pairs = [(layer, layer + 1) for layer in range(LAYERS - 1)]
+    with pytest.raises(PlanError, match=r"5 were refused, such as: .*window \[0, 1\]: it cannot move"):
+        search(["hoist"], refused=pairs).best_at(4)
+    assert search(["drop", "hoist"], refused=pairs).best_at(4).plan.dropped_attention, "dropping still can"
