@@ -43,7 +43,9 @@ CACHE = Path(".fxfusion_results")
 DEPTHS = (11, 10, 9, 8, 7, 6)
 BIG = "llama-3.3-70b"  # whose layers are taken for predicted latency: as many of them as the model has
 SAVED = (0.02, 0.05, 0.08, 0.12)  # of the intact model's predicted latency
-SETS: dict[str, tuple[Road, ...]] = {"drop": ("drop",), "hoist": ("hoist",), "wide": ("wide",), "mixed": ROADS}
+# Wide blocks are compiled from a plan; modules cannot hold them, so they cannot be refitted.
+ALONE: tuple[Road, ...] = ROADS
+MIXED: tuple[Road, ...] = ("drop", "hoist")
 say = Console(stderr=True).print
 
 
@@ -60,23 +62,20 @@ class Study:
         self.chooser = PlanMeter(self.judge.traced, self.calibration[:1], self.cache / "screen")
         self.costs: dict[Any, float] = {}
 
-    def search(self, roads: Sequence[Road], price: Price, after: Sequence[RoadSearch] = ()) -> RoadSearch:
-        """A search on the calibration text, that knows what other searches with this price tried."""
-        screen = Screen(self.chooser, tuple(roads), max_window=5, costs=self.costs)
-        found = RoadSearch(screen, price, self.chooser)
-        for other in after:
-            found.found.update(other.found)
-        return found
+    def search(self, roads: Sequence[Road], price: Price) -> RoadSearch:
+        """On the calibration text; all searches share what windows cost."""
+        return RoadSearch(Screen(self.chooser, tuple(roads), max_window=5, costs=self.costs), price, self.chooser)
 
-    def row(self, plan: FusionPlan, refit: bool = True) -> dict[str, Any]:
-        """A plan on held-out text: as it is, and after a refit on the calibration text."""
+    def row(self, plan: FusionPlan) -> dict[str, Any]:
+        """A plan on held-out text: as it is, and after a refit on the calibration text where modules can hold it."""
+        refit = all(group.mixers != "wide" for group in plan.groups)
         facts = {
             "plan": {"groups": [group.to_data() for group in plan.groups], "dropped": list(plan.dropped_attention)},
             "depth": depth_price(self.judge.ffns).of(plan),
             "predicted_ms": {f"tp{tp}": self.latency(tp).of(plan) for tp in (1, 8)},
             "as_is": numbers(self.judge.quality(plan)),
         }
-        return facts | ({"refitted": numbers(self.refitted.quality(plan))} if refit else {})
+        return facts | {"refitted": numbers(self.refitted.quality(plan)) if refit else None}
 
     def latency(self, tp: int) -> Price:
         if tp not in self._prices:
@@ -101,13 +100,11 @@ def numbers(quality: Quality) -> dict[str, Any]:
 def fronts(study: Study) -> dict[str, Any]:
     """For each road and all together, the plan chosen at each FFN depth."""
     found: dict[str, list[dict[str, Any]]] = {}
-    price = depth_price(study.judge.ffns)
-    searches = {name: study.search(roads, price) for name, roads in SETS.items() if name != "mixed"}
-    searches["mixed"] = study.search(ROADS, price)
+    searches = all_searches(study, depth_price(study.judge.ffns))
     for name, search in searches.items():
         if name == "mixed":
-            for other in searches.values():
-                search.found.update(other.found)
+            for road in MIXED:
+                search.found.update(searches[road].found)
         for depth in DEPTHS:
             say(f"  {name}, {depth} FFNs", style="dim")
             try:
@@ -119,18 +116,25 @@ def fronts(study: Study) -> dict[str, Any]:
     return found
 
 
+def all_searches(study: Study, price: Price) -> dict[str, RoadSearch]:
+    """One for each road, and one for several; that comes last, and is told what the others tried."""
+    return {**{road: study.search((road,), price) for road in ALONE}, "mixed": study.search(MIXED, price)}
+
+
 def equal_latency(study: Study, tp: int = 8) -> list[dict[str, Any]]:
     """At equal predicted latency: the best plan of each road alone, and of all together."""
     price = study.latency(tp)
     intact = price.of(FusionPlan())
-    searches = {name: study.search(roads, price) for name, roads in SETS.items() if name != "mixed"}
+    searches = all_searches(study, price)
     rows = []
     for saved in SAVED:
         most = intact * (1 - saved)
         row: dict[str, Any] = {"saved": saved, "most_ms": most}
         for name, search in searches.items():
+            if name == "mixed":
+                for road in MIXED:
+                    search.found.update(searches[road].found)
             row[name] = attempt(study, search, most)
-        row["mixed"] = attempt(study, study.search(ROADS, price, list(searches.values())), most)
         rows.append(row)
     return rows
 
@@ -172,11 +176,11 @@ def whole_blocks(study: Study) -> dict[str, Any]:
 def cpu_latency(study: Study, rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Seconds of a call in eager mode on this machine, fused models in their own modules, interleaved."""
     ids = torch.zeros(1, 1, dtype=torch.long)
-    models = {"intact": study.model, "control": study.model}
+    models: dict[str, Any] = {"intact": study.model, "control": study.model}
     names: dict[str, tuple[str, dict[str, Any]]] = {}
     for road, found in rows.items():
         for row in found:
-            if row["asked"] in (9, 7):
+            if row["asked"] in (9, 7) and row["refitted"] is not None:
                 label = f"{road} {row['asked']}"
                 names[label] = (road, row)
                 plan = FusionPlan(groups=row["plan"]["groups"], dropped_attention=row["plan"]["dropped"])

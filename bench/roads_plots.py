@@ -26,13 +26,15 @@ def plot_fronts(fronts: Mapping[str, Rows], folder: Path) -> None:
         for kind, style in (("as_is", "--"), ("refitted", "-")):
             series: dict[str, list[Point]] = {}
             for road, rows in fronts.items():
-                points = sorted((x(row), Interval(**row[kind]["loss_increase"])) for row in rows)
-                series[f"{road}{', refitted' if kind == 'refitted' else ''}"] = list(points)
+                points = [(x(row), Interval(**row[kind]["loss_increase"])) for row in rows if row[kind] is not None]
+                if points:
+                    label = f"{road}, refitted" if kind == "refitted" else road
+                    series[label] = sorted(points, key=lambda point: point[0])
             before = len(axes.containers)
             draw_lines(axes, series)
-            for index, container in enumerate(axes.containers[before:]):
-                for part in (container[0], *container[1]):
-                    part.set_color(f"C{index}")
+            for label, container in zip(series, axes.containers[before:], strict=True):
+                for part in (container[0], *container[1], *container[2]):
+                    part.set_color(f"C{list(fronts).index(label.removesuffix(', refitted'))}")
                 container[0].set_linestyle(style)
         axes.set_yscale("symlog", linthresh=0.01)
         axes.legend(fontsize="x-small", ncols=2)

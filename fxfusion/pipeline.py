@@ -37,6 +37,7 @@ from fxfusion.passes.lift_weights import LiftWeights, Pack
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.match_window import WindowMatcher
 from fxfusion.passes.parallelise import Parallelise
+from fxfusion.passes.parallelise_mixers import ParalleliseMixers
 from fxfusion.passes.plan_groups import NOTHING_HOISTED, Hoisted, plan_by_plan, plan_by_policy
 from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
@@ -132,7 +133,8 @@ def hoist_and_analyse(captured: CapturedGraph, choice: Choice, history: History)
         return analyse(captured, choice)
     facts, matches = _match(captured)
     windows, refusals = WindowMatcher(matches, facts, choice.norm).match(wanted)
-    run_passes(captured.module, [HoistMixers(windows)], history)
+    passes = [HoistMixers(windows), ParalleliseMixers(windows, matches.mixers)]
+    run_passes(captured.module, passes, history)
     return analyse(captured, choice, Hoisted(windows, refusals))
 
 

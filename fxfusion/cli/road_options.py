@@ -23,7 +23,7 @@ class Preset(str, Enum):
 Automatic = Annotated[
     bool,
     typer.Option(
-        "--automatic", help="All roads, after refit, within 1% of the perplexity, the least latency on one H100."
+        "--automatic", help="Drop and hoist, after refit, within 1% of the perplexity, the least latency on one H100."
     ),
 ]
 Roads = Annotated[

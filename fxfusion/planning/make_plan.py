@@ -66,11 +66,11 @@ def make_plan(
             a budget: a depth, a latency, or a quality, within which the latency (without hardware: the depth) is
             least. None: the attention is dropped that the arguments above name, and no other is touched.
         after_refit: with roads, judge each plan by its loss after `fxfusion.refit`: three quarters of the batches are
-            fitted to, the others judge.
+            fitted to, the others judge. Not for `"wide"`, which no module holds.
         max_window: layers that become one at most (6).
         hardware, tp, precision: what the latency is predicted for, see `fxfusion.cost`: one token, decoded after
             1,024. max_latency: in milliseconds.
-        preset: `"automatic"`: all roads, after refit, within 1 % of the perplexity, the least latency on one H100
+        preset: `"automatic"`: drop and hoist, after refit, within 1 % of the perplexity, the least latency on one H100
             (other arguments change that). `"paper"` leaves the leading and the last FFN of each run out and takes the
             norm of a group's last member; groups are cut at `splits` (layers at which one begins) or where `max_bytes`
             is full, not measured.

@@ -25,6 +25,8 @@ from fxfusion.policy import NormMode
 AUTOMATIC_INCREASE = 0.01  # of the perplexity
 AUTOMATIC_HARDWARE = "h100"
 _MAX_WINDOW = 6
+# Modules cannot hold wide blocks, so there is nothing that could be refitted.
+REFITTED: tuple[Road, ...] = ("drop", "hoist")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,11 @@ class RoadOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roads", check_roads(self.roads))
+        if self.after_refit and "wide" in self.roads:
+            raise OptionError(
+                "roads: wide blocks are compiled from a plan, no module holds them, so none can be refitted; leave out "
+                "after_refit or wide"
+            )
         if self.max_latency is not None and not self.max_latency > 0:
             raise OptionError(f"max_latency: expected milliseconds above 0, got {self.max_latency!r}")
         if self.max_latency is not None and self.hardware is None:
@@ -80,7 +87,8 @@ def road_options(given: RoadArguments, budget: Budget, automatic: bool) -> tuple
     wanted: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if not automatic:
         return RoadOptions(**wanted), budget
-    automatically: dict[str, Any] = {"roads": ROADS, "after_refit": True, "hardware": AUTOMATIC_HARDWARE}
+    after_refit = wanted.setdefault("after_refit", True)
+    automatically: dict[str, Any] = {"roads": REFITTED if after_refit else ROADS, "hardware": AUTOMATIC_HARDWARE}
     options = RoadOptions(**automatically | wanted)
     has_bound = budget.limits_quality or budget.target_depth is not None or options.max_latency is not None
     return options, budget if has_bound else replace(budget, max_perplexity_increase=AUTOMATIC_INCREASE)

@@ -80,6 +80,7 @@ def test_latency_is_that_of_the_cost_model() -> None:
         ({"roads": ["raise"], "target_depth": 3}, "expected some of drop, hoist, wide"),
         ({"roads": ["hoist"], "target_depth": 3, "drop": 2}, "drop: over several roads"),
         ({"roads": ["hoist"], "target_depth": 3, "dropped_attention": [1]}, "dropped_attention and splits"),
+        ({"roads": ["wide"], "after_refit": True, "target_depth": 3}, "no module holds them"),
         ({"roads": ["hoist"], "max_latency": 1.0}, "max_latency: name the hardware"),
         ({"roads": ["hoist"], "max_latency": -1.0, "hardware": "h100"}, "max_latency: expected milliseconds"),
         (

@@ -1,0 +1,73 @@
+"""Let the mixers of a wide window read one stream, that before the first of them.
+
+Before (hoisted):
+    y = x + A4(x);  z = y + A5(y);  then the FFNs                     x, y, z: [..., hidden]
+After:
+    y = x + A4(x);  z = y + A5(x);  then the FFNs                     = x + A4(x) + A5(x)
+
+Approximate: A5 no longer sees A4. Runs only on windows whose mixers a plan or policy makes wide, after they moved.
+A mixer in the layer of the window's first FFN, which stands before that already, belongs to them.
+Source: issue 7 (wide block); arXiv 2503.18908, appendix B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import fx
+
+from fxfusion.graph.editor import GraphEditor
+from fxfusion.graph.pass_base import Pass, PassResult
+from fxfusion.passes.ffn import Mixer, Window
+from fxfusion.passes.match_pieces import behind_views
+from fxfusion.passes.match_window import shape_of
+
+
+class ParalleliseMixers(Pass):
+    name: ClassVar[str] = "parallelise_mixers"
+    exact: ClassVar[bool] = False
+
+    def __init__(self, windows: Sequence[Window], mixers: Sequence[Mixer]) -> None:
+        self.blocks = [_mixers_of(window, mixers) for window in windows if window.names.mixers == "wide"]
+
+    def run(self, graph: fx.Graph) -> PassResult:
+        changed = 0
+        for first, *others in (block for block in self.blocks if len(block) > 1):
+            entry = _stream(first)
+            for mixer in others:
+                _reread(mixer, entry, self.name)
+                changed += 1
+        return PassResult(changed)
+
+    def ensures(self, graph: fx.Graph) -> Sequence[str]:
+        return [
+            f"{mixer.layer or mixer.add} still reads what the mixer before it wrote"
+            for block in self.blocks
+            for mixer in block[1:]
+            if any(_stream(mixer) in node.all_input_nodes for node in _branch(mixer))
+        ]
+
+
+def _mixers_of(window: Window, mixers: Sequence[Mixer]) -> list[Mixer]:
+    """In order: the one before the first FFN, in its layer, and those that moved."""
+    first = window.members[0]
+    leading = [mixer for mixer in mixers if mixer.add is behind_views(first.stream) and mixer.layer == first.layer]
+    return [*leading, *window.mixers]
+
+
+def _branch(mixer: Mixer) -> list[fx.Node]:
+    return [node for node in mixer.nodes if node is not mixer.add]
+
+
+def _stream(mixer: Mixer) -> fx.Node:
+    """What it is added to, as the graph is now."""
+    return next(node for node in mixer.add.all_input_nodes if node not in mixer.nodes)
+
+
+def _reread(mixer: Mixer, entry: fx.Node, made_by: str) -> None:
+    stream = _stream(mixer)
+    if shape_of(entry) != shape_of(stream):
+        entry = GraphEditor(mixer.nodes[0], made_by, [mixer.layer]).method("view_as", entry, stream)
+    for node in _branch(mixer):
+        node.replace_input_with(stream, entry)
