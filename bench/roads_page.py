@@ -162,8 +162,8 @@ def second_section(found: Sequence[Row]) -> str:
     rows = [[f"{row['depth']:.0f}", plan_words(row), loss(row, "as_is"), loss(row, "refitted")] for row in found]
     return f"""## A second family
 
-A GPT-2 of 12 layers (hidden 128; learned positions, LayerNorm, GELU, biases), trained for five minutes by the same
-script (`python -m bench.reference.train --shape gpt2`), its attention hoisted:
+A GPT-2 of 12 layers (hidden 128; learned positions, LayerNorm, GELU, biases), trained for some minutes by the same
+script (`python -m bench.reference.train --shape gpt2 --steps 350`), its attention hoisted:
 
 {table(["FFNs left", "windows", "loss as it is", "loss after refit"], rows)}"""
 

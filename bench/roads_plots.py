@@ -59,6 +59,7 @@ def plot_positions(found: Rows, path: Path) -> None:
         axes.set_title(road, fontsize="small")
         axes.set_xlabel("first layer")
         axes.set_ylabel("layers")
+        axes.set_xticks(range(firsts))
         axes.set_yticks(range(sizes - 1), range(2, sizes + 1))
     figure.colorbar(image, ax=list(grid), label="loss above intact [nats]")
     save(figure, path)

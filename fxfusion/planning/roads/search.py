@@ -260,6 +260,9 @@ class RoadSearch:
     def _why_none(self, most: float) -> str:
         least = self.intact_price - max((one.saved for one in self.proposals), default=0.0)
         words = f"no plan reaches {self.price.text(most)}; the windows that can be had reach {self.price.text(least)}"
+        lacking = [layer for layer in range(self.screen.layers) if layer not in self.meter.members]
+        if lacking:
+            words += f"; layers {lacking} hold no FFN that can be fused (`fxfusion explain` says why)"
         reasons = list(dict.fromkeys(self.screen.refused.values()))
         return words + (f" ({len(self.screen.refused)} were refused, such as: {reasons[0]})" if reasons else "")
 

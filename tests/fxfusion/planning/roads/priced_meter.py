@@ -25,9 +25,19 @@ def loss_of(plan: FusionPlan) -> float:
 
 
 class PricedMeter(PlanMeter):
-    """`quality` is `loss(plan)`; windows in `refused` cannot be had. `asked`: the plans that were measured."""
+    """`quality` is `loss(plan)`; windows in `refused` cannot be had; layers in `lacking` have no FFN to fuse.
 
-    def __init__(self, loss: Loss = loss_of, refused: Sequence[Sequence[int]] = (), layers: int = LAYERS) -> None:
+    `asked`: the plans that were measured.
+    """
+
+    def __init__(
+        self,
+        loss: Loss = loss_of,
+        refused: Sequence[Sequence[int]] = (),
+        layers: int = LAYERS,
+        lacking: Sequence[int] = (),
+    ) -> None:
+        self.lacking = lacking
         self.model = TinyLm(layers)
         self.batches = []
         self.loss, self.refused, self.layers = loss, [tuple(one) for one in refused], layers
@@ -39,7 +49,7 @@ class PricedMeter(PlanMeter):
 
     @property
     def members(self) -> Mapping[Member, tuple[int, int]]:
-        return {layer: (8 + layer, 100) for layer in range(self.layers)}
+        return {layer: (8 + layer, 100) for layer in range(self.layers) if layer not in self.lacking}
 
     @property
     def ffns(self) -> int:

@@ -117,4 +117,6 @@ def test_what_cannot_be_had_is_said() -> None:
     pairs = [(layer, layer + 1) for layer in range(LAYERS - 1)]
     with pytest.raises(PlanError, match=r"5 were refused, such as: .*window \[0, 1\]: it cannot move"):
         search(["hoist"], refused=pairs).best_at(4)
+    with pytest.raises(PlanError, match=r"layers \[0, 5\] hold no FFN that can be fused"):
+        search(["hoist"], lacking=[0, 5]).best_at(2)
     assert search(["drop", "hoist"], refused=pairs).best_at(4).plan.dropped_attention, "dropping still can"
