@@ -7,7 +7,8 @@
 | `scores_<method>.json`, `scores_<method>_greedy.json` | `score`: the scores |
 | `matrix_*/` | `matrix` (with heat maps), `plan`, `sweep`: sums to go on from, and the matrix |
 | `plans.json` | `plan`, `sweep`: the quality of every plan that was tried |
-| `plan.yaml` | `plan` |
+| `roads/`, `roads_after_refit/` | `plan --roads`, `auto`: the loss of windows alone, and of whole plans |
+| `plan.yaml` | `plan`, `auto` |
 | `compiled.json` | `plan`, `eval`: what the compiler found and refused |
 | `quality.json` | `eval` |
 | `sweep.json`, `sweep.csv`, `sweep.svg` | `sweep` |
