@@ -18,6 +18,7 @@ from fxfusion.errors import OptionError
 
 _EVERY = 8  # one sequence in so many decides, where no text for validation is given
 _TOKENS_PER_CHANNEL = 4  # calibration tokens under which a layer of so many channels is likely to be overfitted
+_CHECKED = 16_384  # calibration tokens that the intact model is measured on at most, in batches from all of the text
 _NOISE = 0.8  # times ln(vocabulary): text that the intact model predicts no better than this tells nothing
 
 
@@ -63,7 +64,7 @@ class Texts:
 
     def check_language(self, model: Model, vocabulary: int) -> Quality:
         """The intact model's quality on the calibration text. Raises `OptionError` for text that it cannot predict."""
-        found = evaluate(model, self.fit_given, resamples=100)
+        found = evaluate(model, _spread(self.fit_given, self.tokens), resamples=100)
         loss, most = float(found.loss), _NOISE * math.log(vocabulary)
         if not loss <= most:
             raise OptionError(
@@ -71,6 +72,12 @@ class Texts:
                 f"({_NOISE} ln of {vocabulary:,} tokens): noise, or another language than the model's"
             )
         return found
+
+
+def _spread(given: Sequence[Batch], tokens: int) -> Sequence[Batch]:
+    """Batches at even distances, of no more than the tokens that are checked."""
+    count = max(1, min(len(given), len(given) * _CHECKED // max(tokens, 1)))
+    return [given[number * len(given) // count] for number in range(count)]
 
 
 def _divided(given: Sequence[Batch]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:

@@ -1,0 +1,215 @@
+"""What a refit in closed form gives back on the reference model, and what it takes: the section of docs/results.md.
+
+    python -m bench.recovery            (make results; about half an hour on two cores)
+
+Refitted on calibration text, measured on held-out text against the intact model on the same tokens. Every cell is kept
+in .fxfusion_results, so a run that was stopped goes on. `--only PART` measures one part, `--page` nothing: it writes
+page and record from what is known. Source: issue 6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.choosing import CACHE, numbers
+from bench.record import record
+from bench.recovery_page import write_section
+from bench.reference.load import calibration_batches, heldout_batches, load_model
+from fxfusion import FusionPlan, drop_attention, evaluate, fuse, refit
+from fxfusion.analysis.meter import PlanMeter
+from fxfusion.models.drop_record import read_refit
+
+BUDGETS = (3, 6, 7)  # attentions of twelve that are dropped, neighbours
+TOKENS = (1, 4, 8, 16, 48, 96)  # batches of 2,048 tokens
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+LATER = ("none", "ffn", "all")
+_TOKENS_PER_BATCH = 2048
+say = Console(stderr=True).print
+
+
+class Cells:
+    """Measured cells by name, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if name not in self.known:
+            say(f"{name} ...", style="dim")
+            made = make()
+            now = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}  # another process may write
+            self.known = {**now, **self.known, name: made}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = self.path.with_suffix(".part")
+            scratch.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
+            scratch.replace(self.path)
+        found: dict[str, Any] = self.known[name]
+        return found
+
+
+class Study:
+    """The reference model, and measured cells."""
+
+    def __init__(self, calibration: int, heldout: int) -> None:
+        self.model = load_model()
+        self.calibration, self.heldout = calibration, heldout_batches(limit=heldout)
+        self.cells = Cells(CACHE / f"recovery_{calibration}_{heldout}.json")
+
+    def run_of(self, number: int) -> list[int]:
+        """The neighbouring attentions whose loss costs least, on two calibration batches."""
+
+        def make() -> dict[str, Any]:
+            meter = PlanMeter(self.model, calibration_batches(limit=2))
+            runs = [list(range(first, first + number)) for first in range(1, len(meter.mixers) - number + 1)]
+            costs = [float(meter.quality(FusionPlan(dropped_attention=run)).loss) for run in runs]
+            return {"run": runs[min(range(len(runs)), key=costs.__getitem__)]}
+
+        found: list[int] = self.cells.get(f"run of {number}", make)["run"]
+        return found
+
+    def as_it_is(self, dropped: Sequence[int], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+        def make() -> dict[str, Any]:
+            model = copy.deepcopy(self.model)
+            changed = fuse(model, plan_of(dropped, groups)) if groups else drop_attention(model, dropped)
+            return numbers(evaluate(changed, self.heldout, self.model))
+
+        return self.cells.get(f"{key(dropped, groups)} as it is", make)
+
+    def refitted(
+        self,
+        dropped: Sequence[int],
+        groups: Sequence[Sequence[int]],
+        reference: str,
+        later: str = "all",
+        batches: int | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Quality, seconds, and what was done to each layer."""
+        count = batches or self.calibration
+        words = " ".join(f"{name}={value}" for name, value in {"later": later, "batches": count, **more}.items())
+
+        def make() -> dict[str, Any]:
+            started = time.perf_counter()
+            text = calibration_batches(limit=count)
+            found = refit(self.model, plan_of(dropped, groups), text, reference, later=later, **more)
+            seconds = time.perf_counter() - started
+            done = read_refit(found.config)
+            assert done is not None
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            facts = {"seconds": seconds, "peak_bytes": peak, "refit": done.model_dump(mode="json")}
+            return numbers(evaluate(found, self.heldout, self.model)) | facts
+
+        return self.cells.get(f"{key(dropped, groups)} {reference} {words}", make)
+
+
+def plan_of(dropped: Sequence[int], groups: Sequence[Sequence[int]]) -> FusionPlan:
+    return FusionPlan(dropped_attention=dropped, groups=groups)
+
+
+def key(dropped: Sequence[int], groups: Sequence[Sequence[int]]) -> str:
+    return f"dropped {list(dropped)} groups {[list(group) for group in groups]}"
+
+
+def choices(dropped: Sequence[int]) -> dict[str, list[list[int]]]:
+    """The FFNs of a run: none, the run without its last, the run, and the run with the FFN before it."""
+    first, last = dropped[0], dropped[-1]
+    return {
+        "none": [],
+        "without the last": [list(range(first, last))],
+        "the run": [list(range(first, last + 1))],
+        "with the leading": [list(range(first - 1, last + 1))],
+    }
+
+
+def budgets(study: Study) -> dict[str, Any]:
+    """{dropped only, fused, refitted to unfused, to intact} for each budget and choice of groups."""
+    rows = []
+    for number in BUDGETS:
+        dropped = study.run_of(number)
+        for name, groups in choices(dropped).items():
+            row = {"dropped": dropped, "choice": name, "groups": groups, "as_it_is": study.as_it_is(dropped, groups)}
+            row["unfused"] = study.refitted(dropped, groups, "unfused") if groups else None
+            row["intact"] = study.refitted(dropped, groups, "intact")
+            rows.append(row)
+    return {"rows": rows}
+
+
+def half_run(study: Study) -> tuple[list[int], list[list[int]]]:
+    dropped = study.run_of(6)
+    return dropped, choices(dropped)["the run"]
+
+
+def later(study: Study) -> dict[str, Any]:
+    """The groups alone, later FFNs, attention outputs."""
+    dropped, groups = half_run(study)
+    rows = [{"later": one, **study.refitted(dropped, groups, "intact", one)} for one in LATER]
+    return {"dropped": dropped, "groups": groups, "rows": rows}
+
+
+def tokens(study: Study) -> dict[str, Any]:
+    """Loss against calibration tokens."""
+    dropped, groups = half_run(study)
+    rows = [{"batches": n, **study.refitted(dropped, groups, "intact", "all", n)} for n in TOKENS]
+    return {"dropped": dropped, "groups": groups, "tokens_per_batch": _TOKENS_PER_BATCH, "rows": rows}
+
+
+def penalties(study: Study) -> dict[str, Any]:
+    """Loss against the penalty, one for all layers, and chosen layer by layer."""
+    dropped, groups = half_run(study)
+    rows = [
+        {"penalty": one, **study.refitted(dropped, groups, "intact", "all", 8, penalties=(one,))} for one in PENALTIES
+    ]
+    rows.append({"penalty": None, **study.refitted(dropped, groups, "intact", "all", 8)})
+    return {"dropped": dropped, "groups": groups, "batches": 8, "rows": rows}
+
+
+def cost(study: Study) -> dict[str, Any]:
+    """Seconds of a refit, and of evaluating its calibration tokens."""
+    dropped, groups = half_run(study)
+
+    def make() -> dict[str, Any]:
+        text = calibration_batches(limit=study.calibration)
+        started = time.perf_counter()
+        evaluate(study.model, text)
+        return {"seconds": time.perf_counter() - started}
+
+    whole = study.refitted(dropped, groups, "intact")
+    return {"evaluate": study.cells.get("evaluate calibration", make), "refit": whole}
+
+
+PARTS = {"budgets": budgets, "later": later, "tokens": tokens, "penalties": penalties, "cost": cost}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", type=int, default=24, help="batches of 8 x 256 tokens")
+    parser.add_argument("--heldout", type=int, default=8, help="batches of 8 x 256 tokens")
+    parser.add_argument("--only", choices=PARTS, help="measure this part, and write nothing else")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message=".*calibration tokens are few.*|.*refit is not applied.*")
+    study = Study(options.calibration, options.heldout)
+    if options.only:
+        PARTS[options.only](study)
+        return
+    results: dict[str, Any] = {
+        "text": {name: getattr(options, name) * _TOKENS_PER_BATCH for name in ("calibration", "heldout")}
+    }
+    for name, part in PARTS.items():
+        results[name] = part(study)
+    path = record("recovery", results)
+    say(f"recorded: {path.name}; written: {write_section(results)}")
+
+
+if __name__ == "__main__":
+    main()
