@@ -28,7 +28,7 @@ from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.concatenate import GROUP_TAG, Concatenate
 from fxfusion.passes.drop_no_ops import DropNoOps
 from fxfusion.passes.drop_zero_branches import DropZeroBranches
-from fxfusion.passes.ffn import Chain, Group, Matches
+from fxfusion.passes.ffn import Chain, Group, Hoisted, Matches
 from fxfusion.passes.find_chains import find_chains
 from fxfusion.passes.functionalise_adds import FunctionaliseAdds
 from fxfusion.passes.hoist_constants import HoistConstants
@@ -38,7 +38,7 @@ from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.match_window import WindowMatcher
 from fxfusion.passes.parallelise import Parallelise
 from fxfusion.passes.parallelise_mixers import ParalleliseMixers
-from fxfusion.passes.plan_groups import NOTHING_HOISTED, Hoisted, plan_by_plan, plan_by_policy
+from fxfusion.passes.plan_groups import plan_by_plan, plan_by_policy
 from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
 from fxfusion.report import FusionReport, GraphReport
@@ -58,6 +58,7 @@ class Analysis:
     chains: tuple[Chain, ...]
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
+    hoisted: Hoisted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,27 +129,31 @@ def normalising_passes(weights: frozenset[str]) -> tuple[Pass, ...]:
 
 def hoist_and_analyse(captured: CapturedGraph, choice: Choice, history: History) -> Analysis:
     """Hoist the windows that the choice names, in the graph, then match again, group and plan."""
-    wanted = choice.windows
-    if not wanted:
-        return analyse(captured, choice)
-    facts, matches = _match(captured)
-    windows, refusals = WindowMatcher(matches, facts, choice.norm).match(wanted)
-    passes = [HoistMixers(windows), ParalleliseMixers(windows, matches.mixers)]
-    run_passes(captured.module, passes, history)
-    return analyse(captured, choice, Hoisted(windows, refusals))
+    found = analyse(captured, choice)
+    windows = found.hoisted.windows
+    if not windows:
+        return found
+    run_passes(captured.module, [HoistMixers(windows), ParalleliseMixers(windows, found.matches.mixers)], history)
+    return analyse(captured, choice, found.hoisted)
 
 
-def analyse(captured: CapturedGraph, choice: Choice, hoisted: Hoisted = NOTHING_HOISTED) -> Analysis:
-    """Match, group and plan. Edits nothing; `hoisted`: what became of the windows that the choice names."""
+def analyse(captured: CapturedGraph, choice: Choice, hoisted: Hoisted | None = None) -> Analysis:
+    """Match, group and plan. Edits nothing: the FFNs of a window are a group, and no chain before its mixers moved.
+
+    `hoisted`: what became of the windows that the choice names; None: nothing was moved, see which could be.
+    """
     facts, matches = _match(captured)
+    if hoisted is None:
+        hoisted = WindowMatcher(matches, facts, choice.norm).match(choice.windows) if choice.windows else Hoisted()
     chains, alone = find_chains(matches, facts)
     checker = GroupChecker(facts, matches.ffns)
     if isinstance(choice, FusionPlan):
         refused = (*matches.refusals, *alone)
         groups, left = plan_by_plan(chains, matches.ffns, refused, choice, checker, hoisted)
     else:
-        groups, left = plan_by_policy(chains, choice, checker, hoisted)
-    return Analysis(matches=matches, chains=chains, groups=groups, refusals=(*matches.refusals, *alone, *left))
+        groups, left = plan_by_policy(chains, matches.ffns, choice, checker, hoisted)
+    refusals = (*matches.refusals, *alone, *left)
+    return Analysis(matches=matches, chains=chains, groups=groups, refusals=refusals, hoisted=hoisted)
 
 
 def _match(captured: CapturedGraph) -> tuple[GraphFacts, Matches]:

@@ -36,6 +36,7 @@ __all__ = [
     "LayerScore",
     "MadeBy",
     "Member",
+    "MixerMode",
     "ModelFacts",
     "PlannedGroup",
     "Refit",

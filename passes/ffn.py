@@ -12,7 +12,7 @@ Source: issue 2; arXiv 2503.18908, equations 1 to 5.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
@@ -154,6 +154,17 @@ class Window:
     members: tuple[FfnNode, ...]
     mixers: tuple[Mixer, ...]
     entry: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hoisted:
+    """What becomes of the windows that a plan or policy names: they can be had, or are refused."""
+
+    windows: tuple[Window, ...] = ()
+    refusals: Mapping[PlannedGroup, Refusal] = field(default_factory=dict)
+
+    def window(self, names: PlannedGroup) -> Window | None:
+        return next((window for window in self.windows if window.names == names), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,17 +10,17 @@ Source: issue 2; arXiv 2503.18908, section 3 (which FFNs of a run are fused).
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from torch import fx
 
 from fxfusion.errors import PassError, Refusal, RefusalCode, Refused
 from fxfusion.passes.check_group import GroupChecker
-from fxfusion.passes.ffn import Chain, FfnNode, Group, Window
+from fxfusion.passes.ffn import Chain, FfnNode, Group, Hoisted, Window
 from fxfusion.passes.member_index import MemberIndex, check_fit
-from fxfusion.plan import FusionPlan, Member, PlannedGroup
+from fxfusion.plan import FusionPlan, Member
 from fxfusion.policy import FusionPolicy, NormMode
 
 Planned = tuple[tuple[Group, ...], tuple[Refusal, ...]]
@@ -28,25 +28,18 @@ Planned = tuple[tuple[Group, ...], tuple[Refusal, ...]]
 _HOIST_WOULD = "where only attention lies between them, mixers: hoist (FusionPlan(..., hoist=True)) would move it"
 
 
-@dataclass(frozen=True, slots=True)
-class Hoisted:
-    """What was done beforehand about the windows that a plan or policy names: moved, or refused."""
-
-    windows: tuple[Window, ...] = ()
-    refusals: Mapping[PlannedGroup, Refusal] = field(default_factory=dict)
-
-    def window(self, names: PlannedGroup) -> Window | None:
-        return next((window for window in self.windows if window.names == names), None)
-
-
 NOTHING_HOISTED = Hoisted()
 
 
 def plan_by_policy(
-    chains: Sequence[Chain], policy: FusionPolicy, checker: GroupChecker, hoisted: Hoisted = NOTHING_HOISTED
+    chains: Sequence[Chain],
+    ffns: Sequence[FfnNode],
+    policy: FusionPolicy,
+    checker: GroupChecker,
+    hoisted: Hoisted = NOTHING_HOISTED,
 ) -> Planned:
     """Groups of every chain under the policy: its windows, and what the rules make of all other FFNs."""
-    groups = [_window_group(window, chains, checker, policy.norm) for window in hoisted.windows]
+    groups = [_window_group(window, ffns, checker, policy.norm) for window in hoisted.windows]
     refusals = list(hoisted.refusals.values())
     taken = {ffn.add for group in groups for ffn in group.members}
     for chain in (part for whole in chains for part in _around(whole, taken)):
@@ -71,13 +64,13 @@ def _around(chain: Chain, taken: Container[fx.Node]) -> Iterator[Chain]:
             yield replace(chain, members=members, leading=chain.leading and members[0] is chain.members[0])
 
 
-def _window_group(window: Window, chains: Sequence[Chain], checker: GroupChecker, norm: NormMode) -> Group:
-    """The group of a window's members, as they were matched after its mixers had moved."""
-    adds = [ffn.add for ffn in window.members]
-    found = [[ffn for ffn in chain.members if ffn.add in adds] for chain in chains]
-    members = max(found, key=len, default=[])
-    if [ffn.add for ffn in members] != adds:
-        raise PassError(f"the FFNs of window {list(window.names)} are no chain after its mixers moved")
+def _window_group(window: Window, ffns: Sequence[FfnNode], checker: GroupChecker, norm: NormMode) -> Group:
+    """The group of a window's members, as they are matched now."""
+    by_add = {ffn.add: ffn for ffn in ffns}
+    gone = [member.name for member in window.members if member.add not in by_add]
+    if gone:
+        raise PassError(f"{gone[0]} is no FFN any more after the mixers of window {list(window.names)} moved")
+    members = [by_add[member.add] for member in window.members]
     check_fit(members, norm, checker)
     return replace(checker.group(members, norm), window=window)
 
@@ -151,7 +144,7 @@ def plan_by_plan(
         if names in hoisted.refusals:
             refusals.append(hoisted.refusals[names])
         elif window is not None:
-            groups.append(_window_group(window, chains, checker, plan.norm))
+            groups.append(_window_group(window, ffns, checker, plan.norm))
         elif not index.holds_any(names):
             refusals.append(Refusal(code=RefusalCode.PLAN_ABSENT, message=index.absent(f"group {number}", names)))
         else:

@@ -119,5 +119,6 @@ def fuse_on_meta(model: Any, plan: FusionPlan, shards: int) -> bool:
         return False
     state = fused_state(model)
     if state is not None:
-        real_empties(part for shell in state.shells.values() for part in shell.modules())
+        gone = (*state.shells.values(), *state.parts.values())
+        real_empties(part for shell in gone for part in shell.modules())
     return True

@@ -79,7 +79,7 @@ class AttentionSurgery:
             wanted=wanted,
             survivors=survivors,
             sites=sites,
-            returned=watch(model, going, lambda: _run(model, ids)),
+            returned=watch(model, going, lambda: run_once(model, ids)),
             configs=configs,
             slots=cache_slots.plan_slots(survivors, count, types, fixed),
             old_slots=record.cache_slots if record is not None else list(range(count)),
@@ -213,7 +213,7 @@ def _decoder_config(model: object) -> Any:
     return config
 
 
-def _run(model: nn.Module, ids: Tensor) -> None:
+def run_once(model: nn.Module, ids: Tensor) -> None:
     """Let the modules be called. On the meta device by capturing: model code that looks at values would fail there."""
     if not ids.is_meta:
         full_logits(model, ids)

@@ -40,10 +40,10 @@ def decoder(count: int = 3, seed: int = 0) -> Stack:
 def hoisted(model: nn.Module, windows: Sequence[Sequence[int]], x: Tensor, how: How = "dynamo") -> CapturedGraph:
     work = normalise(capture(model, x, how=how))
     facts = facts_of(work)
-    found, refused = WindowMatcher(match_residual(facts, {}), facts, "fold").match(
-        [PlannedGroup(window, "hoist") for window in windows]
-    )
-    assert not refused
+    wanted = [PlannedGroup(window, "hoist") for window in windows]
+    matched = WindowMatcher(match_residual(facts, {}), facts, "fold").match(wanted)
+    found = matched.windows
+    assert not matched.refusals
     history = History()
     run_passes(work.module, [HoistMixers(found)], history)
     assert history.records[-1].changed == sum(len(window) - 1 for window in windows)
@@ -115,7 +115,8 @@ def test_twice_is_once() -> None:
     model, x = decoder(), tokens()
     work = hoisted(model, [[0, 1, 2]], x, "symbolic")
     text, facts = graph_text(work), facts_of(work)
-    windows, _ = WindowMatcher(match_residual(facts, {}), facts, "fold").match([PlannedGroup((0, 1, 2), "hoist")])
+    names = PlannedGroup((0, 1, 2), "hoist")
+    windows = WindowMatcher(match_residual(facts, {}), facts, "fold").match([names]).windows
     assert not windows[0].mixers
     run_passes(work.module, [HoistMixers(windows)], History())
     assert graph_text(work) == text

@@ -24,8 +24,8 @@ from tests.passes.test_hoist_mixers import decoder
 def match(model: nn.Module, *members: int | str) -> Window | Refusal:
     facts = facts_of(normalise(capture(model, tokens())))
     names = PlannedGroup(members, "hoist")
-    windows, refusals = WindowMatcher(match_residual(facts, {}), facts, "fold").match([names])
-    return windows[0] if windows else refusals[names]
+    found = WindowMatcher(match_residual(facts, {}), facts, "fold").match([names])
+    return found.windows[0] if found.windows else found.refusals[names]
 
 
 def test_members_and_mixers_in_order() -> None:

@@ -40,7 +40,7 @@ def planned(model: Stack, **policy: Any) -> tuple[CapturedGraph, tuple[Group, ..
     facts = facts_of(work)
     matches = match_residual(facts, {})
     chains, _ = find_chains(matches, facts)
-    groups, _ = plan_by_policy(chains, FusionPolicy(**policy), GroupChecker(facts, matches.ffns))
+    groups, _ = plan_by_policy(chains, matches.ffns, FusionPolicy(**policy), GroupChecker(facts, matches.ffns))
     return work, groups
 
 

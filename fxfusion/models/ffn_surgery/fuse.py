@@ -3,6 +3,9 @@
 Before:  layers 4 5 6 7, each x + ffn(norm(x)), no attention between their FFNs
 After:   layer 4 alone, its FFN as wide as all four; layers 5 6 7 are gone, config and cache follow
 
+Before:  a window of layers 4 5, which keep their attention (the plan says mixers: hoist)
+After:   layer 4 with attention alone, layer 5 with its own attention and an FFN as wide as both
+
 Exact relative to the parallel form of the groups (arXiv 2503.18908, theorem 3.1); that form is an approximation of
 the model. Members are freed group by group.
 """
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from fxfusion.errors import CaptureError, SurgeryError
 from fxfusion.models.adapters.carrier import AdapterMode, Adapters
 from fxfusion.models.attention_sites import find_sites
+from fxfusion.models.attention_surgery import run_once
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_attention import drop_traced
 from fxfusion.models.drop_record import fused_entry, read_record
@@ -29,6 +33,7 @@ from fxfusion.models.ffn_surgery.proof import ParallelForm, check_widths
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.ffn_surgery.record import FusedState, set_fused_state, write_entry
 from fxfusion.models.ffn_surgery.residue import Residue, residue_of
+from fxfusion.models.ffn_surgery.stubs import FfnStubs
 from fxfusion.models.ffn_surgery.unfuse import give_back
 from fxfusion.models.ffn_surgery.widen import empty, set_parameter, set_width, tensor_of
 from fxfusion.models.fingerprint import check_fits
@@ -43,7 +48,8 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
     """Make each group of a plan one FFN, in place: stock modules of the same classes, wider.
 
     The first member's own modules take the weights of all, the layers of the other members go, and the config and
-    the key-value cache follow. Attention that the plan drops is dropped first, where the model still has it.
+    the key-value cache follow. In a window (`mixers: hoist`) the other layers stay with their attention, and the FFN of
+    the last layer takes the weights. Attention that the plan drops is dropped first, where the model still has it.
     `config.fxfusion` records both; `unfuse` gives the members back.
 
     Args:
@@ -148,23 +154,27 @@ class _Surgery:
     def run(self) -> None:
         cache = CacheProof.of(self.model, self.ids) if self.form is not None else None
         mixers = {layer: self._modules(paths) for layer, paths in self.paths.items()}
+        stubs = FfnStubs.of(self.model, self.recipe.emptied.values(), self.ids)
         depth = DepthEditor.of(self.model, self.recipe.path, mixers)
         done: list[GroupRecipe] = []
         try:
             for recipe in self.recipe.groups:
-                self._fuse_group(recipe, depth, [*done, recipe])
+                self._fuse_group(recipe, depth, stubs, [*done, recipe])
                 done.append(recipe)
             if cache is not None:
                 cache.check(self.model)
             elif self.before is not None:
                 check_widths(self.model, self.before, self.recipe, self.ids)
         except BaseException:
-            give_back(self.model, depth, depth.changes(), done, self.residue)
+            give_back(self.model, depth, stubs, depth.changes(), done, self.residue)
             raise
-        self._remember(depth)
+        self._remember(depth, stubs)
 
-    def _fuse_group(self, recipe: GroupRecipe, depth: DepthEditor, groups: Sequence[GroupRecipe]) -> None:
-        """Widen the first member, take the others' layers out, prove it, and only then let their weights go."""
+    def _fuse_group(
+        self, recipe: GroupRecipe, depth: DepthEditor, stubs: FfnStubs, groups: Sequence[GroupRecipe]
+    ) -> None:
+        """Widen the home's FFN, take the others out, with their layers unless these keep their attention, prove it,
+        and only then let their weights go."""
         depth.put(depth.layers)  # names are those of the model with all its layers
         old = {name: tensor_of(self.model, name) for name in recipe.reads}
         home = {name: tensor_of(self.model, name) for name in recipe.writes}
@@ -175,22 +185,44 @@ class _Surgery:
             layer_path = f"{self.recipe.path}.{recipe.home.layer}"
             set_width(self.model, recipe.home, layer_path, recipe.home.width, recipe.width)
             self.residue |= residue_of(recipe, given)
-            depth.without(layer for group in groups for layer in group.layers[1:])
-            if self.form is not None:
-                self.form.check(self.model, len(groups))
+            gone = self._take_out(recipe, depth, stubs, groups)
         except BaseException:
             depth.put(depth.layers)
             for name, before in home.items():
                 set_parameter(self.model, name, before)
             raise
-        for layer in recipe.layers[1:]:
-            empty(depth.layers[layer])
+        for module in gone:
+            empty(module)
 
-    def _remember(self, depth: DepthEditor) -> None:
+    def _take_out(
+        self, recipe: GroupRecipe, depth: DepthEditor, stubs: FfnStubs, groups: Sequence[GroupRecipe]
+    ) -> list[nn.Module]:
+        """What held the other members, taken out of the model, which is proved then."""
+        layers = [layer for group in groups if not group.is_window for layer in group.layers[1:]]
+
+        def prove() -> None:
+            if layers:
+                depth.without(layers)
+            if self.form is not None:
+                self.form.check(self.model, len(groups))
+            elif recipe.is_window:
+                run_once(self.model, self.ids)
+
+        if not recipe.is_window:
+            prove()
+            return [depth.layers[layer] for layer in recipe.layers[1:]]
+        sites = [self.recipe.emptied[member.layer] for member in recipe.members[1:]]
+        names = [(*member.large, *member.small) for member in recipe.members[1:]]
+        moved = {site.ffn: own for site, own in zip(sites, names, strict=True)}
+        stubs.put(sites, moved, prove)
+        return [stubs.gone[path] for site in sites for path in site.paths]
+
+    def _remember(self, depth: DepthEditor, stubs: FfnStubs) -> None:
         state = FusedState(
             recipe=self.recipe,
             plan=self.plan_,
             shells={layer: depth.layers[layer] for layer in self.recipe.removed},
+            parts=stubs.gone,
             residue=self.residue,
             changes=depth.changes(),
         )

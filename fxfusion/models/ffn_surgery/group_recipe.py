@@ -19,6 +19,7 @@ from torch import Tensor
 from fxfusion.models.ffn_surgery import quantised
 from fxfusion.models.ffn_surgery.channels import Run, spread
 from fxfusion.models.ffn_surgery.layout import Constant, Matrix, Member, Tensors, wide_dtype
+from fxfusion.plan import MixerMode, PlannedGroup
 from fxfusion.policy import NormMode
 
 _CHUNK = 1 << 18  # numbers that are folded at a time: what an allocator keeps of larger ones would add up
@@ -28,7 +29,9 @@ _CHUNK = 1 << 18  # numbers that are folded at a time: what an allocator keeps o
 class GroupRecipe:
     """`fills`: parameters of the first member that become one number; `copies`: those that take another parameter's
     values (first member's name, source). `in_bias`, `down_bias`: whether the wide layers have biases. `shards`: into
-    how many equal parts the wide FFN can be cut, each with a slice of every member.
+    how many equal parts the wide FFN can be cut, each with a slice of every member. `mixers`: as in the plan. Where they
+    were hoisted (a window) the last layer's FFN becomes the wide one, and is the first of `members`; the other layers
+    stay, without their FFNs.
 
     All names are those of the unfused model; the wide parameters take the first member's.
     """
@@ -40,6 +43,7 @@ class GroupRecipe:
     in_bias: bool = False
     down_bias: bool = False
     shards: int = 1
+    mixers: MixerMode = "none"
     _runs: list[tuple[Run, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,12 +55,22 @@ class GroupRecipe:
         return self.members[0]
 
     @property
+    def is_window(self) -> bool:
+        return self.mixers != "none"
+
+    @property
     def width(self) -> int:
         return sum(member.width for member in self.members)
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """Of all members, the home's first."""
         return tuple(member.layer for member in self.members)
+
+    @property
+    def planned(self) -> PlannedGroup:
+        """The group as a plan names it."""
+        return PlannedGroup(sorted(self.layers), self.mixers)
 
     @property
     def reads(self) -> tuple[str, ...]:

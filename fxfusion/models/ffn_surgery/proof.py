@@ -23,7 +23,7 @@ from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.surgery_proof import full_logits, relative
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.passes.parallelise import Parallelise
-from fxfusion.pipeline import analyse
+from fxfusion.pipeline import analyse, hoist_and_analyse
 from fxfusion.plan import FusionPlan
 
 _TIMES = 2.0  # what the parallel form itself is off, and as much again
@@ -67,7 +67,7 @@ def _parallel_logits(traced: TracedGraph, plan: FusionPlan, ids: Tensor) -> tupl
     work = traced.captured.copy()
     by_name = {node.name: node for node in work.module.graph.nodes}
     work.module.graph.output_node().args = (by_name[traced.logits.name],)
-    groups = analyse(work, plan).groups
+    groups = hoist_and_analyse(work, plan, History()).groups
     run_passes(work.module, [Parallelise(groups)], History())
     own: Tensor = fx.Interpreter(work.module).run(*traced.inputs(ids).values())
     wider: Tensor = _Wider(work.module).run(*traced.inputs(ids).values())
@@ -100,6 +100,9 @@ def check_widths(model: nn.Module, before: TracedGraph, recipe: FuseRecipe, ids:
     """Raises `SurgeryError` unless the model's FFNs, captured anew, are those that the recipe leaves."""
     widths = _widths(before)
     for group in recipe.groups:
+        if group.is_window:
+            for layer in group.layers:
+                widths.pop(layer)
         widths[group.home.layer] = [group.width]
     wanted = [widths.get(layer, []) for layer in recipe.kept]
     after = TracedModel(model).graph(ids)

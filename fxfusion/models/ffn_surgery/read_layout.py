@@ -59,8 +59,9 @@ class LayoutReader:
         recipe = GroupRecipe(
             members=members,
             norm=group.norm,
+            mixers="none" if group.window is None else group.window.names.mixers,
             fills=tuple(fills),
-            copies=self._copies(group, members) if group.norm == "last" else (),
+            copies=self._copies(group, members) if group.norm == "last" and group.window is None else (),
             in_bias=has_shift or any(matrix.bias is not None for member in members for matrix in member.projections),
             down_bias=any(
                 member.down.bias is not None or any(kind == "add" for kind, _ in member.tail) for member in members

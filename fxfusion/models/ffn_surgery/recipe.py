@@ -8,7 +8,7 @@ Works on the meta device, so the parameters of a checkpoint can be fused while t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from fxfusion.models.ffn_surgery.check_quantised import check_group
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.quantised import FUSE_FIRST
 from fxfusion.models.ffn_surgery.read_layout import LayoutReader
+from fxfusion.models.ffn_surgery.stubs import FfnSite, find_ffn_sites
 from fxfusion.models.surgery_proof import proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.passes.ffn import Group
@@ -28,11 +29,18 @@ from fxfusion.torch_private import hooks_in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FuseRecipe:
-    """All names are those of the unfused model. `path`: of the list of decoder layers; `count`: how many there are."""
+    """All names are those of the unfused model. `path`: of the list of decoder layers; `count`: how many there are;
+    `emptied`: the modules that go in layers that stay without their FFN, by layer."""
 
     groups: tuple[GroupRecipe, ...]
     path: str
     count: int
+    emptied: Mapping[int, FfnSite] = field(default_factory=dict)
+    _moved: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        inner = (member for group in self.groups if group.is_window for member in group.members[1:])
+        object.__setattr__(self, "_moved", frozenset(name for m in inner for name in (*m.large, *m.small)))
 
     @classmethod
     def of(cls, model: nn.Module, plan: FusionPlan, shards: int = 1) -> FuseRecipe:
@@ -62,9 +70,13 @@ class FuseRecipe:
         path = layer_list_path(traced)
         count = len(list(model.get_submodule(path).children()))
         reader = LayoutReader.of(model, traced)
-        read = (reader.recipe(group, _layers_of(group, traced)) for group in found.groups)
+        chosen = [_home_first(group) for group in found.groups]
+        read = (reader.recipe(group, _layers_of(group, traced)) for group in chosen)
         groups = tuple(replace(group, shards=shards) for group in read)
-        recipe = cls(groups=groups, path=path, count=count)
+        inner = [member for group in groups if group.is_window for member in group.members[1:]]
+        sites = find_ffn_sites(traced, path, inner) if inner else ()
+        emptied = {member.layer: site for member, site in zip(inner, sites, strict=True)}
+        recipe = cls(groups=groups, path=path, count=count, emptied=emptied)
         recipe._check_layers(traced)
         recipe._check_hooks(model)
         recipe._check_shards(shards)
@@ -74,8 +86,8 @@ class FuseRecipe:
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """Layers that go: those of every member but the first of its group."""
-        return tuple(sorted(layer for group in self.groups for layer in group.layers[1:]))
+        """Layers that go: those of every member but the first of its group; none of a window's."""
+        return tuple(sorted(layer for group in self.groups if not group.is_window for layer in group.layers[1:]))
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -84,7 +96,9 @@ class FuseRecipe:
         return tuple(layer for layer in range(self.count) if layer not in gone)
 
     def fused_name(self, name: str) -> str | None:
-        """The name of a parameter in the fused model; None where its layer goes."""
+        """The name of a parameter in the fused model; None where its layer or its FFN goes."""
+        if name in self._moved:
+            return None
         layer, rest = self._split(name)
         if layer is None:
             return name
@@ -136,6 +150,11 @@ class FuseRecipe:
         for layer, blocks in alone.items():
             if len(blocks) != 1:
                 raise SurgeryError(f"layer {layer} has {len(blocks)} FFNs, so it cannot go with one of them")
+
+
+def _home_first(group: Group) -> Group:
+    """A window's FFN goes to its last layer, behind all its attention."""
+    return group if group.window is None else replace(group, members=(group.members[-1], *group.members[:-1]))
 
 
 def has_mixer(model: nn.Module, layer: int) -> bool:

@@ -2,6 +2,7 @@
 
     config.fxfusion["fused"] = {"groups": [[4, 5, 6]], "norm": "fold", "layers": 12, "kept": [0, 1, 2, 3, 4, 7, ...]}
 
+A window, whose inner layers kept their attention, is {"members": [4, 5], "mixers": "hoist"} there.
 Layers are numbered as in the model that was loaded; `kept` are those that are left, in order. `shards` is there where
 the channels are ordered for tensor parallelism.
 """
@@ -27,12 +28,14 @@ _STATE = "_fxfusion_fused"
 
 @dataclass(slots=True, kw_only=True)
 class FusedState:
-    """`shells`: the layers that went, by number, their parameters on the meta device. `changes`: of configs and
+    """`shells`: the layers that went, by number, their parameters on the meta device; `parts`: modules that went from
+    layers that stayed, by path in the unfused model, their parameters there too. `changes`: of configs and
     modules. `residue`: what the wide weights do not tell."""
 
     recipe: FuseRecipe
     plan: FusionPlan
     shells: dict[int, nn.Module]
+    parts: dict[str, nn.Module]
     residue: Residue
     changes: Changes
 
@@ -54,7 +57,7 @@ def write_entry(config: Any, recipe: FuseRecipe, norm: NormMode) -> None:
     """Note the groups in the config, beside the attention that was dropped."""
     found = getattr(config, _ENTRY, None)
     entry: dict[str, Any] = {
-        "groups": [list(group.layers) for group in recipe.groups],
+        "groups": [group.planned.to_data() for group in recipe.groups],
         "norm": norm,
         "layers": recipe.count,
         "kept": list(recipe.kept),

@@ -2,6 +2,7 @@
 
 Before:  layer 4, its FFN as wide as four
 After:   layers 4 5 6 7, each with its FFN; no attention comes back
+         (of a window: layers 4 to 6, which had kept their attention, have their FFNs again)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.record import FusedState, forget_entry, fused_state, set_fused_state
 from fxfusion.models.ffn_surgery.residue import Residue
 from fxfusion.models.ffn_surgery.snapshot import Changes
+from fxfusion.models.ffn_surgery.stubs import FfnStubs, put_modules
 from fxfusion.models.ffn_surgery.unpack import Unpacking
 from fxfusion.models.ffn_surgery.widen import set_parameter, tensor_of
 
@@ -60,6 +62,7 @@ def _unfuse(model: Any, state: FusedState) -> None:
     children = list(model.get_submodule(state.recipe.path).children())
     by_number = {layers[place]: child for place, child in enumerate(children)} | state.shells
     put_layers(model, state.recipe.path, [by_number[layer] for layer in range(state.recipe.count)])
+    put_modules(model, state.parts)
     _put_members(model, state.recipe.groups, state.residue)
     state.changes.undo()
     set_fused_state(model, None)
@@ -67,10 +70,16 @@ def _unfuse(model: Any, state: FusedState) -> None:
 
 
 def give_back(
-    model: nn.Module, depth: DepthEditor, changes: Changes, groups: Sequence[GroupRecipe], residue: Residue
+    model: nn.Module,
+    depth: DepthEditor,
+    stubs: FfnStubs,
+    changes: Changes,
+    groups: Sequence[GroupRecipe],
+    residue: Residue,
 ) -> None:
     """Undo a surgery that was not finished: `groups` are those whose members are gone."""
     depth.put(depth.layers)
+    stubs.give_back()
     _put_members(model, groups, residue)
     changes.undo()
 
