@@ -205,6 +205,8 @@ class _Surgery:
                 depth.without(layers)
             if self.form is not None:
                 self.form.check(self.model, len(groups))
+            elif recipe.is_window and self.ids.is_meta:
+                TracedModel(self.model).graph(self.ids)  # raises where the stand-ins do not fit
             elif recipe.is_window:
                 run_once(self.model, self.ids)
 

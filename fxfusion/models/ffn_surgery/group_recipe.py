@@ -29,9 +29,9 @@ _CHUNK = 1 << 18  # numbers that are folded at a time: what an allocator keeps o
 class GroupRecipe:
     """`fills`: parameters of the first member that become one number; `copies`: those that take another parameter's
     values (first member's name, source). `in_bias`, `down_bias`: whether the wide layers have biases. `shards`: into
-    how many equal parts the wide FFN can be cut, each with a slice of every member. `mixers`: as in the plan. Where they
-    were hoisted (a window) the last layer's FFN becomes the wide one, and is the first of `members`; the other layers
-    stay, without their FFNs.
+    how many equal parts the wide FFN can be cut, each with a slice of every member. `mixers`: as in the plan. Where
+    they were hoisted (a window) the last layer's FFN becomes the wide one, and is the first of `members`; the other
+    layers stay, without their FFNs.
 
     All names are those of the unfused model; the wide parameters take the first member's.
     """
