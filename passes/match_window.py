@@ -59,9 +59,6 @@ class WindowMatcher:
         return Hoisted(tuple(windows), refusals)
 
     def _window(self, names: PlannedGroup) -> Window:
-        if names.mixers != "hoist":
-            words = f"mixers: {names.mixers} is not supported yet; mixers: hoist is"
-            raise Refused(RefusalCode.PLAN_UNMATCHED, words)
         members = sorted((self.index.one(name) for name in names), key=lambda ffn: self.facts.order[ffn.add])
         blocks = self._blocks_between(members)
         mixers = tuple(block for block in blocks if isinstance(block, Mixer))

@@ -37,14 +37,6 @@ def test_members_and_mixers_in_order() -> None:
     assert isinstance(by_path, Window) and len(by_path.mixers) == 1
 
 
-def test_a_wide_window_is_refused_by_name() -> None:
-    """It must not be taken for a hoisted one: it is another function."""
-    report = explain(decoder(3), tokens(), policy={"windows": [{"members": [0, 1], "mixers": "wide"}]})
-    (refusal,) = [found for found in report.refusals if found.code is RefusalCode.PLAN_UNMATCHED]
-    assert refusal.message == "window [0, 1]: mixers: wide is not supported yet; mixers: hoist is"
-    assert not report.groups
-
-
 def test_a_layer_without_attention_has_nothing_to_move() -> None:
     found = match(randomise(Stack([Layer(True), Layer(False), Layer(True)])), 0, 1, 2)
     assert isinstance(found, Window) and [mixer.layer for mixer in found.mixers] == ["layers.2"]

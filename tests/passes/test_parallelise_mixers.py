@@ -44,8 +44,9 @@ def widened(
     work = normalise(capture(model, x, how=how))
     facts = facts_of(work)
     matches = match_residual(facts, {})
-    found, refused = WindowMatcher(matches, facts, "fold").match([PlannedGroup(window, mode) for window in windows])
-    assert not refused
+    matched = WindowMatcher(matches, facts, "fold").match([PlannedGroup(window, mode) for window in windows])
+    found = matched.windows
+    assert not matched.refusals
     history = History()
     run_passes(work.module, [HoistMixers(found), ParalleliseMixers(found, matches.mixers)], history)
     assert not history.records[-1].exact
@@ -90,7 +91,7 @@ def test_what_still_reads_the_stream_before_it_is_noticed() -> None:
     work = normalise(capture(model, x))
     facts = facts_of(work)
     matches = match_residual(facts, {})
-    found, _ = WindowMatcher(matches, facts, "fold").match([PlannedGroup([0, 1], "wide")])
+    found = WindowMatcher(matches, facts, "fold").match([PlannedGroup([0, 1], "wide")]).windows
     run_passes(work.module, [HoistMixers(found)], History())
     assert "still reads" in ParalleliseMixers(found, matches.mixers).ensures(work.module.graph)[0]
 

@@ -58,6 +58,7 @@ class FuseRecipe:
         cls, model: nn.Module, traced: TracedGraph, plan: FusionPlan, shards: int = 1
     ) -> tuple[FuseRecipe, tuple[Group, ...]]:
         """The same from the graph of the model without the attention that the plan drops; with the graph's groups."""
+        _refuse_wide(plan)
         found = analyse(traced.captured, plan)
         unmet = [
             refusal.message
@@ -150,6 +151,15 @@ class FuseRecipe:
         for layer, blocks in alone.items():
             if len(blocks) != 1:
                 raise SurgeryError(f"layer {layer} has {len(blocks)} FFNs, so it cannot go with one of them")
+
+
+def _refuse_wide(plan: FusionPlan) -> None:
+    for index, group in enumerate(plan.groups):
+        if group.mixers == "wide":
+            raise SurgeryError(
+                f"groups[{index}] {list(group)} has mixers: wide, which modules cannot hold yet: torch.compile takes "
+                "the plan as it is, modules take mixers: hoist"
+            )
 
 
 def _home_first(group: Group) -> Group:
