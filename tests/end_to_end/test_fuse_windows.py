@@ -124,6 +124,9 @@ def test_saved_and_loaded(tmp_path: Path, name: str) -> None:
     assert FusionPlan.load(tmp_path / "canonical" / "fxfusion_plan.yaml").groups == PLAN.groups
     sequential = run(fxfusion.from_pretrained(tmp_path / "canonical", fused=False), inputs)
     assert relative(run(fxfusion.unfuse(back), inputs), sequential) <= 1e-5 < relative(sequential, wanted)
+    for kind in formats[1:]:
+        members = fxfusion.from_pretrained(tmp_path / kind, fused=False)
+        assert relative(run(members, inputs), sequential) <= 1e-5 and type(members) is type(model)
 
 
 def test_the_nemotron_nas_blocks_of_a_window() -> None:
