@@ -37,12 +37,13 @@ def test_one_command_gives_a_plan_a_checkpoint_its_loss_and_its_speed(
     run: Run, args: list[object], tmp_path: Path
 ) -> None:
     out = tmp_path / "fused"
-    more = ["--target-depth", 3, "--roads", "drop", "--max-window", 2]
+    more = ["--target-depth", 3, "--roads", "hoist", "--max-window", 2]
     ran = run("auto", *args, "--output", out, *more, "--json")
     assert ran.code == 0, ran.err
     found = ran.json
     plan = FusionPlan.load(tmp_path / "results" / "plan.yaml")
     assert found["depth"] == {"intact": 4, "plan": 3} and plan.to_dict() == found["plan"]
+    assert [group.mixers for group in plan.groups] == ["hoist"]
     control, fused = found["quality"]["intact model"], found["quality"]["fused and refitted"]
     assert control["kl"]["value"] == 0 and fused["kl"]["value"] > 0
     assert set(found["speed"]) == {"a prompt", "one token"}
@@ -54,7 +55,7 @@ def test_one_command_gives_a_plan_a_checkpoint_its_loss_and_its_speed(
     assert len(held_out) == 1
     again = run("auto", *args, "--output", out, *more)
     assert again.code == 0 and "times faster" in again.out and f"written: {out}" in again.out
-    assert "FFNs one behind the other: 4 -> 3" in again.out
+    assert "hoist" in again.out and "FFNs one behind the other: 4 -> 3" in again.out
 
 
 @pytest.mark.slow

@@ -21,7 +21,6 @@ from tests.tiny_lm import TinyLm, ids
 
 BATCHES = [ids(3, 9, seed=5), ids(3, 9, seed=6)]
 LAYERS = 4
-ROADS_HERE = ("drop",)
 
 
 @pytest.mark.parametrize(("roads", "layers"), [(("hoist",), 4), (("drop", "hoist"), 3)])
@@ -55,7 +54,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 def test_automatic_is_the_least_latency_within_a_percent_of_the_perplexity() -> None:
     model, text = model_of(), own_text()
-    arguments: dict[str, Any] = {"preset": "automatic", "roads": ROADS_HERE, "max_window": 2}
+    arguments: dict[str, Any] = {"preset": "automatic", "max_window": 2}
     plan = make_plan(model, text, **arguments)
     loose = make_plan(model, text, **arguments, max_perplexity_increase=1e9)
     price = predicted_latency(PlanMeter(model, text[:1]), "h100")
