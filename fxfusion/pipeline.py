@@ -26,6 +26,7 @@ from fxfusion.graph.pass_base import History, Pass
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.concatenate import GROUP_TAG, Concatenate
+from fxfusion.passes.concatenate_grouped import ConcatenateGrouped
 from fxfusion.passes.drop_no_ops import DropNoOps
 from fxfusion.passes.drop_zero_branches import DropZeroBranches
 from fxfusion.passes.ffn import Chain, Group, Hoisted, Matches
@@ -174,7 +175,7 @@ def _rewrite(
     run_passes(work.module, [Parallelise(groups)], history)
     numeric = verify == "numeric"
     parallel = [extract_region(group.members[0].stream, group.members[-1].add) for group in groups] if numeric else []
-    run_passes(work.module, [Concatenate(groups)], history)
+    run_passes(work.module, [Concatenate(groups), ConcatenateGrouped(groups)], history)
     proofs = _prove(work, groups, parallel) if numeric else ()
     lift = LiftWeights(work.weights, lift_into)
     run_passes(work.module, [lift], history)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import fx
+
 from fxfusion.graph import ops
 from fxfusion.passes.ffn import Chain, FfnNode, Group, Matches
 from fxfusion.report import Block, ChainSummary, GroupSummary, MemberSummary
@@ -21,7 +23,7 @@ def summarise_chain(chain: Chain) -> ChainSummary:
 
 def summarise_group(group: Group) -> GroupSummary:
     members = tuple(summarise_member(ffn) for ffn in group.members)
-    size = sum(member_bytes(member) for member in group.members)
+    size = sum(packed_bytes(member) for member in group.members)
     window = group.window
     return GroupSummary(
         members=members,
@@ -30,12 +32,22 @@ def summarise_group(group: Group) -> GroupSummary:
         packed_bytes=size,
         mixers="none" if window is None else window.names.mixers,
         moved=() if window is None else tuple(mixer.layer or mixer.add.name for mixer in window.mixers),
+        form=group.form,
     )
 
 
+def packed_bytes(ffn: FfnNode) -> int:
+    """An FFN's share of the memory of a group's packed weights. Down projections before a norm are read in place."""
+    return _bytes(ffn.weights[:-1] if ffn.output else ffn.weights)
+
+
 def member_bytes(ffn: FfnNode) -> int:
-    """Memory of an FFN's weights, and so its share of a wide one's (biases are small change)."""
-    values = [value for weight in ffn.weights if (value := ops.tensor_value(weight)) is not None]
+    """Memory of an FFN's weights (biases are small change)."""
+    return _bytes(ffn.weights)
+
+
+def _bytes(weights: Sequence[fx.Node]) -> int:
+    values = [value for weight in weights if (value := ops.tensor_value(weight)) is not None]
     return sum(size_hint(value.numel()) * value.element_size() for value in values)
 
 

@@ -79,6 +79,8 @@ class GroupChecker:
                     RefusalCode.NORM_UNPROVED,
                     f"{members[-1].prologue_constants[index]} of its norm is not proved to be a gain or a shift",
                 )
+        if members[0].segmented:
+            return None  # each member's own activation reads its own constants
         for index in range(len(members[0].middle_constants)):
             misfit = self._middle_constant(members, index)
             if misfit is not None:

@@ -4,6 +4,8 @@
         │                       └─ in-projection 1 (up)   ─ pieces ─┴─ middle ─ down ─ scales ─ b
         └──────────────────────────────────── add(x, b) ─────────────────────────────────────── y
 
+with a norm on the FFN's output: ... middle ─ down ─ output (norm) ─ b
+
 x, y, b: `[..., hidden]`; pieces and middle: `[..., width]`. Records hold node references and no
 logic beyond properties; they are stale once the graph has been edited.
 Source: issue 2; arXiv 2503.18908, equations 1 to 5.
@@ -22,6 +24,7 @@ from fxfusion.graph.isomorphism import Structure
 from fxfusion.plan import PlannedGroup
 
 Role = Literal["gain", "shift", "fixed"]
+Form = Literal["wide", "grouped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +64,10 @@ class FfnNode:
 
     `nodes`: every node of the branch. `prologue`: from the stream to `normed`, in graph order, with
     the constants it reads in the order it reads them. `middle` likewise, from the pieces to the input
-    of `down`; `aliases` maps views in it to the values they show. `tail`: what multiplies the result
+    of `down`; `aliases` maps views in it to the values they show; `segmented`: whether something in it is
+    computed over all intermediate channels of the member, as by an inner norm. `tail`: what multiplies the result
     of `down` or is added to it, in order: literals and per-channel constants, `[hidden]` or one number.
+    `output`: instead of a tail, what cannot be folded into `down`: a norm, from the result of `down` to `branch`.
     """
 
     stream: fx.Node
@@ -79,6 +84,8 @@ class FfnNode:
     middle_constants: tuple[fx.Node, ...]
     down: Linear
     tail: tuple[tuple[Literal["mul", "add"], fx.Node | float], ...]
+    output: tuple[fx.Node, ...] = ()
+    segmented: bool = False
     prologue_structure: Structure
     structure: Structure
     name: str
@@ -113,7 +120,11 @@ class Chain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Consecutive members of one chain that become one FFN. `window`: what was moved to make the chain, if anything."""
+    """Consecutive members of one chain that become one FFN. `window`: what was moved to make the chain, if anything.
+
+    `form`: `"wide"`, one FFN with all channels; `"grouped"`, wide up to the activation, then each member's own
+    down projection and output norm, and one sum.
+    """
 
     members: tuple[FfnNode, ...]
     norm: Literal["fold", "last"]
@@ -123,6 +134,10 @@ class Group:
     @property
     def width(self) -> int:
         return sum(member.width for member in self.members)
+
+    @property
+    def form(self) -> Form:
+        return "grouped" if self.members[0].output else "wide"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

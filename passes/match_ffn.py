@@ -3,8 +3,9 @@
 Matches (no edit):
     n = norm(x)                       prologue: token-wise, whatever its spelling
     g, u = n Wg^T + bg, n Wu^T + bu   projections: linear layers that read n (one, two or packed)
-    h = act(g) * u                    middle: pointwise on the intermediate axis, whatever it is
-    b = s * (h Wd^T + bd)             down, then constant scales and shifts, casts, views
+    h = act(g) * u                    middle: pointwise on the intermediate axis, whatever it is; or, with
+                                      a norm in it, computed over the channels of one member (`segmented`)
+    b = s * (h Wd^T + bd)             down, then constant scales and shifts, casts, views; or a norm
     y = x + b                         x, y: [..., hidden]; h: [..., width]
 Everything the branch computes is read inside it only. A branch that does not fit is refused with a
 code; nothing is guessed from names of modules.
@@ -13,7 +14,7 @@ Source: issue 2; arXiv 2503.18908, equations 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -25,8 +26,9 @@ from fxfusion.graph.isomorphism import Entry, Structure, describe_region
 from fxfusion.graph.token_wise import check_token_wise
 from fxfusion.passes.ffn import FfnNode, Linear
 from fxfusion.passes.match_linear import match_linear
+from fxfusion.passes.match_output import has_axes_of, is_flat, is_norm, output_structure, regroups_tokens
 from fxfusion.passes.match_pieces import VIEWS, Cuts, keeps_channels, match_pieces
-from fxfusion.passes.match_tail import TailStep, match_tail
+from fxfusion.passes.match_tail import Tail, match_tail
 
 
 @dataclass
@@ -38,8 +40,11 @@ class _Regions:
     projections: tuple[Linear, ...]
     cuts: Cuts
     middle: tuple[fx.Node, ...]
-    down: Linear
-    tail: tuple[TailStep, ...]
+    tail: Tail
+
+    @property
+    def down(self) -> Linear:
+        return self.tail.down
 
 
 class FfnMatcher:
@@ -47,7 +52,7 @@ class FfnMatcher:
 
     def __init__(self, facts: GraphFacts) -> None:
         self.facts = facts
-        self._proved: dict[tuple[Structure, str], Refused | None] = {}
+        self._proved: dict[tuple[Structure, str], Refused | bool] = {}
 
     def match(self, stream: fx.Node, add: fx.Node, branch: fx.Node, found: Slice) -> FfnNode:
         """The FFN node `add = stream + branch`. Raises `Refused`."""
@@ -55,10 +60,14 @@ class FfnMatcher:
         _check_widths(regions, stream)
         prologue_constants = self._constants_of(regions.prologue)
         middle_constants = self._constants_of(regions.middle)
+        output = self._output_structure(regions)
         places = {stream: "x"} | {node: f"c{index}" for index, node in enumerate(prologue_constants)}
         prologue = describe_region(regions.prologue, places)
-        structure = prologue + _middle_structure(regions, middle_constants, branch)
-        self._prove_token_wise(regions, stream, structure)
+        structure = prologue + _middle_structure(regions, middle_constants, branch) + output
+        segmented = self._prove_token_wise(regions, stream, structure)
+        if segmented:
+            structure = prologue + _middle_structure(regions, middle_constants, branch, own_width=True) + output
+        _check_token_axes(regions, stream, segmented)
         linears = [linear.node for linear in (*regions.projections, regions.down)]
         return FfnNode(
             stream=stream,
@@ -74,7 +83,9 @@ class FfnMatcher:
             middle=regions.middle,
             middle_constants=middle_constants,
             down=regions.down,
-            tail=regions.tail,
+            tail=regions.tail.steps,
+            output=regions.tail.output,
+            segmented=segmented,
             prologue_structure=prologue,
             structure=structure,
             name=provenance.common_path(linears) or str(add),
@@ -84,7 +95,8 @@ class FfnMatcher:
 
     def _cut(self, stream: fx.Node, branch: fx.Node, found: Slice) -> _Regions:
         linears = [linear for node in found.nodes if (linear := match_linear(node, self.facts)) is not None]
-        down, tail = match_tail(branch, linears, found, self.facts)
+        tail = match_tail(branch, linears, found, self.facts)
+        down = tail.down
         projections = self._projections(linears, down, stream)
         normed = _normed(projections, stream)
         prologue = self.facts.slice_between(normed, stream).nodes if normed is not stream else ()
@@ -94,7 +106,7 @@ class FfnMatcher:
         used = {cuts.resolve(source) for node in (*middle, down.node) for source in node.all_input_nodes}
         cuts.pieces = {node: piece for node, piece in cuts.pieces.items() if node in used}
         self._check_sources(middle, cuts)
-        return _Regions(prologue, normed, projections, cuts, middle, down, tail)
+        return _Regions(prologue, normed, projections, cuts, middle, tail)
 
     def _projections(self, linears: Sequence[Linear], down: Linear, stream: fx.Node) -> tuple[Linear, ...]:
         projections = tuple(linear for linear in linears if linear is not down)
@@ -141,27 +153,53 @@ class FfnMatcher:
         sources = (source for node in nodes for source in node.all_input_nodes)
         return tuple(dict.fromkeys(source for source in sources if source in self.facts.constants))
 
-    def _prove_token_wise(self, regions: _Regions, stream: fx.Node, structure: Structure) -> None:
+    def _output_structure(self, regions: _Regions) -> Structure:
+        output = regions.tail.output
+        return output_structure(output, regions.down.node, self._constants_of(output)) if output else ()
+
+    def _prove_token_wise(self, regions: _Regions, stream: fx.Node, structure: Structure) -> bool:
+        """Whether the middle is segmented. Raises `Refused` where the branch is not token-wise."""
         key = (structure, str(getattr(ops.tensor_value(stream), "shape", "")))
         if key not in self._proved:
-            self._proved[key] = None
             try:
-                self._check_token_wise(regions, stream)
+                self._proved[key] = self._check_token_wise(regions, stream)
             except Refused as refused:
                 self._proved[key] = refused
-        failed = self._proved[key]
-        if failed is not None:
-            raise failed
+        found = self._proved[key]
+        if isinstance(found, Refused):
+            raise found
+        return found
 
-    def _check_token_wise(self, regions: _Regions, stream: fx.Node) -> None:
+    def _check_token_wise(self, regions: _Regions, stream: fx.Node) -> bool:
         constants = {node: False for node in self._constants_of(regions.prologue)}
         check_token_wise(regions.prologue, {stream: True} | constants)
+        segmented = self._is_segmented(regions)
+        output = regions.tail.output
+        if output and not is_norm(output, regions.down.node, self._constants_of(output)):
+            raise regions.tail.refusal
+        return segmented
+
+    def _is_segmented(self, regions: _Regions) -> bool:
+        """Whether a norm over the channels stands in the middle. Raises `Refused` where it is no token-wise code."""
         cuts = regions.cuts
         inputs = {node: True for node in cuts.pieces} | {node: False for node in self._constants_of(regions.middle)}
         inputs |= {view: True for view in cuts.aliases if cuts.resolve(view) in cuts.pieces}
         views = [view for view in cuts.aliases if cuts.resolve(view) in regions.middle]
         nodes = sorted((*regions.middle, *views), key=self.facts.order.__getitem__)
-        check_token_wise(nodes, inputs, pointwise_only=True)
+        try:
+            check_token_wise(nodes, inputs, pointwise_only=True)
+        except Refused as refused:
+            if refused.code is not RefusalCode.NOT_POINTWISE or not _is_norm(nodes, inputs):
+                raise
+            return True
+        return False
+
+
+def _is_norm(nodes: Sequence[fx.Node], inputs: Mapping[fx.Node, bool]) -> bool:
+    try:
+        return check_token_wise(nodes, inputs)
+    except Refused:
+        return False  # what the stricter check said holds
 
 
 def _normed(projections: Sequence[Linear], stream: fx.Node) -> fx.Node:
@@ -189,8 +227,23 @@ def _check_widths(regions: _Regions, stream: fx.Node) -> None:
         raise Refused(RefusalCode.BROADCAST, f"the branch is {hidden} wide, the stream is not", regions.down.node)
 
 
-def _middle_structure(regions: _Regions, constants: Sequence[fx.Node], branch: fx.Node) -> Structure:
-    """What must be alike in members of a group, widths left out."""
+def _check_token_axes(regions: _Regions, stream: fx.Node, segmented: bool) -> None:
+    """What is computed member by member has the token axes of what it is made from, or is `[tokens, channels]`."""
+    output = (regions.down.node, *filter(regroups_tokens, regions.tail.output)) if regions.tail.output else ()
+    middle = (*regions.cuts.pieces, *regions.cuts.aliases) if segmented else ()
+    for nodes, like, code in (
+        (output, stream, RefusalCode.OUTPUT_NORM),
+        (middle, regions.normed, RefusalCode.NOT_POINTWISE),
+    ):
+        for node in nodes:
+            if not (has_axes_of(node, like) or is_flat(node)):
+                raise Refused(code, f"{ops.op_name(node)} groups the tokens in another way than {like}", node)
+
+
+def _middle_structure(
+    regions: _Regions, constants: Sequence[fx.Node], branch: fx.Node, *, own_width: bool = False
+) -> Structure:
+    """What must be alike in members of a group, widths left out; with `own_width`, also those that the code names."""
     cuts, width = regions.cuts, regions.down.in_features
     places = {node: f"m{index}" for index, node in enumerate(constants)}
     entries = []
@@ -202,7 +255,7 @@ def _middle_structure(regions: _Regions, constants: Sequence[fx.Node], branch: f
     for view in cuts.aliases:
         shown = cuts.resolve(view)
         places[view] = places.get(shown, computed.get(shown, str(view)))
-    entries += describe_region(regions.middle, places)
+    entries += describe_region(regions.middle, places, {width: "width"} if own_width else {})
     end = cuts.resolve(regions.down.input)
     entries.append(Entry("down", "", _dtype(regions.down.node), computed.get(end, places.get(end, str(end)))))
     entries.append(Entry("branch", "", _dtype(branch), ""))

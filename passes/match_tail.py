@@ -4,14 +4,14 @@ Matches (no edit):
     b = scale * (h Wd^T + bd)         scale: a literal, one number or one per channel, [hidden]
     b = (h Wd^T) + bias
     casts and views that keep the channel axis, in any order
-All of it can be folded into the down projection. A norm in this place cannot: the norm of a sum is
-not the sum of norms.
+All of it can be folded into the down projection. A norm in this place cannot: see `match_output`.
 Source: issue 2; DESIGN's definition of an FFN node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx
@@ -20,17 +20,33 @@ from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts, Slice
 from fxfusion.passes.ffn import Linear
+from fxfusion.passes.match_output import NORM_BETWEEN, looks_like_norm, match_output
 from fxfusion.passes.match_pieces import VIEWS, keeps_channels
 
 TailStep = tuple[Literal["mul", "add"], fx.Node | float]
 
 _CASTS = frozenset("to type_as float double half bfloat16".split())
-_NORM_SIGNS = frozenset("layer_norm rms_norm native_layer_norm group_norm mean var rsqrt normalize norm".split())
 
 
-def match_tail(
-    branch: fx.Node, linears: Sequence[Linear], found: Slice, facts: GraphFacts
-) -> tuple[Linear, tuple[TailStep, ...]]:
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The last linear layer of a branch and what is done to its result: `steps` that fold into it, or else `output`,
+    every node up to the branch. `stopped_at`: the first one, seen from the branch, that does not fold."""
+
+    down: Linear
+    steps: tuple[TailStep, ...] = ()
+    output: tuple[fx.Node, ...] = ()
+    stopped_at: fx.Node | None = None
+
+    @property
+    def refusal(self) -> Refused:
+        """For an `output` that is no norm."""
+        name = ops.op_name(self.stopped_at) if self.stopped_at is not None else ""
+        words = f"{name} stands between the last linear layer and the addition"
+        return Refused(RefusalCode.STRUCTURE, words, self.stopped_at)
+
+
+def match_tail(branch: fx.Node, linears: Sequence[Linear], found: Slice, facts: GraphFacts) -> Tail:
     """The branch's last linear layer and what is done to its result. Raises `Refused`."""
     by_node = {linear.node: linear for linear in linears}
     steps: list[TailStep] = []
@@ -38,12 +54,15 @@ def match_tail(
     while node not in by_node:
         walked = _step_back(node, facts)
         if walked is None or walked[0] not in set(found.nodes):
-            raise _refusal(node, linears, found, facts)
+            output = match_output(branch, linears[-1].node, facts) if linears else ()
+            if not output:
+                raise _refusal(node, linears, found, facts)
+            return Tail(linears[-1], output=output, stopped_at=node)
         node, step = walked
         if step is not None:
             steps.append(step)
     steps.reverse()
-    return by_node[node], tuple(steps)
+    return Tail(by_node[node], tuple(steps))
 
 
 def _step_back(node: fx.Node, facts: GraphFacts) -> tuple[fx.Node, TailStep | None] | None:
@@ -91,8 +110,8 @@ def _refusal(node: fx.Node, linears: Sequence[Linear], found: Slice, facts: Grap
         return Refused(RefusalCode.LINEAR_COUNT, "the branch has no linear layer with constant weights", node)
     last = facts.order[linears[-1].node]
     after = [other for other in found.nodes if facts.order[other] > last]
-    if any(ops.op_name(other) in _NORM_SIGNS for other in after):
-        return Refused(RefusalCode.OUTPUT_NORM, "a norm stands between the last linear layer and the addition", node)
+    if looks_like_norm(after):
+        return Refused(RefusalCode.OUTPUT_NORM, f"{NORM_BETWEEN}, and not of its result alone", node)
     return Refused(
         RefusalCode.STRUCTURE, f"{ops.op_name(node)} stands between the last linear layer and the addition", node
     )

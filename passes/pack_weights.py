@@ -77,6 +77,10 @@ class WeightPacker:
             parts.append(self._to(weight, _dtype(member.down.weight)))
         return self._packed(self._cat(parts, 1))
 
+    def own_down(self, member: FfnNode) -> tuple[fx.Node, fx.Node | None]:
+        """One member's weight `[hidden, width]` and bias, as they are: nothing to pack."""
+        return self._as_out_in(member.down), member.down.bias
+
     def down_bias(self) -> fx.Node | None:
         """`[hidden]`: the sum of the members' biases and shifts, or None where there are none."""
         parts = [part for member in self.group.members if (part := self._down_bias_part(member)) is not None]

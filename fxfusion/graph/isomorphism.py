@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,8 +32,11 @@ class Entry:
 Structure = tuple[Entry, ...]
 
 
-def describe_region(nodes: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> Structure:
-    """The region's structure. `names` gives the roles of the values that come from outside.
+def describe_region(
+    nodes: Sequence[fx.Node], names: Mapping[fx.Node, str], sizes: Mapping[int, str] = MappingProxyType({})
+) -> Structure:
+    """The region's structure. `names` gives the roles of the values that come from outside; `sizes` those of whole
+    numbers that may be other ones in another region.
 
     Values without a role keep their own node name, so that only regions that read the very same
     value are isomorphic.
@@ -40,7 +44,7 @@ def describe_region(nodes: Sequence[fx.Node], names: Mapping[fx.Node, str]) -> S
     places = dict(names)
     entries = []
     for index, node in enumerate(nodes):
-        literals, wiring = _arguments(node, places)
+        literals, wiring = _arguments(node, places, sizes)
         entries.append(Entry(ops.op_identity(node), literals, _dtype(node), wiring))
         places[node] = f"%{index}"
     return tuple(entries)
@@ -63,7 +67,7 @@ def first_difference(left: Structure, right: Structure) -> tuple[RefusalCode, st
     return None
 
 
-def _arguments(node: fx.Node, places: Mapping[fx.Node, str]) -> tuple[str, str]:
+def _arguments(node: fx.Node, places: Mapping[fx.Node, str], sizes: Mapping[int, str]) -> tuple[str, str]:
     """The literals and, separately, the places of the node arguments; both with their positions."""
     wiring: list[str] = []
 
@@ -73,16 +77,16 @@ def _arguments(node: fx.Node, places: Mapping[fx.Node, str]) -> tuple[str, str]:
         return "_"
 
     literals = fx.node.map_arg((node.args, dict(sorted(node.kwargs.items()))), note)
-    return _plain(literals), ",".join(wiring)
+    return _plain(literals, sizes), ",".join(wiring)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, sizes: Mapping[int, str]) -> str:
     """A stable text of literals: no addresses, floats exactly."""
     if isinstance(value, (tuple, list)):
-        return "(" + ",".join(_plain(item) for item in value) + ")"
+        return "(" + ",".join(_plain(item, sizes) for item in value) + ")"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_plain(item)}" for key, item in value.items()) + "}"
-    return repr(value)
+        return "{" + ",".join(f"{key}:{_plain(item, sizes)}" for key, item in value.items()) + "}"
+    return sizes.get(value, repr(value)) if type(value) is int else repr(value)
 
 
 def _dtype(node: fx.Node) -> str:

@@ -30,11 +30,12 @@ _CREATIONS = frozenset(
 )
 
 
-def check_token_wise(nodes: Sequence[fx.Node], inputs: Mapping[fx.Node, bool], *, pointwise_only: bool = False) -> None:
+def check_token_wise(nodes: Sequence[fx.Node], inputs: Mapping[fx.Node, bool], *, pointwise_only: bool = False) -> bool:
     """Raise `Refused` unless every node of the region treats each token by itself.
 
     `inputs` maps each value that the region reads to whether it is an activation (True) or a constant
-    (False). With `pointwise_only`, each channel must be treated by itself too.
+    (False). With `pointwise_only`, each channel must be treated by itself too. Returns whether something is
+    computed over all channels of a token (as a norm does).
     """
     # Inference mode would hand over whole operations (layer_norm) instead of their parts.
     with torch.inference_mode(False), FakeTensorMode() as mode:
@@ -52,6 +53,7 @@ def check_token_wise(nodes: Sequence[fx.Node], inputs: Mapping[fx.Node, bool], *
                 # A function that does not run on fake tensors cannot be judged.
                 message = f"{ops.op_name(node) or node} cannot be looked into: {type(error).__name__}"
                 raise Refused(RefusalCode.UNKNOWN_OP, message, node) from error
+        return judge.saw_all_channels
 
 
 def _fake_like(node: fx.Node, mode: Any) -> Any:
@@ -92,6 +94,7 @@ class _Judge(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.pointwise_only = pointwise_only
         self.node: fx.Node | None = None
+        self.saw_all_channels = False
         # Tensors that hold activations -> whether their last axis is the channel axis. The tensors are
         # kept alive in the value, so that an id is never reused.
         self._activations: dict[int, tuple[torch.Tensor, bool]] = {}
@@ -141,6 +144,7 @@ class _Judge(TorchDispatchMode):
                 f"{name} between the linear layers lets one intermediate channel see another",
             )
         if name in _LAST_AXIS_NORMS and len(args[1]) == 1 and channels:
+            self.saw_all_channels = True
             return True
         if name in _LAST_AXIS_REDUCTIONS or torch.Tag.reduction in func.tags or name == "linalg_vector_norm":
             return self._reduction(name, func, args, kwargs, active[0], channels)
@@ -197,6 +201,7 @@ class _Judge(TorchDispatchMode):
         listed = [dims] if isinstance(dims, int) else list(dims or [])
         if not channels or [dim % source.dim() for dim in listed] != [source.dim() - 1]:
             raise self._refuse(RefusalCode.TOKEN_MIXING, f"{name} over axes {listed} lets tokens see each other")
+        self.saw_all_channels = True
         return name in _LAST_AXIS_REDUCTIONS or bool(given.get("keepdim", False))
 
     def _cuts_last_axis(self, name: str, args: Any, kwargs: Any, source: torch.Tensor) -> bool:

@@ -64,13 +64,14 @@ def groups(graph: GraphReport) -> str:
         proof = proofs.get(index)
         error = f"{proof['error']:.1e} (limit {proof['limit']:.0e})" if proof else "not checked"
         packed = f"{group.packed_bytes / 2**20:.1f}"
-        rows.append((index, len(group.members), span(group.members), group.width, group.norm, packed, error))
-    header = ("group", "FFNs", "members", "width", "norm", "packed MiB", "error")
+        row = (index, len(group.members), span(group.members), group.width, group.form, group.norm, packed, error)
+        rows.append(row)
+    header = ("group", "FFNs", "members", "width", "form", "norm", "packed MiB", "error")
     return _table(
         "Fused groups (error: against the parallel form, relative)",
         header,
         rows,
-        (None, None, 28, None, None, None, None),
+        (None, None, 22, None, None, None, None, None),
     )
 
 

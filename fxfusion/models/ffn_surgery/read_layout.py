@@ -23,6 +23,9 @@ from fxfusion.passes.lift_weights import constant_graph, constant_needs
 from fxfusion.passes.match_residual import weight_leaves
 
 
+BY_THE_BACKEND = "torch.compile(model, backend=fxfusion.ffn_fusion) with the same plan fuses them as a graph"
+
+
 @dataclass(slots=True)
 class LayoutReader:
     """Answers for one captured model. `names`: of each parameter or buffer, by identity, several where it is tied."""
@@ -42,6 +45,7 @@ class LayoutReader:
 
     def recipe(self, group: Group, layers: Sequence[int]) -> GroupRecipe:
         """How the group's parameters become wide ones. `layers`: the decoder layer of each member."""
+        _check_one_module(group)
         shared = [
             len({ffn.middle_constants[index] for ffn in group.members}) == 1
             for index in range(len(group.members[0].middle_constants))
@@ -199,3 +203,15 @@ class LayoutReader:
                 elif user not in own:
                     return user
         return None
+
+
+def _check_one_module(group: Group) -> None:
+    """Raise `SurgeryError` where no wider module of the same class computes the group."""
+    first = group.members[0]
+    if group.form == "grouped":
+        words = "a norm stands on the FFN's output, and the norm of a sum is not the sum of norms"
+    elif first.segmented:
+        words = "a norm stands inside of the FFN, and one over the channels of all members is another norm"
+    else:
+        return
+    raise SurgeryError(f"{first.name}: {words}, so no wider module computes this group; {BY_THE_BACKEND}")
