@@ -196,20 +196,22 @@ def mixture_of_experts(m: Weights, x: Tensor) -> Tensor:
 # --- channels see each other between the linear layers ----------------------------------------------------
 
 
-@refused(RefusalCode.NOT_POINTWISE)
-def softmax_over_channels(m: Weights, x: Tensor) -> Tensor:
-    return x + F.linear(torch.softmax(F.linear(m.norm(x), m.up), -1), m.down)
-
-
-@refused(RefusalCode.NOT_POINTWISE)
-def norm_between(m: Weights, x: Tensor) -> Tensor:
-    return x + F.linear(F.rms_norm(F.linear(m.norm(x), m.up), (HIDDEN,)), m.down)
-
-
-@refused(RefusalCode.NOT_POINTWISE)
-def mean_between(m: Weights, x: Tensor) -> Tensor:
+@refused(RefusalCode.TOKEN_MIXING)
+def softmax_over_parts_of_the_channels(m: Weights, x: Tensor) -> Tensor:
     h = F.linear(m.norm(x), m.up)
-    return x + F.linear(h - h.mean(-1, keepdim=True), m.down)
+    return x + F.linear(torch.softmax(h.unflatten(-1, (2, -1)), -1).flatten(-2), m.down)
+
+
+@refused(RefusalCode.TOKEN_MIXING)
+def norm_over_parts_of_the_channels(m: Weights, x: Tensor) -> Tensor:
+    h = F.linear(m.norm(x), m.up).unflatten(-1, (2, -1))
+    return x + F.linear(F.rms_norm(h, (HIDDEN // 2,)).flatten(-2), m.down)
+
+
+@refused(RefusalCode.NOT_POINTWISE)
+def channels_turned_round_between(m: Weights, x: Tensor) -> Tensor:
+    h = F.linear(m.norm(x), m.up)
+    return x + F.linear(h[..., [*range(1, HIDDEN), 0]], m.down)
 
 
 @refused(RefusalCode.TOKEN_MIXING)
@@ -265,8 +267,24 @@ def weight_per_token(m: Weights, x: Tensor) -> Tensor:
 
 
 @refused(RefusalCode.OUTPUT_NORM)
-def norm_on_the_output(m: Weights, x: Tensor) -> Tensor:
-    return x + F.rms_norm(m.ffn(x), (HIDDEN,), m.vector)
+def norm_of_the_output_and_the_stream(m: Weights, x: Tensor) -> Tensor:
+    return x + F.rms_norm(m.ffn(x) + m.norm(x), (HIDDEN,), m.vector)
+
+
+@refused(RefusalCode.OUTPUT_NORM)
+def norm_over_parts_of_the_output(m: Weights, x: Tensor) -> Tensor:
+    return x + F.rms_norm(m.ffn(x).unflatten(-1, (2, -1)), (HIDDEN // 2,)).flatten(-2)
+
+
+@refused(RefusalCode.OUTPUT_NORM)
+def norm_of_the_output_with_a_gain_per_token(m: Weights, x: Tensor) -> Tensor:
+    return x + F.rms_norm(m.ffn(x), (HIDDEN,)) * m.by_token
+
+
+@refused(RefusalCode.TOKEN_MIXING)
+def norm_of_the_output_over_tokens(m: Weights, x: Tensor) -> Tensor:
+    b = m.ffn(x)
+    return x + b * torch.rsqrt(b.square().mean(1, keepdim=True))
 
 
 @refused(RefusalCode.STRUCTURE)

@@ -57,12 +57,13 @@ class Conv1D(nn.Module):
 
 
 class Ffn(nn.Module):
-    """The branch of a feed-forward block: `forward(x)` is `scale * F(norm(x))`."""
+    """The branch of a feed-forward block: `forward(x)` is `output(scale * F(norm(x)))`."""
 
     def __init__(self, given: spec.Ffn, hidden: int) -> None:
         super().__init__()
         self.given, self.hidden = given, hidden
-        self.norm = Norm(given.norm, hidden)
+        self.norm, self.output = Norm(given.norm, hidden), Norm(given.output, hidden)
+        self.inner = Norm(given.inner, given.width) if given.inner in ("rms", "layer") else None
         self.scale = nn.Parameter(torch.empty(hidden)) if given.scale == "layer_scale" else None
         width, bias = given.width, given.bias
         if given.layout == "conv1d":
@@ -82,11 +83,17 @@ class Ffn(nn.Module):
         shape = x.shape
         if self.given.flat:
             x = x.reshape(-1, self.hidden)
-        b: Tensor = self.down(self._middle(norm(x)))
+        h = self._middle(norm(x))
+        if self.given.inner == "softmax":
+            h = torch.softmax(h, dim=-1)
+        elif self.inner is not None:
+            h = self.inner(h)
+        b: Tensor = self.down(h)
         if self.given.scale == "literal":
             b = b * 0.5
         elif self.scale is not None:
             b = self.scale * b
+        b = self.output(b)
         return b.reshape(shape) if self.given.flat else b
 
     def _middle(self, n: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ class NotFfn(nn.Module):
             h = F.silu(self.middle(h))
         elif self.experts is not None:
             h = self._routed(h, self.experts)
-        elif self.kind == "channel_softmax":
-            h = torch.softmax(h, dim=-1)
+        elif self.kind == "channel_flip":
+            h = h + h.flip(-1)
         elif self.kind == "second_input":
             h = h * earlier
         elif self.token_bias is not None:
@@ -52,8 +52,8 @@ class NotFfn(nn.Module):
         elif self.kind == "reads_earlier":
             h = F.silu(self.up(self.norm(earlier)))
         b = self.down(h)
-        if self.kind == "output_norm":
-            b = self.norm(b)
+        if self.kind == "norm_of_a_sum":
+            b = self.norm(b + n)
         if self.kind == "tied_outside":
             extra.append(F.linear(earlier, self.up.weight))
         return (x * 0.5 if self.kind in STREAM_CHANGERS else x) + b, extra

@@ -8,14 +8,15 @@ from typing import Literal
 Layout = Literal["separate", "chunk", "split", "slices", "interleaved", "plain", "conv1d"]
 NormKind = Literal["none", "rms", "rms_plus_one", "rms_manual", "layer", "layer_no_bias", "layer_plain"]
 Activation = Literal["relu", "silu", "gelu", "tanh", "square"]
+Inner = Literal["none", "softmax", "rms", "layer"]
 Scale = Literal["none", "literal", "layer_scale"]
 MixerKind = Literal["attention", "conv", "cumsum", "token_linear"]
 LookAlike = Literal[
     "router",
     "one_linear",
     "three_linears",
-    "channel_softmax",
-    "output_norm",
+    "channel_flip",
+    "norm_of_a_sum",
     "scaled_stream",
     "second_input",
     "token_bias",
@@ -30,7 +31,10 @@ PACKED: tuple[Layout, ...] = ("chunk", "split", "slices")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ffn:
-    """A residual feed-forward block, `x + scale * F(norm(x))`. `flat`: computed on `[tokens, hidden]`."""
+    """A residual feed-forward block, `x + output(scale * F(norm(x)))`. `flat`: computed on `[tokens, hidden]`.
+
+    `inner`: what is computed over all intermediate channels, between the activation and the last linear layer.
+    """
 
     layout: Layout = "separate"
     norm: NormKind = "rms"
@@ -39,15 +43,27 @@ class Ffn:
     bias: bool = False
     flat: bool = False
     width: int = 8
+    inner: Inner = "none"
+    output: NormKind = "none"
 
     @property
     def kind(self) -> tuple[str, ...]:
-        """What two blocks must have in common to be fused. Widths, biases and scales may differ.
+        """What two blocks must have in common to be fused. Widths and biases may differ, and scales unless a norm
+        follows them.
 
         Without a norm nothing but linear layers sees the flat form, so flat and not flat fit each other.
         """
         layout = "packed" if self.layout in PACKED else "plain" if self.layout == "conv1d" else self.layout
-        return layout, self.norm, self.activation, str(self.flat and self.norm != "none")
+        scale = self.scale if self.output != "none" else ""
+        return (
+            layout,
+            self.norm,
+            self.activation,
+            str(self.flat and self.norm != "none"),
+            self.inner,
+            self.output,
+            scale,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

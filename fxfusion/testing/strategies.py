@@ -25,6 +25,8 @@ def ffns() -> st.SearchStrategy[spec.Ffn]:
         bias=st.booleans(),
         flat=st.booleans(),
         width=st.sampled_from((8, 4, 6, 10)),
+        inner=st.sampled_from(("none",) * 6 + get_args(spec.Inner)),
+        output=st.sampled_from(("none",) * 10 + get_args(spec.NormKind)),
     )
 
 
@@ -44,10 +46,12 @@ def runs(draw: Any) -> list[spec.Ffn]:
                 layout=other.layout if kept == 7 else layout,
                 norm=other.norm if kept == 6 else model.norm,
                 activation=other.activation if kept == 5 else model.activation,
-                scale=other.scale,
+                scale=other.scale if model.output == "none" or kept == 2 else model.scale,
                 bias=other.bias,
                 flat=model.flat,
                 width=other.width,
+                inner=other.inner if kept == 4 else model.inner,
+                output=other.output if kept == 3 else model.output,
             )
         )
     return found

@@ -57,6 +57,36 @@ FAST = (
     Family(name="stablelm"),
 )
 
+POST = {"norms": ("post_attention_layernorm",), "ffn_norm": ""}
+SANDWICH = {
+    "norms": ("input_layernorm", "post_attention_layernorm"),
+    "ffn_norm": "pre_feedforward_layernorm",
+    "limit": FLOAT32,
+}
+OUTPUT_NORM = (
+    Family(name="olmo2", **POST),
+    Family(name="gemma2", config={"head_dim": 8}, **SANDWICH),
+    Family(name="glm4", norms=("input_layernorm", "post_self_attn_layernorm"), config={"head_dim": 8}),
+)
+OUTPUT_NORM_SLOW = (
+    Family(name="olmo3", **POST),
+    Family(name="exaone4", **POST),
+    Family(name="gemma3_text", config={"head_dim": 8}, **SANDWICH),
+    Family(
+        name="lfm3",
+        norms=("operator_norm", "post_operator_norm"),
+        ffn_norm="ffn_norm",
+        config={"layer_types": ["full_attention"] * 4},
+    ),
+)
+"""Each FFN has a norm on its output, with or without one before it."""
+
+INNER = (Family(name="bitnet"),)
+"""A norm over the intermediate channels."""
+
+PER_CHANNEL = (Family(name="apertus", norms=("attention_layernorm",), ffn_norm="feedforward_layernorm"),)
+"""Learned numbers in the activation."""
+
 VARIANTS = (
     Family(
         name="gpt_neox",
@@ -86,7 +116,7 @@ VARIANTS = (
 
 LEADING = ("llama", "opt")
 LEADING_SLOW = ("gpt2", "phi3", "gemma", "gpt_neox-sequential")
-LAST_NORM = ("gemma",)
+LAST_NORM = ("gemma", "gemma2")
 LAST_NORM_SLOW = ("starcoder2", "cohere", "falcon-two-norms")
 
 REFUSED = (
@@ -107,23 +137,8 @@ REFUSED = (
         fused=0,
         refused="router",
     ),
-    Family(name="olmo2", norms=("post_attention_layernorm",), fused=0, refused="output_norm"),
-    Family(
-        name="gemma2",
-        norms=("input_layernorm", "post_attention_layernorm"),
-        config={"head_dim": 8},
-        fused=0,
-        refused="output_norm",
-    ),
-    Family(
-        name="glm4",
-        norms=("input_layernorm", "post_self_attn_layernorm"),
-        config={"head_dim": 8},
-        fused=0,
-        refused="output_norm",
-    ),
 )
 
 
 def family_named(id_: str) -> Family:
-    return next(family for family in (*FAST, *VARIANTS, *REFUSED) if family.id == id_)
+    return next(family for family in (*FAST, *VARIANTS, *OUTPUT_NORM, *INNER, *REFUSED) if family.id == id_)

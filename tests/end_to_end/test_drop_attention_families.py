@@ -34,14 +34,14 @@ from tests.end_to_end.caching import (
     token_ids,
 )
 from tests.end_to_end.families import Family, parallel_form, relative, remove_mixers, run
-from tests.end_to_end.family_table import FAST, REFUSED, VARIANTS
+from tests.end_to_end.family_table import FAST, OUTPUT_NORM, REFUSED, VARIANTS
 from tests.end_to_end.slow_families import SLOW
 
 WINDOW = {"sliding_window": 4}
 HYBRID = {"block_ff_dim": 48, "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"] * 2}
 SANDWICH = ("input_layernorm", "post_attention_layernorm")
 
-KNOWN = {family.id: family for family in (*FAST, *VARIANTS, *REFUSED, *SLOW)}
+KNOWN = {family.id: family for family in (*FAST, *VARIANTS, *OUTPUT_NORM, *REFUSED, *SLOW)}
 """Sliding windows here are 4 tokens long, shorter than the text and than what goes in at once."""
 
 QUICK = (

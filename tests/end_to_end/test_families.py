@@ -28,10 +28,14 @@ from tests.end_to_end.families import (
 )
 from tests.end_to_end.family_table import (
     FAST,
+    INNER,
     LAST_NORM,
     LAST_NORM_SLOW,
     LEADING,
     LEADING_SLOW,
+    OUTPUT_NORM,
+    OUTPUT_NORM_SLOW,
+    PER_CHANNEL,
     REFUSED,
     VARIANTS,
     family_named,
@@ -102,11 +106,18 @@ def named(ids: Sequence[str]) -> list[Family]:
     return [family_named(id_) for id_ in ids]
 
 
-@each(FAST, (*VARIANTS, *SLOW, *DENSE_LAYERS_OF_MOE, *SCALED))
+@each((*FAST, *INNER), (*VARIANTS, *SLOW, *PER_CHANNEL, *DENSE_LAYERS_OF_MOE, *SCALED))
 def test_family_is_fused_exactly(family: Family) -> None:
     report = check(family, make_model(family))
     assert count(report) == family.fused
     assert len(report.groups) == family.passes
+    assert not codes(report, f"{family.layers}.2"), "a member was refused too"
+
+
+@each(OUTPUT_NORM, OUTPUT_NORM_SLOW)
+def test_a_family_with_norms_on_the_output_is_fused_exactly(family: Family) -> None:
+    report = check(family, make_model(family))
+    assert [(group.form, len(group.members)) for group in report.groups] == [("grouped", 3)]
     assert not codes(report, f"{family.layers}.2"), "a member was refused too"
 
 

@@ -180,7 +180,7 @@ def test_created_nodes_say_where_they_come_from() -> None:
 
 
 def test_a_member_left_behind_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxfusion.passes.concatenate._erase_members", lambda *_: None)
+    monkeypatch.setattr("fxfusion.passes.concatenate.erase_members", lambda *_: None)
     work, groups = planned(stack(InPlace))
     with pytest.raises(PassError, match="still computed by itself"):
         run_passes(work.module, [Parallelise(groups), Concatenate(groups)], History())

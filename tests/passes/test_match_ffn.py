@@ -252,20 +252,15 @@ NOT_A_FEED_FORWARD: dict[str, tuple[Branch, RefusalCode, str]] = {
         RefusalCode.LINEAR_COUNT,
         "more than two linear layers",
     ),
-    "softmax over channels": (
-        lambda m, x: F.linear(F.linear(x, m.w1).softmax(-1), m.w2),
-        RefusalCode.NOT_POINTWISE,
-        "softmax",
+    "softmax over parts of the channels": (
+        lambda m, x: F.linear(F.linear(x, m.w1).unflatten(-1, (2, 6)).softmax(-1).flatten(-2), m.w2),
+        RefusalCode.TOKEN_MIXING,
+        "cuts or joins the channel axis",
     ),
-    "norm in the middle": (
-        lambda m, x: F.linear(F.layer_norm(F.linear(x, m.w1), (12,)), m.w2),
+    "channels in another order": (
+        lambda m, x: _plain(m, x, lambda m, h: h[..., [*range(1, 12), 0]]),
         RefusalCode.NOT_POINTWISE,
-        "native_layer_norm",
-    ),
-    "rms by hand in the middle": (
-        lambda m, x: _plain(m, x, lambda m, h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)),
-        RefusalCode.NOT_POINTWISE,
-        "mean",
+        "index",
     ),
     "channels turned round": (
         lambda m, x: _plain(m, x, lambda m, h: h + h.roll(1, -1)),

@@ -268,7 +268,7 @@ STAYS: dict[str, tuple[Run, RefusalCode, str]] = {
         "not passed on as it is",
     ),
     "a norm on the branch": (
-        lambda m, x: (y := x + F.rms_norm(f1(m, x), (8,))) + F.rms_norm(f2(m, y), (8,)),
+        lambda m, x: (y := x + F.rms_norm(x + f1(m, x), (8,))) + F.rms_norm(y + f2(m, y), (8,)),
         RefusalCode.OUTPUT_NORM,
         "a norm stands between",
     ),

@@ -60,11 +60,20 @@ def test_the_steps_are_recorded_in_order() -> None:
 
 
 NOT_FOLDABLE: dict[str, tuple[Branch, RefusalCode, str]] = {
-    "rms norm": (lambda m, x: F.rms_norm(down(m, x), (8,)), RefusalCode.OUTPUT_NORM, "a norm"),
-    "norm by hand": (
-        lambda m, x: (b := down(m, x)) * torch.rsqrt(b.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "a norm of the output and the stream": (
+        lambda m, x: F.rms_norm(down(m, x) + x, (8,)),
         RefusalCode.OUTPUT_NORM,
-        "a norm",
+        "not of its result alone",
+    ),
+    "a norm over parts": (
+        lambda m, x: F.rms_norm(down(m, x).unflatten(-1, (2, 4)), (4,)).flatten(-2),
+        RefusalCode.OUTPUT_NORM,
+        "cuts or joins the channel axis",
+    ),
+    "a norm over tokens": (
+        lambda m, x: (b := down(m, x)) - b.mean(1, keepdim=True),
+        RefusalCode.TOKEN_MIXING,
+        "lets tokens see each other",
     ),
     "activation": (lambda m, x: down(m, x).tanh(), RefusalCode.STRUCTURE, "tanh stands between"),
     "clamp": (lambda m, x: down(m, x).clamp(-1, 1), RefusalCode.STRUCTURE, "clamp stands between"),

@@ -22,7 +22,6 @@ from fxfusion.passes.ffn import FfnNode, Group, Linear
 from fxfusion.passes.lift_weights import constant_graph, constant_needs
 from fxfusion.passes.match_residual import weight_leaves
 
-
 BY_THE_BACKEND = "torch.compile(model, backend=fxfusion.ffn_fusion) with the same plan fuses them as a graph"
 
 

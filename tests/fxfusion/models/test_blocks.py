@@ -14,7 +14,7 @@ from tests.end_to_end.families import first_tensor, layers_of
 from tests.fxfusion.models import tiny
 from tests.fxfusion.models.tiny import FAMILIES, causal, token_ids, traced
 
-FUSABLE = {"llama": 4, "gpt2": 4, "opt": 4}
+FUSABLE = {"llama": 4, "gpt2": 4, "opt": 4, "gemma2": 4, "olmo2": 4}
 SUMMED_FIRST = ("gpt_neox", "falcon")  # parallel: attention and FFN are added up, then to the stream
 
 
@@ -100,7 +100,7 @@ def test_parallel_branches_may_be_added_one_after_the_other(form: Callable[..., 
 
 
 def test_layers_without_attention_are_layers_whether_or_not_their_ffn_can_fuse() -> None:
-    forms = (tiny.plain, tiny.ffn_only, tiny.output_norm_only, tiny.attention_only, tiny.output_norm_only)
+    forms = (tiny.plain, tiny.ffn_only, tiny.output_tanh_only, tiny.attention_only, tiny.output_tanh_only)
     graph = graph_of(*forms)
     assert [block.layer for block in graph.blocks.layers] == [0, 1, 2, 3, 4]
     assert [block.layer for block in graph.blocks.mixers] == [0, 3]

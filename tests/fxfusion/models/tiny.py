@@ -120,9 +120,9 @@ def ffn_only(layer: Layer, x: Tensor) -> Tensor:
     return x + layer.ffn(layer.norm(x))
 
 
-def output_norm_only(layer: Layer, x: Tensor) -> Tensor:
+def output_tanh_only(layer: Layer, x: Tensor) -> Tensor:
     """An FFN that cannot fuse, and nothing else."""
-    return x + layer.norm(layer.ffn(x))
+    return x + torch.tanh(layer.ffn(layer.norm(x)))
 
 
 def parallel(layer: Layer, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,6 +195,26 @@ def test_a_tied_ffn_weight_is_refused_by_name() -> None:
     with pytest.raises((PlanError, SurgeryError), match="layers.2.mlp"):
         fxfusion.fuse(model, {"dropped_attention": [1, 2], "groups": [[1, 2]]})
     assert_same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("olmo2", "a norm stands on the FFN's output"),
+        ("gemma2", "on the FFN's output"),
+        ("bitnet", "inside of the FFN"),
+    ],
+)
+def test_what_no_wider_module_computes_is_left_to_the_backend(name: str, words: str, tmp_path: Path) -> None:
+    model = decoder(family_named(name))
+    before = snapshot(model)
+    with pytest.raises(SurgeryError, match=rf"layers.0.mlp: .*{words}.*backend=fxfusion.ffn_fusion"):
+        fxfusion.fuse(model, PLAN)
+    assert_same(model, before)
+    with pytest.raises(SurgeryError, match="backend=fxfusion.ffn_fusion"):
+        fxfusion.save_pretrained(model, tmp_path / "folder", plan=PLAN)
+    assert_same(model, before)
+    assert not (tmp_path / "folder").exists()
 
 
 def test_no_transformers_model() -> None:
