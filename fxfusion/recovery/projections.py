@@ -78,7 +78,7 @@ def sites(graph: TracedGraph) -> list[Site]:
     found = []
     for ffn in match_residual(facts, {}).ffns:
         block = blocks.get(ffn.add)
-        if block is not None and _ends_layer(block, graph):
+        if block is not None and _ends_layer(block, graph) and not ffn.output:
             found.append(_site("ffn", block, ffn.down, ffn.tail))
     for block in graph.blocks.mixers:
         last = _last_linear(block, facts)
@@ -111,9 +111,10 @@ def _last_linear(block: ResidualBlock, facts: GraphFacts) -> tuple[Linear, tuple
     found = facts.slice_between(branch, block.stream)
     linears = [linear for node in found.nodes if (linear := match_linear(node, facts)) is not None]
     try:
-        return match_tail(branch, linears, found, facts)
+        tail = match_tail(branch, linears, found, facts)
     except Refused:  # something else than a linear layer ends it: then there is nothing to refit
         return None
+    return None if tail.output else (tail.down, tail.steps)  # nor where a norm follows it
 
 
 def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | None) -> list[Projection]:
