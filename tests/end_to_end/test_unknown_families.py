@@ -116,6 +116,34 @@ class ThreeWays(Block):
         return x + F.linear(torch.sigmoid(c) * a + F.mish(b), self.out) / 2
 
 
+class RangeAfter(Block):
+    """No norm before; a made-up norm with gain and shift on the output, in one token axis, and a number behind it."""
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        vectors = {name: (HIDDEN,) for name in ("zork", "blip", "out_bias")}
+        return vectors | {"left": (HIDDEN, width), "right": (HIDDEN, width), "back": (width, HIDDEN)}
+
+    def think(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, HIDDEN)
+        b = torch.addmm(self.out_bias, F.silu(flat @ self.left) * (flat @ self.right), self.back)
+        b = (b - b.mean(1, keepdim=True)) / (b.amax(1, keepdim=True) - b.amin(1, keepdim=True))
+        return (0.7 * (b * self.zork + self.blip)).view(x.shape) + x
+
+
+class NormsEverywhere(Block):
+    """A norm before, one over the intermediate channels behind a learned frequency, and one on the output."""
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        vectors = {"before": (HIDDEN,), "inside": (width,), "freq": (width,), "behind": (HIDDEN,)}
+        return vectors | {"w1": (width, HIDDEN), "w2": (HIDDEN, width)}
+
+    def think(self, x: Tensor) -> Tensor:
+        h = F.linear(F.rms_norm(x, (HIDDEN,), self.before), self.w1)
+        h = h + torch.sin(h * self.freq).square() / self.freq
+        h = F.rms_norm(h, h.shape[-1:], 1.0 + self.inside)
+        return torch.add(x, F.normalize(F.linear(h, self.w2), dim=-1) * self.behind.exp())
+
+
 class Stack(nn.Module):
     def __init__(self, kind: Callable[[int, bool], Block]) -> None:
         super().__init__()
@@ -143,7 +171,10 @@ def parallel_of(stack: Stack, x: Tensor) -> Tensor:
     return x + sum(part(x) - x for part in others)
 
 
-@pytest.mark.parametrize("kind", [BareMatrices, FlatRange, Snake, Interleaved, ThreeWays])
+UNSEEN = [BareMatrices, FlatRange, Snake, Interleaved, ThreeWays, RangeAfter, NormsEverywhere]
+
+
+@pytest.mark.parametrize("kind", UNSEEN)
 def test_an_unseen_spelling_is_fused_exactly(kind: Callable[[int, bool], Block]) -> None:
     stack = make_stack(kind)
     x = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
