@@ -32,7 +32,7 @@ def summarise_group(group: Group) -> GroupSummary:
         packed_bytes=size,
         mixers="none" if window is None else window.names.mixers,
         moved=() if window is None else tuple(mixer.layer or mixer.add.name for mixer in window.mixers),
-        form=group.form,
+        form="grouped" if group.is_grouped else "concatenated",
     )
 
 

@@ -45,15 +45,15 @@ class Concatenate(Pass):
         _forget_tags(graph)
         fused: dict[fx.Node, fx.Node] = {}  # where one group ends, its neighbour may begin
         for index, group in enumerate(self.groups):
-            if group.form == "wide":
+            if not group.is_grouped:
                 stream = group.members[0].stream
                 fused[group.members[-1].add] = _fuse(group, index, fused.get(stream, stream), self.name)
-        wide = [group for group in self.groups if group.form == "wide"]
+        wide = [group for group in self.groups if not group.is_grouped]
         erase_members(graph, wide)
         return PassResult(len(wide))
 
     def ensures(self, graph: fx.Graph) -> Sequence[str]:
-        return left_behind(graph, [group for group in self.groups if group.form == "wide"])
+        return left_behind(graph, [group for group in self.groups if not group.is_grouped])
 
 
 def _fuse(group: Group, index: int, stream: fx.Node, made_by: str) -> fx.Node:

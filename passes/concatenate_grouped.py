@@ -39,13 +39,13 @@ class ConcatenateGrouped(Pass):
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.all = tuple(groups)
-        self.groups = [group for group in groups if group.form == "grouped"]
+        self.groups = [group for group in groups if group.is_grouped]
 
     def run(self, graph: fx.Graph) -> PassResult:
         ends = {node.meta[GROUP_TAG]: node for node in graph.nodes if GROUP_TAG in node.meta}
         fused = {self.all[index].members[-1].add: node for index, node in ends.items()}
         for index, group in enumerate(self.all):
-            if group.form == "grouped":
+            if group.is_grouped:
                 stream = group.members[0].stream
                 fused[group.members[-1].add] = _fuse(group, index, fused.get(stream, stream), self.name)
         erase_members(graph, self.groups)

@@ -24,7 +24,6 @@ from fxfusion.graph.isomorphism import Structure
 from fxfusion.plan import PlannedGroup
 
 Role = Literal["gain", "shift", "fixed"]
-Form = Literal["wide", "grouped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +121,8 @@ class Chain:
 class Group:
     """Consecutive members of one chain that become one FFN. `window`: what was moved to make the chain, if anything.
 
-    `form`: `"wide"`, one FFN with all channels; `"grouped"`, wide up to the activation, then each member's own
-    down projection and output norm, and one sum.
+    `is_grouped`: whether each member keeps its own down projection and the norm behind it, and only what comes before
+    is wide.
     """
 
     members: tuple[FfnNode, ...]
@@ -136,8 +135,8 @@ class Group:
         return sum(member.width for member in self.members)
 
     @property
-    def form(self) -> Form:
-        return "grouped" if self.members[0].output else "wide"
+    def is_grouped(self) -> bool:
+        return bool(self.members[0].output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,7 @@ def groups(graph: GraphReport) -> str:
         "Fused groups (error: against the parallel form, relative)",
         header,
         rows,
-        (None, None, 21, None, None, None, None, None),
+        (None, None, 15, None, None, None, None, None),
     )
 
 

@@ -55,7 +55,7 @@ def inner_stack(*ffns: nn.Module) -> Stack:
 def test_a_norm_over_the_channels_of_each_member(widths: tuple[int, ...], inner: Any, norm: Any) -> None:
     model, x = inner_stack(*(Inner(width, inner) for width in widths)), tokens().requires_grad_()
     fused, report = fuse(model, x, policy={"norm": norm}, verify="numeric")
-    assert [(group.form, len(group.members)) for group in report.groups] == [("wide", 3)]
+    assert [(group.form, len(group.members)) for group in report.groups] == [("concatenated", 3)]
     assert sum(ops.op_name(node) == "linear" for node in fused.graph.nodes) == 3
     got, wanted = fused(x), parallel_form(model, x, norm=norm)
     assert_exact(got, wanted, torch.float64)
@@ -128,7 +128,7 @@ def test_learned_activations_lie_side_by_side(per_channel: bool) -> None:
     widths = (12, 4, 8)
     model = inner_stack(*(Learned(width, (width,) if per_channel else (1,)) for width in widths))
     fused, report = fuse(model, tokens(), verify="numeric")
-    assert [(group.form, len(group.members)) for group in report.groups] == [("wide", 3)]
+    assert [(group.form, len(group.members)) for group in report.groups] == [("concatenated", 3)]
     assert_exact(fused(tokens()), parallel_form(model, tokens()), torch.float64)
     wanted = parallel_form(model, tokens())
     with torch.no_grad():

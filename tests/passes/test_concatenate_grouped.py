@@ -144,7 +144,7 @@ def test_neighbours_of_both_forms_in_one_chain() -> None:
     grouped = post_stack(norm=Rms, widths=(12, 4, 12, 12)).layers
     model, x = Stack([*wide[:2], *grouped[:2], *wide[2:], *grouped[2:]]), tokens()
     fused, report = fuse(model, x, verify="numeric")
-    assert [group.form for group in report.groups] == ["wide", "grouped", "wide", "grouped"]
+    assert [group.form for group in report.groups] == ["concatenated", "grouped", "concatenated", "grouped"]
     expected = x
     for first in (0, 2, 4, 6):
         expected = parallel_form(Stack(model.layers[first : first + 2]), expected)

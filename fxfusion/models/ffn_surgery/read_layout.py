@@ -207,7 +207,7 @@ class LayoutReader:
 def _check_one_module(group: Group) -> None:
     """Raise `SurgeryError` where no wider module of the same class computes the group."""
     first = group.members[0]
-    if group.form == "grouped":
+    if group.is_grouped:
         words = "a norm stands on the FFN's output, and the norm of a sum is not the sum of norms"
     elif first.segmented:
         words = "a norm stands inside of the FFN, and one over the channels of all members is another norm"
