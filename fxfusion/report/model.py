@@ -59,8 +59,8 @@ class GroupSummary:
     """FFNs that became one. `packed_bytes`: memory of the wide weights, beside the originals.
 
     `mixers`: what the plan or policy says of the mixers between the members (`"none"`, `"hoist"`, `"wide"`);
-    `moved`: layers of the mixers that go before FFNs for the group's sake. `form`: `"concatenated"`, or `"grouped"` where
-    each member keeps its own down projection and the norm behind it.
+    `moved`: layers of the mixers that go before FFNs for the group's sake. `form`: `"concatenated"`, or `"grouped"`
+    where each member keeps its own down projection and the norm behind it.
     """
 
     members: tuple[MemberSummary, ...]
