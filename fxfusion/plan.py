@@ -18,6 +18,7 @@ from fxfusion.plan_record import (
     LayerFit,
     LayerScore,
     MadeBy,
+    MeasuredQuality,
     Member,
     ModelFacts,
     Record,
@@ -35,6 +36,7 @@ __all__ = [
     "FusionPlan",
     "LayerScore",
     "MadeBy",
+    "MeasuredQuality",
     "Member",
     "MixerMode",
     "ModelFacts",
@@ -93,6 +95,7 @@ class FusionPlan(Record):
     model: ModelFacts | None = Field(default=None, description="the model that the plan was made for")
     scores: Scores | None = Field(default=None, description="what each layer's attention is worth (a record)")
     refit: Refit | None = Field(default=None, description="that the fused model was refitted, and on what (a record)")
+    quality: MeasuredQuality | None = Field(default=None, description="what the plan was measured to cost (a record)")
     made_by: MadeBy | None = Field(default=None, description="command, date, seed and versions (a record)")
     residue: ResidueFile | None = Field(
         default=None, description="file beside the fused weights with what they do not tell of their members, by sha256"

@@ -136,6 +136,18 @@ class Refit(Record):
     fits: tuple[LayerFit, ...] = ()
 
 
+class MeasuredQuality(Record):
+    """What the plan was measured to cost on its text. `loss_increase` and `kl` against the intact model, in nats per
+    token; `top1`: the part of tokens where its most likely token is the intact model's.
+    """
+
+    perplexity: _Number
+    loss_increase: _Number | None = None
+    kl: _Number | None = None
+    top1: _Number | None = None
+    tokens: _Count
+
+
 class Versions(Record):
     """Versions of what made a plan."""
 

@@ -116,6 +116,10 @@ class PlanMeter:
         """Loss, perplexity, and what is lost against the intact model."""
         return self._measured(plan_key(plan), plan, self.intact)
 
+    def known_quality(self, plan: FusionPlan) -> Quality | None:
+        """The same if it was measured already."""
+        return self._store.get(plan_key(plan))
+
     def difference(self, plan: FusionPlan, other: FusionPlan) -> Estimate:
         """The loss of one plan less that of another, in nats per token, token by token on the same text.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fxfusion.cli import road_options
 from fxfusion.cli.options import AsJson, PlanFile, read_layers
 from fxfusion.cli.screen import Screen
 from fxfusion.cli.session import stdout_for_json, stopping_cleanly
@@ -20,6 +21,8 @@ from fxfusion.errors import OptionError
 if TYPE_CHECKING:
     from fxfusion.cost import LayerTable, Simulation, Step
     from fxfusion.plan import FusionPlan
+
+_HARDWARE = "h100"
 
 
 class Phase(str, Enum):
@@ -37,10 +40,6 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-HardwareName = Annotated[
-    str, typer.Option("--hardware", help="a100, b200, cpu, h100, h200, or a .json or .yaml file of its constants.")
-]
-Tp = Annotated[int, typer.Option("--tp", min=1, help="Devices that share every matrix.")]
 PrecisionName = Annotated[str, typer.Option("--precision", help="Of the weights: fp4, fp8, int8, bf16, fp16, fp32.")]
 KvPrecision = Annotated[
     str | None, typer.Option("--kv-precision", help="Of the key-value cache.", show_default="16 bits; 32 with fp32")
@@ -86,8 +85,8 @@ Calibrate = Annotated[
 
 def command(
     model: Model = None,
-    hardware: HardwareName = "h100",
-    tp: Tp = 1,
+    hardware: road_options.Hardware = None,
+    tp: road_options.Tp = 1,
     precision: PrecisionName = "bf16",
     kv_precision: KvPrecision = None,
     batch: Users = 1,
@@ -106,7 +105,8 @@ def command(
 ) -> None:
     """Predict one step of a model: latency, tokens per second, memory, price; fused first where groups are named.
 
-    Needs no weights and no device. What was fitted, and how far predictions are off, is in docs/cost.md.
+    Needs no weights and no device; the hardware is an H100 unless another is named. What was fitted, and how far
+    predictions are off, is in docs/cost.md.
     """
     with stopping_cleanly("nothing was written"), stdout_for_json(as_json):
         screen = Screen(quiet=as_json, notes_on_stderr=True)
@@ -117,7 +117,7 @@ def command(
             work = {"tp": tp, "precision": precision, "batch": batch, "context": context, "phase": phase.value}
             request = Request(
                 table=_model(model),
-                hardware=hardware,
+                hardware=hardware or _HARDWARE,
                 work={**work, "kv_precision": kv_precision},
                 price=price,
                 unfuse=_unfuse(unfuse or []),
@@ -242,9 +242,28 @@ def _calibrate(screen: Screen, path: Path, device: str) -> dict[str, Any]:
 def _model(model: str | None) -> LayerTable:
     if model is None:
         raise OptionError("MODEL: name a layer table, a config.json, or a folder with one")
-    from fxfusion.cost import read_table
+    from fxfusion.cost.read_table import UndecidedError, read_table
 
-    return read_table(model)
+    try:
+        return read_table(model)
+    except UndecidedError:
+        folder = Path(model) if Path(model).is_dir() else Path(model).parent
+        if Path(model) not in (folder, folder / "config.json"):
+            raise
+        return _built(folder)
+
+
+def _built(folder: Path) -> LayerTable:
+    """The table of a model whose config alone does not tell it: built without weights and looked at."""
+    import torch
+
+    from fxfusion.cli.inputs import build_without_weights
+    from fxfusion.models.traced import TracedModel
+    from fxfusion.planning.latency import table_of_model
+
+    model = build_without_weights(folder)
+    graph = TracedModel(model).graph(torch.zeros(1, 8, dtype=torch.long, device="meta"))
+    return table_of_model(model, graph)
 
 
 def _plan(path: Path | None) -> FusionPlan | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxfusion.cli import options
+from fxfusion.cli import options, road_options
 from fxfusion.cli.options import Method, check_folder, read, read_layers, show_layers, show_members
 from fxfusion.cli.plan import tried_work
 from fxfusion.cli.results_folder import PLANS, SWEEP, SWEEP_PLOT, SWEEP_TABLE, replacing
@@ -35,10 +35,14 @@ def command(
     drops: Drops = None,
     norm: options.NormOption = None,
     method: options.MethodOption = Method.loss,
+    hardware: road_options.Hardware = None,
+    tp: road_options.Tp = 1,
+    precision: road_options.Precision = "bf16",
 ) -> dict[str, Any]:
     """Measure the best plan for every depth and several numbers of dropped attentions.
 
-    Plans that no other beats in both depth and loss form the front. Every plan is kept as soon as it is measured.
+    Plans that no other beats in both depth and loss form the front; with --hardware also those that none beats in both
+    predicted latency (decoding one sequence) and loss. Every plan is kept as soon as it is measured.
     """
     check_folder(run.common.model_dir)
     run.require_text()
@@ -47,6 +51,7 @@ def command(
     if run.common.dry_run:
         return run.plan_dry_run(_work(run, method.value), [SWEEP, SWEEP_TABLE, SWEEP_PLOT, PLANS])
 
+    from fxfusion.cost import Workload
     from fxfusion.planning.sweep import sweep
 
     model = run.model  # first: then the folder knows its layers
@@ -60,6 +65,8 @@ def command(
         **groups,
         norm=None if norm is None else norm.value,
         method=method.value,
+        hardware=hardware,
+        workload=None if hardware is None else Workload(precision=precision, tp=tp),
         cache=run.folder.path,
         progress=True,
     )
@@ -85,7 +92,7 @@ def _save(run: Session, found: Sweep) -> None:
 
 
 def _show(run: Session, found: Sweep) -> None:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for point in found.points:
         plan, quality = point.measured.plan, point.measured.quality
         groups = " ".join(f"[{show_members(group)}]" for group in plan.groups)
@@ -99,7 +106,10 @@ def _show(run: Session, found: Sweep) -> None:
                 f"{float(quality.loss_increase or 0):+.4f}",
             )
         )
-    heads = ("FFNs in a row", "attention dropped", "groups", "fused MiB", "perplexity", "loss increase")
+        if point.latency_ms is not None:
+            rows[-1] += (f"{point.latency_ms:.3f}{' *' if point.on_latency_front else ''}",)
+    heads = ["FFNs in a row", "attention dropped", "groups", "fused MiB", "perplexity", "loss increase"]
+    heads += ["predicted ms"] * (found.points[0].latency_ms is not None)
     run.screen.table(heads, rows)
     run.screen.line(f"* on the front. The intact model has {found.intact} FFNs in a row.", "dim")
     files = ", ".join(str(run.folder.file(name)) for name in (SWEEP, SWEEP_TABLE, SWEEP_PLOT))

@@ -62,35 +62,48 @@ def table_of_config(
     fields: Mapping[str, Any], name: str, *, where: str = "config", gated: bool | None = None
 ) -> LayerTable:
     """The table that a config describes. `where`: what errors call it."""
-    inner = fields.get("text_config")
-    if isinstance(inner, Mapping):
-        fields = {**inner, "tie_word_embeddings": fields.get("tie_word_embeddings", inner.get("tie_word_embeddings"))}
+    sizes, fields = sizes_of_config(fields, where), _text_part(fields)
     reader = _Fields(fields, where)
     experts = reader.number(_EXPERTS, None)
     if experts is not None and experts > 1:
         raise OptionError(f"{where}: a mixture of {experts} experts; the cost model knows dense FFNs")
-    hidden = reader.number(_HIDDEN)
-    heads = reader.number(_HEADS)
-    blocks = fields.get("block_configs")
+    hidden, heads, blocks = sizes["hidden_size"], sizes["num_attention_heads"], fields.get("block_configs")
     layers = _block_layers(blocks, hidden, heads, where) if blocks is not None else _alike_layers(reader, hidden)
-    kv_heads = reader.number(_KV_HEADS, heads)
-    kv_heads = 1 if blocks is None and fields.get("multi_query") is True else kv_heads
-    shared = {
-        "name": name,
-        "source": where,
-        "hidden_size": hidden,
+    known = reader.gated() if gated is None else gated
+    try:
+        return LayerTable(name=name, source=where, gated=known, blocks=layers, **sizes)
+    except ValidationError as error:
+        raise OptionError(f"{where}: {describe(error, LayerTable)}") from None
+
+
+def sizes_of_config(fields: Mapping[str, Any], where: str = "config") -> dict[str, Any]:
+    """What layers share, as fields of a `LayerTable`: hidden size, heads, vocabulary. Raises `OptionError`."""
+    fields = _text_part(fields)
+    reader = _Fields(fields, where)
+    heads = reader.number(_HEADS)
+    one_kv_head = fields.get("multi_query") is True and not fields.get("new_decoder_architecture")
+    return {
+        "hidden_size": reader.number(_HIDDEN),
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
+        "num_key_value_heads": 1 if one_kv_head else reader.number(_KV_HEADS, heads),
         "head_dim": reader.number(("head_dim",), None),
         "vocab_size": reader.number(("vocab_size",)),
         "tie_word_embeddings": bool(fields.get("tie_word_embeddings") or False),
-        "gated": reader.gated() if gated is None else gated,
-        "layers": layers,
     }
-    try:
-        return LayerTable.model_validate(shared)
-    except ValidationError as error:
-        raise OptionError(f"{where}: {describe(error, LayerTable)}") from None
+
+
+def width_of_config(fields: Mapping[str, Any], where: str = "config") -> int | None:
+    """Channels of an FFN, where a config has one number for all."""
+    found: int | None = _Fields(_text_part(fields), where).number(_WIDTH, None)
+    return found
+
+
+def _text_part(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config that has others."""
+    inner = fields.get("text_config")
+    if not isinstance(inner, Mapping):
+        return fields
+    return {**inner, "tie_word_embeddings": fields.get("tie_word_embeddings", inner.get("tie_word_embeddings"))}
 
 
 class _Fields:

@@ -133,7 +133,9 @@ def simulate(
     resolved = None if plan is None else FusionPlan.resolve(plan)
     step = arrange(table, resolved, groups, unfuse)
     work = Workload(precision=precision, batch=batch, context=context, phase=phase, tp=tp, kv_precision=kv_precision)
-    return simulate_step(step, work, Hardware.of(hardware), price=price)
+    measured = None if resolved is None else resolved.quality
+    quality = None if measured is None else measured.model_dump(mode="json", exclude_none=True)
+    return simulate_step(step, work, Hardware.of(hardware), price=price, quality=quality)
 
 
 def simulate_step(

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.quality import Batch
+from fxfusion.analysis.quality import Batch, Quality
 from fxfusion.analysis.scores import AttentionScores, Method
 from fxfusion.cost.layer_table import cut_run
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.models.fingerprint import facts_of
-from fxfusion.plan import FusionPlan, LayerScore, MadeBy, Scores
+from fxfusion.plan import FusionPlan, LayerScore, MadeBy, MeasuredQuality, Scores
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.planner import Planner, search
@@ -96,7 +96,8 @@ def make_plan(
             raise OptionError("dropped_attention and splits name layers; over several roads the planner does that")
         options, budget = road_options(over_roads, budget, automatic=preset == "automatic")
         roads = search_for(model, list(batches), options, budget, limits, norm, cache, progress)
-        return made(choose(roads, options, budget).plan, model, command)
+        found = choose(roads, options, budget)
+        return made(found.plan, model, command).replace(quality=quality_record(found.quality))
     check_unused(over_roads)
     if drop is not None and dropped_attention is not None:
         raise OptionError("drop and dropped_attention were both given; the second names the layers itself")
@@ -156,8 +157,18 @@ def recorded(planner: Planner, plan: FusionPlan, command: str | None = None) -> 
         norm=plan.norm,
         model=facts_of(planner.meter.model),
         scores=None if scores is None else _scores(scores),
+        quality=quality_record(planner.meter.known_quality(plan)),
         made_by=MadeBy.now(command=command),
     )
+
+
+def quality_record(found: Quality | None) -> MeasuredQuality | None:
+    """What a plan keeps of its measured quality; None where nothing was measured (a rule measures nothing)."""
+    if found is None:
+        return None
+    given = {name: getattr(found, name) for name in ("loss_increase", "kl", "top1")}
+    numbers = {name: float(value) for name, value in given.items() if value is not None}
+    return MeasuredQuality(perplexity=float(found.perplexity), tokens=found.tokens, **numbers)
 
 
 def _scores(scores: AttentionScores) -> Scores:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from torch import nn
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Batch
 from fxfusion.analysis.scores import Method
+from fxfusion.cost import Hardware, Workload
+from fxfusion.plan import FusionPlan
+from fxfusion.planning.latency import predictor
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.planner import Measured, Planner
 from fxfusion.policy import NormMode
@@ -27,10 +30,15 @@ _MOST_DROPS = 6  # numbers of dropped attentions that a sweep tries by itself
 
 @dataclass(frozen=True, slots=True)
 class SweepPoint:
-    """One measured plan. `on_front`: no other has as few FFNs at as little loss."""
+    """One measured plan. `on_front`: no other has as few FFNs at as little loss.
+
+    `latency_ms`: predicted, where a device was named; `on_latency_front`: no other is as quick at as little loss.
+    """
 
     measured: Measured
     on_front: bool = False
+    latency_ms: float | None = None
+    on_latency_front: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         plan, quality = self.measured.plan, self.measured.quality
@@ -41,6 +49,8 @@ class SweepPoint:
             "norm": plan.norm,
             "fused_bytes": self.measured.fused_bytes,
             "on_front": self.on_front,
+            "latency_ms": self.latency_ms,
+            "on_latency_front": self.on_latency_front,
             "quality": quality.to_dict(),
         }
 
@@ -67,39 +77,51 @@ class Sweep:
         )
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([*columns.split(), "dropped_attention", "groups", "norm"])
+            writer.writerow([*columns.split(), "dropped_attention", "groups", "norm", "latency_ms", "on_latency_front"])
             for point in self.points:
                 writer.writerow(_row(point))
         return Path(path)
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Depth against perplexity with its front, as PNG or SVG by the suffix."""
+        """Depth against perplexity with its front, also latency where it is predicted; PNG or SVG by the suffix."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
+        panels: list[tuple[str, Callable[[SweepPoint], float], Callable[[SweepPoint], bool]]] = [
+            ("FFNs one behind the other", lambda point: point.measured.depth, lambda point: point.on_front)
+        ]
+        if all(point.latency_ms is not None for point in self.points):
+            panels.append(
+                ("predicted latency [ms]", lambda point: point.latency_ms or 0.0, lambda point: point.on_latency_front)
+            )
+        figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            self._panel(axes, *panel)
+        figure.suptitle("What depth costs")
+        figure.savefig(path)
+        return Path(path)
+
+    def _panel(
+        self, axes: Any, label: str, place: Callable[[SweepPoint], float], is_front: Callable[[SweepPoint], bool]
+    ) -> None:
         counts = sorted({len(point.measured.plan.dropped_attention) for point in self.points})
         for count in counts:
             chosen = [point for point in self.points if len(point.measured.plan.dropped_attention) == count]
             axes.plot(
-                [point.measured.depth for point in chosen],
+                [place(point) for point in chosen],
                 [float(point.measured.quality.perplexity) for point in chosen],
                 "o",
                 alpha=0.7,
                 color=f"C{counts.index(count) % 10}",
                 label=f"{count} attentions dropped",
             )
-        front = sorted(self.front, key=lambda point: point.measured.depth)
-        depths = [point.measured.depth for point in front]
-        axes.plot(depths, [float(p.measured.quality.perplexity) for p in front], "-", color="black", label="front")
-        axes.set_xlabel("FFNs one behind the other")
+        front = sorted(filter(is_front, self.points), key=place)
+        perplexities = [float(point.measured.quality.perplexity) for point in front]
+        axes.plot([place(point) for point in front], perplexities, "-", color="black", label="front")
+        axes.set_xlabel(label)
         axes.set_ylabel("perplexity")
         axes.set_yscale("log")
-        axes.set_title("What depth costs")
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
-        figure.savefig(path)
-        return Path(path)
 
 
 def sweep(
@@ -113,20 +135,24 @@ def sweep(
     max_dependency: float | None = None,
     norm: NormMode | None = None,
     method: Method = "loss",
+    hardware: str | os.PathLike[str] | Hardware | None = None,
+    workload: Workload | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Sweep:
     """Measure the best plan at every depth, for several numbers of dropped attentions. Arguments as `make_plan`.
 
-    `drops`: numbers of attention layers to drop (default: about six numbers from none to half of them).
+    `drops`: numbers of attention layers to drop (default: about six numbers from none to half of them). With `hardware`
+    each plan has its predicted latency too, and there is a second front.
     """
     limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
     planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
-    return run_sweep(planner, _default_drops(len(planner.meter.mixers)) if drops is None else drops)
+    latency = predictor(planner.meter, hardware, workload)
+    return run_sweep(planner, _default_drops(len(planner.meter.mixers)) if drops is None else drops, latency)
 
 
-def run_sweep(planner: Planner, drops: Sequence[int]) -> Sweep:
-    """A sweep with a planner that may have measured things already."""
+def run_sweep(planner: Planner, drops: Sequence[int], latency: Callable[[FusionPlan], float] | None = None) -> Sweep:
+    """A sweep with a planner that may have measured things already. `latency`: what predicts it [ms]."""
     found: dict[tuple[int, int], Measured] = {}
     for number in _with_progress(drops, planner.progress):
         for dropped in planner.drops(number):
@@ -136,16 +162,23 @@ def run_sweep(planner: Planner, drops: Sequence[int]) -> Sweep:
                 if best is not None and (key not in found or best.cost < found[key].cost):
                     found[key] = best
     measured = sorted(found.values(), key=lambda one: (one.depth, one.cost))
-    return Sweep(_with_front(measured), planner.meter.ffns)
+    points = [SweepPoint(one, latency_ms=latency and latency(one.plan)) for one in measured]
+    front = _front(points, lambda point: point.measured.depth)
+    quick = _front(points, lambda point: point.latency_ms or 0.0) if latency is not None else set()
+    marked = (
+        replace(point, on_front=index in front, on_latency_front=index in quick) for index, point in enumerate(points)
+    )
+    return Sweep(tuple(marked), planner.meter.ffns)
 
 
-def _with_front(measured: Sequence[Measured]) -> tuple[SweepPoint, ...]:
-    """Marks the Pareto front; `measured` is sorted by depth, then cost."""
-    points, best = [], float("inf")
-    for one in measured:
-        points.append(SweepPoint(one, on_front=one.cost < best))
-        best = min(best, one.cost)
-    return tuple(points)
+def _front(points: Sequence[SweepPoint], place: Callable[[SweepPoint], float]) -> set[int]:
+    """The points that no other beats: none before them, in that order, has as little loss."""
+    found, best = set(), float("inf")
+    for index in sorted(range(len(points)), key=lambda at: (place(points[at]), points[at].measured.cost)):
+        if points[index].measured.cost < best:
+            best = points[index].measured.cost
+            found.add(index)
+    return found
 
 
 def _default_drops(mixers: int) -> tuple[int, ...]:
@@ -168,6 +201,8 @@ def _row(point: SweepPoint) -> list[Any]:
         " ".join(map(str, measured.plan.dropped_attention)),
         "; ".join(" ".join(map(str, group)) for group in measured.plan.groups),
         measured.plan.norm,
+        "" if point.latency_ms is None else f"{point.latency_ms:.6g}",
+        "" if point.latency_ms is None else int(point.on_latency_front),
     ]
 
 

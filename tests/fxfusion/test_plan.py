@@ -206,4 +206,7 @@ def test_the_schema_knows_every_field() -> None:
     assert group["minItems"] == 2
     assert group["items"]["anyOf"] == [{"minimum": 0, "type": "integer"}, {"minLength": 1, "type": "string"}]
     assert schema["properties"]["dropped_attention"]["items"] == {"minimum": 0, "type": "integer"}
-    assert set(schema["$defs"]) == {"LayerScore", "MadeBy", "ModelFacts", "ResidueFile", "Scores", "Versions"}
+    assert set(schema["$defs"]) == {
+        *("LayerFit", "LayerScore", "MadeBy", "MeasuredQuality", "ModelFacts", "Refit", "ResidueFile", "Scores"),
+        "Versions",
+    }

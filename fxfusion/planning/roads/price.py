@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from fxfusion.analysis.meter import PlanMeter, plan_key
 from fxfusion.cost.hardware import Hardware
 from fxfusion.cost.layer_table import LayerTable
-from fxfusion.cost.read_table import table_of_config
 from fxfusion.cost.simulate import simulate
-from fxfusion.errors import OptionError
-from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan import FusionPlan
+from fxfusion.planning.latency import table_of_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +42,9 @@ def predicted_latency(
 ) -> Price:
     """Latency of decoding one token, by the cost model. `table`: of another size with as many layers.
 
-    Raises `OptionError` for hardware that is not known, or heads that `tp` does not divide.
+    Raises `OptionError` for hardware that is not known, a model whose sizes are not, or heads that `tp` does not divide.
     """
-    layers = table_of_model(meter) if table is None else table
+    layers = table_of_model(meter.traced.model, meter.graph) if table is None else table
     device = Hardware.of(hardware)
     known: dict[str, float] = {}
 
@@ -58,15 +56,3 @@ def predicted_latency(
 
     latency(FusionPlan())  # what cannot be predicted is said before anything is measured
     return latency_price(latency)
-
-
-def table_of_model(meter: PlanMeter) -> LayerTable:
-    """The layers of a model as the cost model reads them. Whether FFNs are gated is read off their weights."""
-    config = getattr(meter.model, "config", None)
-    hidden = facts_of(meter.model).hidden
-    name = type(meter.model).__name__
-    if config is None or not hasattr(config, "to_dict") or hidden is None:
-        raise OptionError(f"hardware: {name} has no config from which its attention could be read; use target_depth")
-    width, size = next(iter(meter.members.values()))
-    bytes_of_matrix = width * hidden * next(meter.model.parameters()).element_size()
-    return table_of_config(config.to_dict(), name, gated=size > 2.5 * bytes_of_matrix)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config
 
 from fxfusion.cost import Hardware, simulate
 from fxfusion.plan import FusionPlan
@@ -42,6 +43,16 @@ def test_a_folder_a_plan_and_a_hardware_file(run: Run, model: Path, tmp_path: Pa
     assert (ran.json["hardware"], ran.json["attentions"], ran.json["ffns"]) == ("mine", 1, 2)
     expected = simulate(model, hardware=device, precision="fp32", plan=plan).to_dict()
     assert {name: ran.json[name] for name in expected} == json.loads(json.dumps(expected))
+
+
+def test_a_config_that_does_not_say_whether_ffns_are_gated(run: Run, tmp_path: Path) -> None:
+    GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=40, n_positions=32).save_pretrained(tmp_path)
+    args = ["--hardware", "cpu", "--precision", "fp32", "--json"]
+    ran = run("simulate", tmp_path, *args)
+    assert ran.code == 0, ran.err
+    matrices = 2 * (4 * 64 * 64 + 2 * 64 * 256) + 40 * 64
+    assert ran.json["memory"]["weights"] == 4 * (matrices + 5 * 64)  # gates would add a third to the FFNs
+    assert run("simulate", tmp_path / "config.json", *args).json["memory"] == ran.json["memory"]
 
 
 def test_placements(run: Run) -> None:

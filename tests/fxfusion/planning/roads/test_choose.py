@@ -11,9 +11,10 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.cost.simulate import simulate
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan import FusionPlan
+from fxfusion.planning.latency import table_of_model
 from fxfusion.planning.make_plan import make_plan
 from fxfusion.planning.roads import screen as screen_file
-from fxfusion.planning.roads.price import depth_price, merged, predicted_latency, table_of_model
+from fxfusion.planning.roads.price import depth_price, merged, predicted_latency
 from fxfusion.planning.roads.segment import Road
 from tests.fxfusion.planning.roads.priced_meter import all_plans
 from tests.fxfusion.recovery.own_text import model_of, own_text
@@ -65,11 +66,12 @@ def test_automatic_is_the_least_latency_within_a_percent_of_the_perplexity() -> 
 def test_latency_is_that_of_the_cost_model() -> None:
     model = model_of()
     meter = PlanMeter(model, own_text()[:1])
-    table = table_of_model(meter)
+    table = table_of_model(model, meter.graph)
     assert len(table.layers) == 4 and table.gated and table.hidden_size == model.config.hidden_size
     price, plan = predicted_latency(meter, "h100"), FusionPlan(groups=[[1, 2]], hoist=True)
     assert price.of(plan) == simulate(table, hardware="h100", plan=plan).latency_ms < price.of(FusionPlan())
-    assert not table_of_model(PlanMeter(model_of("gpt2"), own_text("gpt2")[:1])).gated
+    plain = PlanMeter(model_of("gpt2"), own_text("gpt2")[:1])
+    assert not table_of_model(plain.model, plain.graph).gated
 
 
 @pytest.mark.parametrize(
