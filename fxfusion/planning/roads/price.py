@@ -42,7 +42,7 @@ def predicted_latency(
 ) -> Price:
     """Latency of decoding one token, by the cost model. `table`: of another size with as many layers.
 
-    Raises `OptionError` for hardware that is not known, a model whose sizes are not, or heads that `tp` does not divide.
+    Raises `OptionError` for hardware that is not known, sizes that are not, or heads that `tp` does not divide.
     """
     layers = table_of_model(meter.traced.model, meter.graph) if table is None else table
     device = Hardware.of(hardware)
