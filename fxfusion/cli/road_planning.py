@@ -15,6 +15,7 @@ from fxfusion.cli.session import Session
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan import FusionPlan, MadeBy
 from fxfusion.planning.budget import Budget
+from fxfusion.planning.make_plan import quality_record
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.roads.choose import RoadArguments, RoadOptions, choose, road_options, search_for
 from fxfusion.planning.roads.price import merged, predicted_latency
@@ -82,7 +83,8 @@ def choose_plan(run: Session, wish: Wish, batches: Sequence[Tensor]) -> Chosen:
     search = search_for(run.model, batches, options, budget, limits, wish.norm, run.folder.path, progress=True)
     found = choose(search, options, budget)
     made_by = MadeBy.now(command=shlex.join(["fxfusion", *sys.argv[1:]]), seed=run.common.seed)
-    return Chosen(found.plan.replace(model=facts_of(run.model), made_by=made_by), found, search, options)
+    recorded = {"model": facts_of(run.model), "quality": quality_record(found.quality), "made_by": made_by}
+    return Chosen(found.plan.replace(**recorded), found, search, options)
 
 
 def make(run: Session, wish: Wish, target: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fxfusion.planning.budget import Budget
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.planner import Planner, search
 from fxfusion.planning.roads.choose import RoadArguments, check_unused, choose, road_options, search_for
+from fxfusion.planning.roads.search import Found
 from fxfusion.policy import NormMode
 
 if TYPE_CHECKING:
@@ -95,9 +96,8 @@ def make_plan(
         if dropped_attention is not None or splits is not None:
             raise OptionError("dropped_attention and splits name layers; over several roads the planner does that")
         options, budget = road_options(over_roads, budget, automatic=preset == "automatic")
-        roads = search_for(model, list(batches), options, budget, limits, norm, cache, progress)
-        found = choose(roads, options, budget)
-        return made(found.plan, model, command).replace(quality=quality_record(found.quality))
+        searched = search_for(model, list(batches), options, budget, limits, norm, cache, progress)
+        return made(choose(searched, options, budget), model, command)
     check_unused(over_roads)
     if drop is not None and dropped_attention is not None:
         raise OptionError("drop and dropped_attention were both given; the second names the layers itself")
@@ -108,9 +108,10 @@ def make_plan(
     return recorded(planner, _paper(planner, budget, dropped_attention, splits), command)
 
 
-def made(plan: FusionPlan, model: nn.Module, command: str | None) -> FusionPlan:
-    """The plan with its model and maker."""
-    return plan.replace(model=facts_of(model), made_by=MadeBy.now(command=command))
+def made(found: Found, model: nn.Module, command: str | None) -> FusionPlan:
+    """The plan with its model, quality and maker."""
+    quality = quality_record(found.quality)
+    return found.plan.replace(model=facts_of(model), quality=quality, made_by=MadeBy.now(command=command))
 
 
 def _check_preset(
