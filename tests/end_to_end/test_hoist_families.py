@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.end_to_end.caching import decoded, new_cache, token_ids
 from tests.end_to_end.eager_hoisted import hoisted, hoisted_by_hand
 from tests.end_to_end.families import Family, disturb, make_inputs, relative, run
 from tests.end_to_end.family_table import FAST, VARIANTS, family_named
-from tests.helpers import capture
+from tests.helpers import assert_exact, capture, rmse
 
 WINDOWS = [[0, 1], [2, 3]]
 QUICK = "llama qwen3 phi3 gemma granite gpt2 opt starcoder2".split()
@@ -112,6 +113,55 @@ def test_cached_decoding_of_a_window(name: str, kind: str) -> None:
     assert relative(found, wanted) <= family.limit and relative(found, at_once) <= 1e-6
     assert relative(wanted, run(model, {"input_ids": ids, "use_cache": False})) > 0.01
     assert {len(report.groups) for report in last_reports()[-2:]} == {2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    family = family_named("llama")
+    exact = intact(family)
+    inputs = make_inputs(family, exact)
+    truth = in_hoisted_form(exact, family, inputs)
+    model = exact.to(dtype)
+    wanted = in_hoisted_form(model, family, inputs)
+    found = run(compiled(model, policy={"windows": WINDOWS}), inputs)
+    if dtype == torch.float32:
+        assert_exact(found, wanted, dtype)
+        return
+    rounded = in_hoisted_form(copy.deepcopy(model).double(), family, inputs)  # the same weights, rounded
+    assert_exact(found, wanted, dtype, truth=rounded)
+    assert rmse(wanted, truth) > 0
+
+
+def test_gradients_are_those_of_the_hoisted_form() -> None:
+    family = family_named("llama")
+    model = intact(family)
+    inputs = make_inputs(family, model)
+    weights = dict(model.named_parameters())  # the layers are no submodules while they are hoisted
+    with hoisted(model, family, WINDOWS):
+        wanted = _gradients(model, weights, inputs)
+    found = _gradients(compiled(model, policy={"windows": WINDOWS}, compiler="aot_eager"), weights, inputs)
+    sequential = _gradients(model, weights, inputs)
+    assert wanted.keys() == found.keys() == weights.keys()
+    for name, value in wanted.items():
+        assert relative(found[name], value) <= 2e-6, name  # the model's norms compute in float32
+    assert max(relative(sequential[name], value) for name, value in wanted.items()) > 0.01
+
+
+def _gradients(call: Any, weights: Mapping[str, nn.Parameter], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    for value in weights.values():
+        value.grad = None
+    call(**inputs).logits.square().mean().backward()
+    return {name: value.grad.clone() for name, value in weights.items() if value.grad is not None}
+
+
+@pytest.mark.compile
+def test_inductor_compiles_a_window() -> None:
+    family = family_named("llama")
+    model = intact(family).float()
+    inputs = make_inputs(family, model)
+    wanted = in_hoisted_form(model, family, inputs)
+    call = torch.compile(model, backend=ffn_fusion, options={"policy": {"windows": WINDOWS}, "strict": True})
+    assert relative(run(call, inputs), wanted) <= 1e-5
 
 
 def test_a_captured_graph_is_hoisted() -> None:
