@@ -3,7 +3,8 @@
     fused/      attention dropped and FFNs fused as in the demo, in the nemotron-nas layout, float32
     unfused/    attention dropped, nothing fused
     damaged/    the fused one, with one member of the group set to zero: what every comparison must reject
-    request.json, fused.json, fused.safetensors, unfused.json, unfused.safetensors
+    hoisted/    all attention kept, that of two windows hoisted and their FFNs fused
+    request.json, fused.json, fused.safetensors, unfused.json, unfused.safetensors, hoisted.json, hoisted.safetensors
 
 The scripts of `engines/` read a folder and the request, each in an environment of its own, and write answers of the
 same form.
@@ -28,7 +29,9 @@ import fxfusion
 from bench.reference.load import load_model, load_tokenizer
 from fxfusion.cli.steps import DROPPED, GROUP, PLAN
 from fxfusion.errors import FxFusionError
+from fxfusion.plan import FusionPlan
 
+HOISTED = FusionPlan(groups=[[2, 3, 4, 5], [6, 7, 8]], hoist=True)
 LIMIT = 1e-3  # of a logit, between two implementations in float32
 NEW_TOKENS = 32
 PROMPTS = (
@@ -107,6 +110,9 @@ def write_folders(root: Path) -> None:
     answer_of(fused, tokenizer).write(root / "fused")
     shutil.copytree(root / "fused", root / "damaged")
     damage(root / "damaged")
+    hoisted = fxfusion.fuse(load_model(), HOISTED)
+    fxfusion.save_pretrained(hoisted, root / "hoisted", "nemotron-nas", tokenizer=tokenizer)
+    answer_of(hoisted, tokenizer).write(root / "hoisted")
     request = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS}
     (root / "request.json").write_text(json.dumps(request), encoding="utf-8")
 
