@@ -11,7 +11,7 @@ searches, and the caller's graph is never touched: all edits are made on a copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,11 +25,12 @@ from fxfusion.graph.inline import drop_unused_state
 from fxfusion.graph.pass_base import History, Pass
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.passes.check_group import GroupChecker
+from fxfusion.passes.concat_parallel_mixers import ConcatParallelMixers
 from fxfusion.passes.concatenate import GROUP_TAG, Concatenate
 from fxfusion.passes.concatenate_grouped import ConcatenateGrouped
 from fxfusion.passes.drop_no_ops import DropNoOps
 from fxfusion.passes.drop_zero_branches import DropZeroBranches
-from fxfusion.passes.ffn import Chain, Group, Hoisted, Matches
+from fxfusion.passes.ffn import Chain, Group, Hoisted, Matches, Mixer
 from fxfusion.passes.find_chains import find_chains
 from fxfusion.passes.functionalise_adds import FunctionaliseAdds
 from fxfusion.passes.hoist_constants import HoistConstants
@@ -60,6 +61,7 @@ class Analysis:
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
     hoisted: Hoisted
+    beside: tuple[tuple[Mixer, ...], ...] = ()  # mixers that were made to read one stream, by window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ def fuse_captured(
     packs: tuple[Pack, ...] = ()
     proofs: tuple[Verification, ...] = ()
     if found.groups:
-        packs, proofs = _rewrite(work, found.groups, history, verify, lift_into)
+        packs, proofs = _rewrite(work, found, history, verify, lift_into)
         after, fused_blocks = work.module, blocks_after(blocks, groups)
     _log(found)
     report = GraphReport(
@@ -134,8 +136,9 @@ def hoist_and_analyse(captured: CapturedGraph, choice: Choice, history: History)
     windows = found.hoisted.windows
     if not windows:
         return found
-    run_passes(captured.module, [HoistMixers(windows), ParalleliseMixers(windows, found.matches.mixers)], history)
-    return analyse(captured, choice, found.hoisted)
+    beside = ParalleliseMixers(windows, found.matches.mixers)
+    run_passes(captured.module, [HoistMixers(windows), beside], history)
+    return replace(analyse(captured, choice, found.hoisted), beside=tuple(tuple(block) for block in beside.blocks))
 
 
 def analyse(captured: CapturedGraph, choice: Choice, hoisted: Hoisted | None = None) -> Analysis:
@@ -166,17 +169,20 @@ def _match(captured: CapturedGraph) -> tuple[GraphFacts, Matches]:
 
 def _rewrite(
     work: CapturedGraph,
-    groups: Sequence[Group],
+    found: Analysis,
     history: History,
     verify: VerifyMode,
     lift_into: Literal["placeholder", "get_attr"],
 ) -> tuple[tuple[Pack, ...], tuple[Verification, ...]]:
     """Parallelise, concatenate, lift; prove the concatenation on the way."""
+    groups = found.groups
     run_passes(work.module, [Parallelise(groups)], history)
     numeric = verify == "numeric"
     parallel = [extract_region(group.members[0].stream, group.members[-1].add) for group in groups] if numeric else []
     run_passes(work.module, [Concatenate(groups), ConcatenateGrouped(groups)], history)
     proofs = _prove(work, groups, parallel) if numeric else ()
+    if found.beside:
+        run_passes(work.module, [ConcatParallelMixers(found.beside, work.weights, work.opaque, len(groups))], history)
     lift = LiftWeights(work.weights, lift_into)
     run_passes(work.module, [lift], history)
     return lift.packs, proofs

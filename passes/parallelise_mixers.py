@@ -34,7 +34,7 @@ class ParalleliseMixers(Pass):
     def run(self, graph: fx.Graph) -> PassResult:
         changed = 0
         for first, *others in (block for block in self.blocks if len(block) > 1):
-            entry = _stream(first)
+            entry = stream_of(first)
             for mixer in others:
                 _reread(mixer, entry, self.name)
                 changed += 1
@@ -45,7 +45,7 @@ class ParalleliseMixers(Pass):
             f"{mixer.layer or mixer.add} still reads what the mixer before it wrote"
             for block in self.blocks
             for mixer in block[1:]
-            if any(_stream(mixer) in node.all_input_nodes for node in _branch(mixer))
+            if any(stream_of(mixer) in node.all_input_nodes for node in _branch(mixer))
         ]
 
 
@@ -60,13 +60,13 @@ def _branch(mixer: Mixer) -> list[fx.Node]:
     return [node for node in mixer.nodes if node is not mixer.add]
 
 
-def _stream(mixer: Mixer) -> fx.Node:
+def stream_of(mixer: Mixer) -> fx.Node:
     """What it is added to, as the graph is now."""
     return next(node for node in mixer.add.all_input_nodes if node not in mixer.nodes)
 
 
 def _reread(mixer: Mixer, entry: fx.Node, made_by: str) -> None:
-    stream = _stream(mixer)
+    stream = stream_of(mixer)
     if shape_of(entry) != shape_of(stream):
         entry = GraphEditor(mixer.nodes[0], made_by, [mixer.layer]).method("view_as", entry, stream)
     for node in _branch(mixer):

@@ -111,8 +111,9 @@ def _stubbed(layer: nn.Module, family: Family) -> Iterator[None]:
 
 
 @torch.no_grad()
-def hoisted_by_hand(model: Any, windows: Sequence[Sequence[int]], ids: Tensor) -> Tensor:
-    """Logits of a Llama's hoisted form, written out; it checks `hoisted`, which the other families use."""
+def hoisted_by_hand(model: Any, windows: Sequence[Sequence[int]], ids: Tensor, *, wide: bool = False) -> Tensor:
+    """Logits of a Llama-like model's hoisted form, written out; it checks `hoisted`, which the other families use.
+    `wide`: the attentions of a window read one stream too."""
     inner = model.model
     x = inner.embed_tokens(ids)
     places = torch.arange(ids.shape[1])[None]
@@ -123,8 +124,10 @@ def hoisted_by_hand(model: Any, windows: Sequence[Sequence[int]], ids: Tensor) -
     number = 0
     while number < len(inner.layers):
         window = [inner.layers[member] for member in window_of.get(number, [number])]
+        entry = x
         for layer in window:
-            x = x + layer.self_attn(hidden_states=layer.input_layernorm(x), attention_mask=mask, **given)[0]
+            read = layer.input_layernorm(entry if wide else x)
+            x = x + layer.self_attn(hidden_states=read, attention_mask=mask, **given)[0]
         x = x + sum(layer.mlp(layer.post_attention_layernorm(x)) for layer in window)
         number += len(window)
     logits: Tensor = model.lm_head(inner.norm(x))

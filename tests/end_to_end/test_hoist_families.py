@@ -21,6 +21,7 @@ from tests.end_to_end.family_table import FAST, VARIANTS, family_named
 from tests.helpers import assert_exact, capture, rmse
 
 WINDOWS = [[0, 1], [2, 3]]
+WIDE = FusionPlan(groups=[{"members": window, "mixers": "wide"} for window in WINDOWS])
 QUICK = "llama qwen3 phi3 gemma granite gpt2 opt starcoder2".split()
 SLOW = "mistral qwen2 smollm3 glm olmo gpt_neo nemotron stablelm gpt_neox-sequential".split()
 PARALLEL = "gpt_neox cohere falcon".split()
@@ -152,6 +153,34 @@ def _gradients(call: Any, weights: Mapping[str, nn.Parameter], inputs: Mapping[s
         value.grad = None
     call(**inputs).logits.square().mean().backward()
     return {name: value.grad.clone() for name, value in weights.items() if value.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
+def test_a_wide_window_is_joined_exactly(name: str) -> None:
+    """Grouped-query attention, biases, norms on queries and keys, one matrix for all three."""
+    family = family_named(name)
+    model = intact(family)
+    inputs = make_inputs(family, model)
+    wanted = hoisted_by_hand(model, WINDOWS, inputs["input_ids"], wide=True)
+    assert relative(in_hoisted_form(model, family, inputs), wanted) > 0.01, "the two forms are too close"
+    call = compiled(model, plan=WIDE)
+    assert relative(run(call, inputs), wanted) <= family.limit
+    (passed,) = [found for found in last_reports()[-1].graphs[0].history if found["pass"] == "concat_parallel_mixers"]
+    assert passed["changed"] == 2 and not passed["notes"]
+    with torch.no_grad():
+        families.layers_of(model, family)[1].self_attn.o_proj.weight.mul_(1.01)
+    assert relative(run(call, inputs), wanted) > RED, "a changed weight was not noticed"
+    changed = hoisted_by_hand(model, WINDOWS, inputs["input_ids"], wide=True)
+    assert relative(run(call, inputs), changed) <= family.limit
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_cached_decoding_of_a_wide_window(kind: str) -> None:
+    family = family_named("llama")
+    model = intact(family, use_cache=True)
+    ids = token_ids(length=10)
+    found = decoded(compiled(model, plan=WIDE), ids, new_cache(kind, model, 10))
+    assert relative(found, hoisted_by_hand(model, WINDOWS, ids, wide=True)) <= 1e-6
 
 
 @pytest.mark.compile

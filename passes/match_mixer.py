@@ -1,0 +1,94 @@
+"""Find the linear layers at both ends of mixers that read one stream, so that they can be joined.
+
+Matches (no edit):
+    n = norm(x);  q, k, v = n Wq^T, n Wk^T, n Wv^T      projections: linear layers that read the normed stream
+    b = attention(q, k, v, ...) Wo^T + bo               out: the linear layer that ends the branch
+What lies between is opaque: heads, rotary angles, q/k norms, caches, masks.
+Source: issue 7 (wide block).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxfusion.errors import RefusalCode, Refused
+from fxfusion.graph import ops
+from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.isomorphism import Structure, describe_region
+from fxfusion.graph.token_wise import check_token_wise
+from fxfusion.passes.ffn import Linear, Mixer
+from fxfusion.passes.match_linear import match_linear
+from fxfusion.passes.match_pieces import VIEWS, behind_views
+from fxfusion.passes.match_residual import weight_leaves
+from fxfusion.passes.match_window import shape_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixerEnds:
+    """One mixer. `stream`, `prologue`, `normed` and the constants: as of `FfnNode`; `add`: where it is added."""
+
+    stream: fx.Node
+    prologue: tuple[fx.Node, ...]
+    prologue_constants: tuple[fx.Node, ...]
+    prologue_structure: Structure
+    normed: fx.Node
+    projections: tuple[Linear, ...]
+    out: Linear
+    add: fx.Node
+    name: str
+
+    @property
+    def hidden(self) -> int:
+        return self.out.out_features
+
+
+def match_mixer(mixer: Mixer, stream: fx.Node, facts: GraphFacts, opaque: Mapping[fx.Node, str]) -> MixerEnds:
+    """The ends of a mixer that reads `stream`. Raises `Refused`."""
+    name = mixer.layer or mixer.add.name
+    branch = next(node for node in mixer.add.all_input_nodes if node in mixer.nodes)
+    found = facts.slice_between(branch, stream)
+    linears = [linear for node in found.nodes if (linear := match_linear(node, facts)) is not None]
+    out = next((linear for linear in linears if linear.node is branch), None)
+    if out is None:
+        raise Refused(RefusalCode.STRUCTURE, f"{name} does not end with a linear layer", branch)
+    outputs = {linear.node for linear in linears}
+    projections = tuple(
+        linear
+        for linear in linears
+        if linear is not out and not outputs & set(facts.slice_between(linear.input, stream).nodes)
+    )
+    inputs = {linear.input for linear in projections}
+    if len(inputs) != 1:
+        raise Refused(RefusalCode.STRUCTURE, f"the projections of {name} read {len(inputs)} values", branch)
+    normed = inputs.pop()
+    if ops.op_name(normed) in VIEWS and behind_views(normed) is not normed:
+        raise Refused(RefusalCode.STRUCTURE, f"the projections of {name} read a regrouped stream", normed)
+    if shape_of(out.input)[:-1] != shape_of(stream)[:-1]:
+        raise Refused(RefusalCode.STRUCTURE, f"{name} regroups its tokens before it ends", out.node)
+    _check_weights(name, (*projections, out), facts, opaque)
+    prologue = facts.slice_between(normed, stream).nodes if normed is not stream else ()
+    sources = (source for node in prologue for source in node.all_input_nodes)
+    constants = tuple(dict.fromkeys(source for source in sources if source in facts.constants))
+    check_token_wise(prologue, {stream: True} | dict.fromkeys(constants, False))
+    places = {stream: "x"} | {node: f"c{index}" for index, node in enumerate(constants)}
+    return MixerEnds(
+        stream=stream,
+        prologue=prologue,
+        prologue_constants=constants,
+        prologue_structure=describe_region(prologue, places),
+        normed=normed,
+        projections=projections,
+        out=out,
+        add=mixer.add,
+        name=name,
+    )
+
+
+def _check_weights(name: str, linears: tuple[Linear, ...], facts: GraphFacts, opaque: Mapping[fx.Node, str]) -> None:
+    for linear in linears:
+        for weight in weight_leaves(linear.weight, facts):
+            if weight in opaque:
+                raise Refused(RefusalCode.TENSOR_SUBCLASS, f"{name}: {opaque[weight]}", weight)
