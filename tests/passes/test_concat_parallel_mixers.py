@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfusion import fuse_graph
-from fxfusion.errors import RefusalCode, Refused
 from fxfusion.passes.concat_parallel_mixers import ConcatParallelMixers
 from fxfusion.passes.hoist_mixers import HoistMixers
-from fxfusion.passes.match_mixer import match_mixer
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.match_window import WindowMatcher
 from fxfusion.passes.parallelise_mixers import ParalleliseMixers
@@ -166,18 +164,6 @@ def test_other_norms_stay_apart() -> None:
     history = History()
     run_passes(work.module, [step], history)
     assert "the norm of layers.1 differs from that of layers.0" in history.records[-1].notes[0]
-
-
-def test_weights_that_cannot_be_packed() -> None:
-    work, step = widened(decoder(), tokens())
-    facts = facts_of(work)
-    mixer = step.blocks[0][0]
-    stream = mixer.add.all_input_nodes[0]
-    assert len(match_mixer(mixer, stream, facts, {}).projections) == 3
-    opaque = dict.fromkeys((node for node in facts.weights), "quantised")
-    with pytest.raises(Refused, match="layers.0: quantised") as found:
-        match_mixer(mixer, stream, facts, opaque)
-    assert found.value.code is RefusalCode.TENSOR_SUBCLASS
 
 
 def test_without_blocks_nothing_changes() -> None:
