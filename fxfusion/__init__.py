@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fxfusion.planning.make_plan import make_plan
     from fxfusion.planning.sweep import sweep
     from fxfusion.policy import FusionPolicy
+    from fxfusion.recovery.recover import recover
     from fxfusion.recovery.refit import refit
     from fxfusion.report import FusionReport
 
@@ -57,6 +58,7 @@ _HOME = {
     "FusionPlan": "fxfusion.plan",
     "FusionPolicy": "fxfusion.policy",
     "FusionReport": "fxfusion.report",
+    "recover": "fxfusion.recovery.recover",
     "refit": "fxfusion.recovery.refit",
 }
 
@@ -80,6 +82,7 @@ __all__ = [
     "greedy_agreement",
     "last_reports",
     "make_plan",
+    "recover",
     "refit",
     "refresh",
     "save_pretrained",

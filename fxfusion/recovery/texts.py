@@ -65,12 +65,7 @@ class Texts:
     def check_language(self, model: Model, vocabulary: int) -> Quality:
         """The intact model's quality on the calibration text. Raises `OptionError` for text that it cannot predict."""
         found = evaluate(model, _spread(self.fit_given, self.tokens), resamples=100)
-        loss, most = float(found.loss), _NOISE * math.log(vocabulary)
-        if not loss <= most:
-            raise OptionError(
-                f"batches: the intact model's loss on this text is {loss:.3g} nats per token, more than {most:.3g} "
-                f"({_NOISE} ln of {vocabulary:,} tokens): noise, or another language than the model's"
-            )
+        check_loss(float(found.loss), vocabulary)
         return found
 
 
@@ -78,6 +73,16 @@ def _spread(given: Sequence[Batch], tokens: int) -> Sequence[Batch]:
     """Batches at even distances, of no more than the tokens that are checked."""
     count = max(1, min(len(given), len(given) * _CHECKED // max(tokens, 1)))
     return [given[number * len(given) // count] for number in range(count)]
+
+
+def check_loss(loss: float, vocabulary: int) -> None:
+    """Raises `OptionError` where the intact model's loss on a text [nats per token] says that it cannot predict it."""
+    most = _NOISE * math.log(vocabulary)
+    if not loss <= most:
+        raise OptionError(
+            f"batches: the intact model's loss on this text is {loss:.3g} nats per token, more than {most:.3g} "
+            f"({_NOISE} ln of {vocabulary:,} tokens): noise, or another language than the model's"
+        )
 
 
 def _divided(given: Sequence[Batch]) -> tuple[tuple[Batch, ...], tuple[Batch, ...]]:
