@@ -68,6 +68,11 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
         raise CheckpointError(f"{directory} is written, but the disk does not confirm it: {reason}") from error
 
 
+def check_replaceable(directory: str | os.PathLike[str]) -> None:
+    """Raises `CheckpointError` where `replacing` would, before hours of work go into what it is to hold."""
+    _target(directory)
+
+
 def existing(directory: str | os.PathLike[str]) -> Path:
     """The folder to read for `directory`, put back in its place where a write stopped half-way.
 

@@ -1,1 +1,1 @@
-"""Making good what dropping attention and fusing FFNs cost: `refit`, in closed form."""
+"""Making good what dropping attention and fusing FFNs cost: `refit`, in closed form, and `recover`, by training."""

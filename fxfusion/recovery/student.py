@@ -64,7 +64,7 @@ class Student:
             return
         if not getattr(self.model, "supports_gradient_checkpointing", False):
             raise OptionError(f"gradient_checkpointing: {type(self.model).__name__} does not support it")
-        name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"  # as it was called
+        name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
         enable = getattr(self.model, f"{name}_checkpointing_enable")
         enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
         always.callback(getattr(self.model, f"{name}_checkpointing_disable"))

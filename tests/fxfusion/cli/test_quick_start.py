@@ -9,7 +9,7 @@ import time
 import pytest
 
 CHOOSING = ("score", "matrix", "plan", "explain", "eval", "sweep", "report", "simulate")
-KEEPING = ("fuse", "refit", "unfuse", "export", "check", "generate")
+KEEPING = ("fuse", "refit", "recover", "unfuse", "export", "check", "generate")
 COMMANDS = ("auto", *CHOOSING, *KEEPING, "demo")
 HEAVY = ("torch", "transformers", "networkx", "jinja2", "tabulate", "pydantic", "matplotlib", "yaml")
 LIMIT = 0.5  # seconds
