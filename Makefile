@@ -57,6 +57,7 @@ bench: compiler venv
 results: compiler venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.choosing
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.roads
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.recovery_training
 
 lint: venv
 	$(BIN)/ruff check

@@ -33,7 +33,7 @@ BUDGETS = (3, 6, 7)  # attentions of twelve that are dropped, neighbours
 TOKENS = (1, 4, 8, 16, 48, 96)  # batches of 2,048 tokens
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 LATER = ("none", "ffn", "all")
-_TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 2048
 say = Console(stderr=True).print
 
 
@@ -161,7 +161,7 @@ def tokens(study: Study) -> dict[str, Any]:
     """Loss against calibration tokens."""
     dropped, groups = half_run(study)
     rows = [{"batches": n, **study.refitted(dropped, groups, "intact", "all", n)} for n in TOKENS]
-    return {"dropped": dropped, "groups": groups, "tokens_per_batch": _TOKENS_PER_BATCH, "rows": rows}
+    return {"dropped": dropped, "groups": groups, "tokens_per_batch": TOKENS_PER_BATCH, "rows": rows}
 
 
 def penalties(study: Study) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def main() -> None:
         PARTS[options.only](study)
         return
     results: dict[str, Any] = {
-        "text": {name: getattr(options, name) * _TOKENS_PER_BATCH for name in ("calibration", "heldout")}
+        "text": {name: getattr(options, name) * TOKENS_PER_BATCH for name in ("calibration", "heldout")}
     }
     for name, part in PARTS.items():
         results[name] = part(study)

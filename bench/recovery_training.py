@@ -1,0 +1,92 @@
+"""What training gives back on the reference model, from the raw and from the refitted start: what `refit` saves.
+
+    python -m bench.recovery_training            (make results; about five minutes on one core)
+
+Half of the attention is dropped, its FFNs are one. Both starts learn from the same batches in the same order, by
+`recover`: KL to the intact model, all weights. Measured on held-out text. Each start is kept in .fxfusion_results, so a
+run that was stopped goes on. Source: issue 6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.choosing import CACHE, numbers
+from bench.record import record
+from bench.recovery import TOKENS_PER_BATCH, Cells, Study, half_run, plan_of, say
+from bench.recovery_training_page import write_section
+from bench.reference.load import calibration_batches
+from fxfusion import evaluate, fuse, recover, refit
+from fxfusion.recovery.distil import Step
+
+STARTS = ("raw", "refitted")
+RATE, EVERY = 5e-4, 10
+_BATCH, _SEQ = 4, 256  # of a step
+_DECIDES = 4  # batches, the last of the calibration text that is used
+
+
+def start(study: Study, name: str, batches: int) -> tuple[Any, float]:
+    """The model that training starts from, and what it took to have it [seconds]."""
+    dropped, groups = half_run(study)
+    started = time.perf_counter()
+    plan = plan_of(dropped, groups)
+    if name == "raw":
+        found = fuse(copy.deepcopy(study.model), plan)
+    else:
+        found = refit(study.model, plan, calibration_batches(limit=batches), "intact")
+    return found, time.perf_counter() - started
+
+
+def trained(study: Study, name: str, steps: int, batches: int, cache: Path) -> dict[str, Any]:
+    """One start: quality before and after, the losses of every step, seconds."""
+    model, seconds_start = start(study, name, batches)
+    before = numbers(evaluate(model, study.heldout, study.model))
+    text = calibration_batches(_BATCH, _SEQ, steps + _DECIDES)
+    curve: list[dict[str, Any]] = []
+
+    def tell(step: Step) -> None:
+        curve.append({"step": step.step, "kl": step.loss, "validation": step.validation})
+
+    started = time.perf_counter()
+    chosen: dict[str, Any] = {"steps": steps, "every": EVERY, "learning_rate": RATE}
+    recover(model, text[:-_DECIDES], study.model, validation=text[-_DECIDES:], **chosen, cache=cache, on_step=tell)
+    seconds = time.perf_counter() - started
+    return {
+        "start": name,
+        "seconds_start": seconds_start,
+        "before": before,
+        "after": numbers(evaluate(model, study.heldout, study.model)),
+        "recovered": dict(model.config.fxfusion["recovered"]),
+        "seconds": seconds,
+        "curve": curve,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60, help=f"of {_BATCH} x {_SEQ} tokens")
+    parser.add_argument("--calibration", type=int, default=24, help="batches of 8 x 256 tokens, of the refit")
+    parser.add_argument("--heldout", type=int, default=8, help="batches of 8 x 256 tokens")
+    options = parser.parse_args()
+    study = Study(options.calibration, options.heldout)
+    folder = CACHE / f"recovery_training_{options.steps}_{options.calibration}"
+    cells = Cells(folder / "cells.json")
+
+    def make(name: str) -> Callable[[], dict[str, Any]]:
+        return lambda: trained(study, name, options.steps, options.calibration, folder / name)
+
+    rows = [cells.get(f"{name} start", make(name)) for name in STARTS]
+    dropped, groups = half_run(study)
+    step = _BATCH * _SEQ
+    text = {"tokens_per_step": step, "validation": _DECIDES * step, "refit": options.calibration * TOKENS_PER_BATCH}
+    results = {"dropped": dropped, "groups": groups, "text": text, "learning_rate": RATE, "rows": rows}
+    say(f"recorded: {record('recovery_training', results).name}; written: {write_section(results)}")
+
+
+if __name__ == "__main__":
+    main()
