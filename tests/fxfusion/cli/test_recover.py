@@ -82,5 +82,5 @@ def test_a_dry_run_and_wrong_use(run: Run, folders: Path, tmp_path: Path) -> Non
 
 
 def test_nothing_is_written_where_nothing_helps(run: Run, folders: Path, tmp_path: Path) -> None:
-    ran = run(*arguments(folders, "fused", tmp_path / "out"), "--learning-rate", 50, "--steps", 1)
+    ran = run(*arguments(folders, "fused", tmp_path / "out"), "--learning-rate", 5, "--steps", 1)
     assert ran.code == 1 and "nothing was better than the start" in ran.error and not (tmp_path / "out").exists()
