@@ -104,16 +104,22 @@ def recover(
         seed=seed,
     )
     training.check()
-    bare, teacher = bare_model(model), bare_model(reference)
-    if teacher is bare:
-        raise OptionError("reference: it is the model itself; give the intact model")
-    for one, who in ((bare, "the model"), (teacher, "the reference")):
-        model_device(one, who)  # refuses one without weights
+    bare, teacher = _models(model, reference)
     texts = Texts.of(batches, validation)
     store = RunStore(cache, _facts(bare, teacher, texts, training))
     with measuring(teacher), ExitStack() as always:
         found = _train(Student(bare, training, always), teacher, texts, training, store, merge, progress, on_step)
     return model if found is bare else found
+
+
+def _models(model: nn.Module, reference: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Both, out of what was wrapped around them. Raises as `recover` does, and ValueError for one without weights."""
+    bare, teacher = bare_model(model), bare_model(reference)
+    if teacher is bare:
+        raise OptionError("reference: it is the model itself; give the intact model")
+    model_device(bare, "the model")
+    model_device(teacher, "the reference")
+    return bare, teacher
 
 
 def _train(
