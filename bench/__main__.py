@@ -1,13 +1,61 @@
-"""`make bench`: every CPU benchmark, one after another, results into bench/results/."""
+"""`make bench`: every CPU benchmark, one after the other, within 10 minutes; results into bench/results/.
+
+    python -m bench [--seconds 570] [--only NAME]
+
+Each runs in a process of its own. What a benchmark leaves out for lack of time stands in its file; one that would have
+no time at all is named here.
+"""
 
 from __future__ import annotations
 
-from bench import chain_speed, pass_time
+import argparse
+import subprocess
+import sys
+import time
+
+from bench.tables import seconds, table
+
+# Name, the least seconds that it needs, the most that it is given. In order of importance.
+SUITE = (
+    ("chain_speed", 20, 200),
+    ("scale", 60, 120),
+    ("grid", 50, 110),
+    ("pass_time", 30, 60),
+    ("memory", 20, 60),
+    ("whole_models", 60, 120),
+)
+LIMITED = ("scale", "grid", "whole_models")  # these keep to a time by themselves
 
 
 def main() -> None:
-    pass_time.main()
-    chain_speed.main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=570.0)
+    parser.add_argument("--only", action="append", choices=[name for name, *_ in SUITE])
+    chosen = parser.parse_args()
+    start, rows = time.perf_counter(), []
+    for name, least, most in SUITE:
+        left = chosen.seconds - (time.perf_counter() - start)
+        if chosen.only and name not in chosen.only:
+            continue
+        if left < least:
+            rows.append((name, None, f"left out: {least} s needed, {max(0.0, left):.0f} s left"))
+            continue
+        print(f"== {name}", flush=True)
+        begun = time.perf_counter()
+        rows.append((name, seconds_and_end(name, min(most, left), left), seconds(time.perf_counter() - begun)))
+    print(table(rows, ("benchmark", "end", "time")))
+    if any(end not in (None, "done") for _, end, _ in rows):
+        sys.exit(1)
+
+
+def seconds_and_end(name: str, share: float, left: float) -> str:
+    """Run one benchmark within `left` seconds; "done", or what went wrong."""
+    limit = ["--seconds", f"{share:.0f}"] if name in LIMITED else []
+    try:
+        code = subprocess.run([sys.executable, "-m", f"bench.{name}", *limit], timeout=left, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return "stopped: no time left"
+    return "done" if code == 0 else f"failed with {code}"
 
 
 if __name__ == "__main__":
