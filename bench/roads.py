@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.record import record
+from bench.record import Record
 from bench.reference.load import MODEL_FOLDER, calibration_batches, heldout_batches, load_model
 from bench.roads_page import write_page
 from bench.timing import measure, median
@@ -196,6 +196,13 @@ def cpu_latency(study: Study, rows: dict[str, list[dict[str, Any]]]) -> list[dic
     ]
 
 
+def second_family(folder: Path, refit_batches: int, heldout: int) -> list[dict[str, Any]]:
+    """Hoisted windows of a model of another family."""
+    study = Study(folder, "second", refit_batches, heldout)
+    search = study.search(("hoist",), depth_price(study.judge.ffns))
+    return [study.row(search.best_at(depth).plan) for depth in (10, 9, 7)]
+
+
 def one_token(model: Any, ids: Tensor) -> Callable[[], Any]:
     def call() -> Any:
         with torch.no_grad():
@@ -212,22 +219,21 @@ def main() -> None:
     options = parser.parse_args()
     study = Study(MODEL_FOLDER, "reference", options.refit, options.heldout)
     results: dict[str, Any] = {"text": {"refit": options.refit, "heldout": options.heldout, "tokens": 2048}}
-    say("fronts ...", style="dim")
-    results["fronts"] = fronts(study)
-    say("equal latency ...", style="dim")
-    results["equal_latency"] = equal_latency(study)
-    results["positions"] = position_map(study)
-    say("whole blocks ...", style="dim")
-    results["whole_blocks"] = whole_blocks(study)
-    say("speed ...", style="dim")
-    results["cpu_latency"] = cpu_latency(study, results["fronts"])
+    parts: dict[str, Callable[[], Any]] = {
+        "fronts": lambda: fronts(study),
+        "whole_blocks": lambda: whole_blocks(study),
+        "positions": lambda: position_map(study),
+        "cpu_latency": lambda: cpu_latency(study, results["fronts"]),
+        "equal_latency": lambda: equal_latency(study),
+    }
     if options.second is not None:
-        say("second family ...", style="dim")
-        other = Study(options.second, "second", options.refit, options.heldout)
-        search = other.search(("hoist",), depth_price(other.judge.ffns))
-        results["second"] = [other.row(search.best_at(depth).plan) for depth in (10, 9, 7)]
-    path = record("roads", results)
-    say(f"recorded: {path.name}; written: {write_page(results)}")
+        parts["second"] = lambda: second_family(options.second, options.refit, options.heldout)
+    for name, part in parts.items():  # what is there is written at once: a run may be stopped
+        say(f"{name} ...", style="dim")
+        results[name] = part()
+        left = tuple(other for other in parts if other not in results)
+        Record.of("roads", results=results, complete=not left, left_out=left).write()
+        say(f"written: {write_page(results)}")
 
 
 if __name__ == "__main__":
