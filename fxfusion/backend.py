@@ -29,6 +29,7 @@ from fxfusion.errors import (
 )
 from fxfusion.options import BackendOptions
 from fxfusion.packing import FusedCallable, PackBinding, forget_stamps
+from fxfusion.passes.choose_form import Setting
 from fxfusion.passes.lift_weights import Pack
 from fxfusion.pipeline import Fused, fuse_captured
 from fxfusion.plan import FusionPlan, Member
@@ -113,10 +114,12 @@ def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: Back
     """The fused graph; None where the graph is to be compiled as it is."""
     try:
         captured = capture_dynamo(gm, inputs)
-        fused = fuse_captured(captured, settings.choice, verify=settings.verify)
+        fused = fuse_captured(
+            captured, settings.choice, verify=settings.verify, compiled_for=_compiled_for(captured, settings)
+        )
         _report(fused.report)
         _report_unmatched(fused, settings, ends_at_graph_break(gm))
-        return _make_ready(fused, captured) if fused.packs else None
+        return _make_ready(fused, captured) if fused.report.groups else None
     except (OptionError, PlanError, MissingWeightsError):
         raise
     except Exception as error:
@@ -126,6 +129,16 @@ def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: Back
         log.warning("fxfusion: %s", words)
         _reports.append(FusionReport(graphs=(), notes=(words,)))
         return None
+
+
+def _compiled_for(captured: CapturedGraph, settings: BackendOptions) -> Setting:
+    """Dynamo guards on all that is read here: grad mode, what requires gradients, autocast."""
+    differentiable = any(isinstance(value, torch.Tensor) and value.requires_grad for value in captured.inputs)
+    return Setting(
+        request=settings.form,
+        training=torch.is_grad_enabled() and differentiable,
+        autocast=torch.is_autocast_enabled("cpu"),
+    )
 
 
 def _report(report: GraphReport) -> None:

@@ -85,6 +85,7 @@ class RefusalCode(str, Enum):
     # Fusable, but not chosen.
     ALONE = "alone"
     POLICY = "policy"
+    NOT_PROFITABLE = "not_profitable"
     NOT_IN_PLAN = "not_in_plan"
     PLAN_UNMATCHED = "plan_unmatched"
     PLAN_ABSENT = "plan_absent"

@@ -12,9 +12,11 @@ from fxfusion.policy import FusionPolicy
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 VerifyMode = Literal["off", "structure", "numeric"]
+FormRequest = Literal["auto", "concatenated", "prepacked", "members"]
 
 _COMPILERS = ("inductor", "aot_eager", "eager")
 _VERIFY_MODES = ("off", "structure", "numeric")
+_FORMS = ("auto", "concatenated", "prepacked", "members")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +26,9 @@ class BackendOptions:
     `choice`: the policy or plan. `compiler`: what compiles the rewritten graph. `mode`: one of
     Inductor's modes; `inductor`: Inductor config keys. `verify`: `"structure"` checks the graph,
     after each pass, `"numeric"` also compares each fused group with its parallel form, `"off"` does
-    neither. `strict`: raise where fxfusion would otherwise fall back.
+    neither. `form`: how a group's sum is computed; `"auto"` follows the rule of `passes/choose_form.py`, the
+    others are `"concatenated"`, `"prepacked"` and `"members"`. `strict`: raise where fxfusion would otherwise
+    fall back.
     """
 
     choice: FusionPolicy | FusionPlan = field(default_factory=FusionPolicy)
@@ -32,6 +36,7 @@ class BackendOptions:
     mode: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     verify: VerifyMode = "structure"
+    form: FormRequest = "auto"
     strict: bool = False
 
     @classmethod
@@ -54,6 +59,7 @@ class BackendOptions:
             mode=_mode(given.get("mode", mode)),
             inductor=_inductor(given.get("inductor")),
             verify=cast(VerifyMode, _one_of("verify", given.get("verify", "structure"), _VERIFY_MODES)),
+            form=cast(FormRequest, _one_of("form", given.get("form", "auto"), _FORMS)),
             strict=_boolean("strict", given.get("strict", False)),
         )
         if parsed.compiler != "inductor" and (parsed.mode or parsed.inductor):

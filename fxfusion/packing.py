@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from fxfusion.errors import MissingWeightsError
 from fxfusion.passes.lift_weights import Pack
+from fxfusion.prepacked import is_packed
 from fxfusion.torch_private import StorageWatch, outside_fake_mode
 
 _lock = threading.RLock()
@@ -79,7 +80,7 @@ class PackedWeights:
         with _lock, packing_mode(sources):
             self.versions = ()  # not fresh until the copy is complete
             values = [_own(value, sources) for value in self.module(*sources)]
-            if all(map(_same_look, self.tensors, values)):
+            if all(map(_same_look, self.tensors, values)) and not any(map(is_packed, values)):
                 for tensor, value in zip(self.tensors, values, strict=True):
                     tensor.copy_(value)
             else:

@@ -25,6 +25,7 @@ from fxfusion.graph.inline import drop_unused_state
 from fxfusion.graph.pass_base import History, Pass
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.passes.check_group import GroupChecker
+from fxfusion.passes.choose_form import Setting, choose_forms
 from fxfusion.passes.concat_parallel_mixers import ConcatParallelMixers
 from fxfusion.passes.concatenate import GROUP_TAG, Concatenate
 from fxfusion.passes.concatenate_grouped import ConcatenateGrouped
@@ -41,6 +42,7 @@ from fxfusion.passes.match_window import WindowMatcher
 from fxfusion.passes.parallelise import Parallelise
 from fxfusion.passes.parallelise_mixers import ParalleliseMixers
 from fxfusion.passes.plan_groups import plan_by_plan, plan_by_policy
+from fxfusion.passes.prepack_weights import PrepackWeights
 from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
 from fxfusion.report import FusionReport, GraphReport
@@ -86,13 +88,18 @@ def fuse_captured(
     *,
     verify: VerifyMode = "structure",
     lift_into: Literal["placeholder", "get_attr"] = "placeholder",
+    compiled_for: Setting | None = None,
 ) -> Fused:
-    """Normalise, match, group, plan, rewrite and verify one captured graph."""
+    """Normalise, match, group, plan, rewrite and verify one captured graph.
+
+    `compiled_for`: each group gets the form that is fastest there. Without it the graph stays portable
+    ("concatenated") and the report says which form the backend would choose for inference.
+    """
     work = captured.copy()
     history = History(check=verify != "off")
     run_passes(work.module, normalising_passes(work.weights), history)
     order = {node.name: place for place, node in enumerate(work.module.graph.nodes)}  # before anything moves
-    found = hoist_and_analyse(work, choice, history)
+    found = with_forms(hoist_and_analyse(work, choice, history), choice, compiled_for or Setting())
     blocks = blocks_before(found.matches, found.groups, order)
     chains = tuple(summarise_chain(chain) for chain in found.chains)
     groups = tuple(summarise_group(group) for group in found.groups)
@@ -100,7 +107,8 @@ def fuse_captured(
     packs: tuple[Pack, ...] = ()
     proofs: tuple[Verification, ...] = ()
     if found.groups:
-        packs, proofs = _rewrite(work, found, history, verify, lift_into)
+        lowered = found if compiled_for else _portable(found)
+        packs, proofs = _rewrite(work, lowered, history, verify, lift_into)
         after, fused_blocks = work.module, blocks_after(blocks, groups)
     _log(found)
     report = GraphReport(
@@ -160,6 +168,18 @@ def analyse(captured: CapturedGraph, choice: Choice, hoisted: Hoisted | None = N
     return Analysis(matches=matches, chains=chains, groups=groups, refusals=refusals, hoisted=hoisted)
 
 
+def with_forms(found: Analysis, choice: Choice, setting: Setting) -> Analysis:
+    """The same with a form for each group; what a policy with `profitable_only` leaves alone becomes a refusal."""
+    profitable_only = isinstance(choice, FusionPolicy) and choice.profitable_only
+    groups, left = choose_forms(found.groups, setting, profitable_only)
+    return replace(found, groups=groups, refusals=(*found.refusals, *left))
+
+
+def _portable(found: Analysis) -> Analysis:
+    """The same with wide weights of the plain kind, which any compiler and device takes."""
+    return replace(found, groups=tuple(replace(group, form="concatenated") for group in found.groups))
+
+
 def _match(captured: CapturedGraph) -> tuple[GraphFacts, Matches]:
     graph = captured.module.graph
     facts = GraphFacts(graph, (node for node in graph.nodes if node.name in captured.weights))
@@ -179,7 +199,8 @@ def _rewrite(
     run_passes(work.module, [Parallelise(groups)], history)
     numeric = verify == "numeric"
     parallel = [extract_region(group.members[0].stream, group.members[-1].add) for group in groups] if numeric else []
-    run_passes(work.module, [Concatenate(groups), ConcatenateGrouped(groups)], history)
+    prepack = [PrepackWeights(groups)] if any(group.form == "prepacked" for group in groups) else []
+    run_passes(work.module, [Concatenate(groups), ConcatenateGrouped(groups), *prepack], history)
     proofs = _prove(work, groups, parallel) if numeric else ()
     if found.beside:
         run_passes(work.module, [ConcatParallelMixers(found.beside, work.weights, work.opaque, len(groups))], history)
@@ -190,11 +211,12 @@ def _rewrite(
 
 def _prove(work: CapturedGraph, groups: Sequence[Group], parallel: Sequence[Region]) -> tuple[Verification, ...]:
     ends = {node.meta[GROUP_TAG]: node for node in work.module.graph.nodes if GROUP_TAG in node.meta}
-    replaced = {group.members[-1].add: ends[index] for index, group in enumerate(groups)}
+    replaced = {group.members[-1].add: ends[index] for index, group in enumerate(groups) if index in ends}
     streams = [group.members[0].stream for group in groups]
     return tuple(
         verify_group(index, before, extract_region(replaced.get(stream, stream), ends[index]), work.values)
         for index, (stream, before) in enumerate(zip(streams, parallel, strict=True))
+        if index in ends  # computed member by member, a group is its parallel form
     )
 
 
@@ -239,7 +261,8 @@ def fuse_graph(
     """
     choice = choose(policy, plan)
     captured = captured_from_graph(gm, example_inputs)
-    fused = fuse_captured(captured, choice, verify=verify, lift_into="get_attr")
+    portable = Setting(request="concatenated")
+    fused = fuse_captured(captured, choice, verify=verify, lift_into="get_attr", compiled_for=portable)
     if fused.packs:
         _register_packs(fused, captured.values)
     report = FusionReport(graphs=(fused.report,))

@@ -23,6 +23,8 @@ class FusionPolicy(BaseModel):
     `max_members` [FFNs] and `max_width` [intermediate channels] split a chain into several groups.
     `norm`: `"fold"` gives every member its own norm gain (folded into its weights); `"last"` gives
     every member the last member's norm (arXiv 2503.18908, eq. 5).
+    `profitable_only`: leave a group as it was (sequential) where one wide FFN would not be faster here; without it
+    such a group is computed member by member, in parallel form, so that results do not depend on the machine.
     `windows`: layers whose mixers go before their FFNs, `[[4, 5], {"members": [6, 7], "mixers": "wide"}]` (a list
     means `"hoist"`); see `fxfusion.plan_group`. A window is one group, exactly its members: the fields above do
     not apply to it, except `norm`. Members are as in `FusionPlan`. APPROXIMATE, so nothing moves unless named here.
@@ -36,6 +38,7 @@ class FusionPolicy(BaseModel):
     max_members: int | None = Field(default=None, ge=2)
     max_width: int | None = Field(default=None, ge=1)
     norm: NormMode = "fold"
+    profitable_only: bool = False
     windows: tuple[PlannedGroup, ...] = ()
 
     @field_validator("windows", mode="before")

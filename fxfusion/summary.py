@@ -23,16 +23,17 @@ def summarise_chain(chain: Chain) -> ChainSummary:
 
 def summarise_group(group: Group) -> GroupSummary:
     members = tuple(summarise_member(ffn) for ffn in group.members)
-    size = sum(packed_bytes(member) for member in group.members)
+    size = 0 if group.form == "members" else sum(packed_bytes(member) for member in group.members)
     window = group.window
     return GroupSummary(
         members=members,
         norm=group.norm,
         width=group.width,
         packed_bytes=size,
+        form=group.form,
+        why=group.why,
         mixers="none" if window is None else window.names.mixers,
         moved=() if window is None else tuple(mixer.layer or mixer.add.name for mixer in window.mixers),
-        form="grouped" if group.is_grouped else "concatenated",
     )
 
 

@@ -198,3 +198,29 @@ def hooks_in(module: torch.nn.Module) -> list[str]:
     """Paths, from the module down, of what has forward or backward hooks."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return [path for path, part in module.named_modules() if any(vars(part).get(kind) for kind in kinds)]
+
+
+def onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs linear weights of this dtype on this processor."""
+    if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def onednn_pack(weight: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A weight `[out, in]` as an opaque tensor in the layout that oneDNN likes for so many tokens."""
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
+    return packed
+
+
+def onednn_memory(packed: torch.Tensor) -> tuple[int, int]:
+    """Address and size [bytes] of what `onednn_pack` made."""
+    return int(torch.ops.mkldnn.data_ptr(packed)), int(torch.ops.mkldnn._nbytes(packed))
+
+
+def onednn_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`F.linear` on a packed weight."""
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+    return result

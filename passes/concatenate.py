@@ -10,7 +10,8 @@ After:
 
 Exact: the sum of FFNs that read one input is one FFN with concatenated intermediate channels. Gains and
 shifts of the norms (norm="fold") and scales after the down projections are folded into the weights. Groups whose
-FFNs have a norm on their output are left to `concatenate_grouped`, which runs after this pass.
+FFNs have a norm on their output are left to `concatenate_grouped`, which runs after this pass; those of form
+"members" stay as they are.
 Source: arXiv 2503.18908, theorem 3.1.
 """
 
@@ -44,16 +45,19 @@ class Concatenate(Pass):
     def run(self, graph: fx.Graph) -> PassResult:
         _forget_tags(graph)
         fused: dict[fx.Node, fx.Node] = {}  # where one group ends, its neighbour may begin
-        for index, group in enumerate(self.groups):
-            if not group.is_grouped:
-                stream = group.members[0].stream
-                fused[group.members[-1].add] = _fuse(group, index, fused.get(stream, stream), self.name)
-        wide = [group for group in self.groups if not group.is_grouped]
-        erase_members(graph, wide)
+        wide = self._wide()
+        for index, group in wide:
+            stream = group.members[0].stream
+            fused[group.members[-1].add] = _fuse(group, index, fused.get(stream, stream), self.name)
+        erase_members(graph, [group for _, group in wide])
         return PassResult(len(wide))
 
     def ensures(self, graph: fx.Graph) -> Sequence[str]:
-        return left_behind(graph, [group for group in self.groups if not group.is_grouped])
+        return left_behind(graph, [group for _, group in self._wide()])
+
+    def _wide(self) -> list[tuple[int, Group]]:
+        pairs = enumerate(self.groups)
+        return [(index, group) for index, group in pairs if group.form != "members" and not group.is_grouped]
 
 
 def _fuse(group: Group, index: int, stream: fx.Node, made_by: str) -> fx.Node:

@@ -24,6 +24,7 @@ from fxfusion.graph.isomorphism import Structure
 from fxfusion.plan import PlannedGroup
 
 Role = Literal["gain", "shift", "fixed"]
+Form = Literal["concatenated", "prepacked", "members", "grouped"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,11 +124,14 @@ class Group:
 
     `is_grouped`: whether each member keeps its own down projection and the norm behind it, and only what comes before
     is wide.
+    `form`, `why`: how the sum of the members is computed, and the reason (see `choose_form`).
     """
 
     members: tuple[FfnNode, ...]
     norm: Literal["fold", "last"]
     roles: tuple[Role, ...] = ()
+    form: Form = "concatenated"
+    why: str = ""
     window: Window | None = None
 
     @property

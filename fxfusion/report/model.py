@@ -58,15 +58,17 @@ class ChainSummary:
 class GroupSummary:
     """FFNs that became one. `packed_bytes`: memory of the wide weights, beside the originals.
 
+    `why`: the reason for the form, which says how the backend computes their sum (`passes/choose_form.py`).
     `mixers`: what the plan or policy says of the mixers between the members (`"none"`, `"hoist"`, `"wide"`);
-    `moved`: layers of the mixers that go before FFNs for the group's sake. `form`: `"concatenated"`, or `"grouped"`
-    where each member keeps its own down projection and the norm behind it.
+    `moved`: layers of the mixers that go before FFNs for the group's sake. `form`: `"concatenated"`,
+    `"prepacked"`, `"members"`, or `"grouped"` where each member keeps its own down projection and the norm behind it.
     """
 
     members: tuple[MemberSummary, ...]
     norm: str
     width: int
     packed_bytes: int = 0
+    why: str = ""
     mixers: str = "none"
     moved: tuple[str, ...] = ()
     form: str = "concatenated"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from tabulate import tabulate
@@ -67,12 +68,19 @@ def groups(graph: GraphReport) -> str:
         row = (index, len(group.members), span(group.members), group.width, group.form, group.norm, packed, error)
         rows.append(row)
     header = ("group", "FFNs", "members", "width", "form", "norm", "packed MiB", "error")
-    return _table(
-        "Fused groups (error: against the parallel form, relative)",
-        header,
-        rows,
-        (None, None, 15, None, None, None, None, None),
-    )
+    title = "Fused groups (error: against the parallel form, relative)"
+    table = _table(title, header, rows, (None, None, 15, None, None, None, None, None))
+    return "\n".join([table, *_forms(graph)])
+
+
+def _forms(graph: GraphReport) -> list[str]:
+    """How groups are computed and why, those with the same answer in one line."""
+    alike: dict[str, list[str]] = {}
+    for index, group in enumerate(graph.groups):
+        if group.why:
+            alike.setdefault(f"{group.form} ({group.why})", []).append(str(index))
+    lines = [f"form of group {', '.join(found)}: {words}" for words, found in alike.items()]
+    return [part for line in lines for part in textwrap.wrap(line, _COLUMNS, subsequent_indent="  ")]
 
 
 def windows(graph: GraphReport) -> str:

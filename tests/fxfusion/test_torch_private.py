@@ -30,6 +30,10 @@ TESTED = {
     "is_module_state",
     "lazy_graph_module",
     "mark_static_weight",
+    "onednn_linear",
+    "onednn_memory",
+    "onednn_pack",
+    "onednn_packs",
     "outside_fake_mode",
     "placeholder_source",
     "reset_dynamo",
@@ -240,3 +244,12 @@ def test_hooks_are_found_by_path() -> None:
         assert private.hooks_in(model) == ["1.0"]
         handle.remove()
     assert private.hooks_in(model) == []
+
+
+def test_onednn_packs_and_reads_weights() -> None:
+    assert private.onednn_packs(torch.float32) and not private.onednn_packs(torch.float64)
+    weight, x = torch.randn(48, 20), torch.randn(3, 20)
+    packed = private.onednn_pack(weight, 16)
+    address, size = private.onednn_memory(packed)
+    assert address > 0 and size >= weight.numel() * 4
+    torch.testing.assert_close(private.onednn_linear(x, packed, None), x @ weight.T)

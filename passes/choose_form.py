@@ -1,0 +1,131 @@
+"""Choose the form in which a group's sum is computed: the one place with the rule, made from measurements.
+
+    concatenated   wide weights, F.linear                                memory: the group's weights again
+    prepacked      wide weights in oneDNN's layout, on huge pages        memory: the group's weights again
+    members        one by one on the original weights, in parallel form  memory: none
+
+All three are the parallel form up to rounding, so no result depends on the machine. Matches (no edit).
+Made from kernel timings and `python -m bench.chain_speed` on an AVX-512 processor, one thread; what was not
+measured keeps "concatenated", and its reason says so. Source: issue 5.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fxfusion.errors import Refusal, RefusalCode
+from fxfusion.graph import ops
+from fxfusion.options import FormRequest
+from fxfusion.passes.ffn import FfnNode, Form, Group
+from fxfusion.torch_private import onednn_packs, size_hint
+
+SMALL = 1 << 20
+"""Bytes of a group's weights below which the cost of a call outweighs what a better layout gains."""
+CACHE = 32 << 20
+"""Bytes of weights that the last-level cache holds."""
+FEW = 16
+"""Tokens from which MKL's float32 GEMM is slower on one wide weight than on the members' weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a graph is compiled for. `request`: a form, or `"auto"`; `training`: gradients are recorded."""
+
+    request: FormRequest = "auto"
+    training: bool = False
+    autocast: bool = False
+
+
+def choose_forms(
+    groups: Sequence[Group], setting: Setting, profitable_only: bool
+) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
+    """Every group with its form; with `profitable_only`, those of form "members" are refused instead."""
+    chosen = [_with_form(group, setting) for group in groups]
+    refusals = [
+        Refusal(
+            code=RefusalCode.NOT_PROFITABLE,
+            message=f"one wide FFN would not be faster ({group.why}); profitable_only is True",
+            node=ffn.add.name,
+            layer=ffn.name,
+            source=ffn.source,
+        )
+        for group in chosen
+        if profitable_only and group.form == "members"
+        for ffn in group.members
+    ]
+    kept = tuple(group for group in chosen if not (profitable_only and group.form == "members"))
+    return kept, tuple(refusals)
+
+
+def tokens_to_pack_for(group: Group) -> int:
+    """oneDNN's layout depends on how many tokens a call has. One layout serves all of a model's graphs.
+
+    float32: blocks of 64 channels are best in cache and for many tokens, plain rows for one token from memory.
+    bfloat16: blocks of pairs are best everywhere.
+    """
+    from_memory = _dtype(group) == torch.float32 and weight_bytes(group) > CACHE
+    return 1 if from_memory else 16
+
+
+def weight_bytes(group: Group) -> int:
+    """Memory of the members' weights."""
+    values = [ops.tensor_value(weight) for member in group.members for weight in member.weights]
+    return sum(size_hint(value.numel()) * value.element_size() for value in values if value is not None)
+
+
+def _with_form(group: Group, setting: Setting) -> Group:
+    form, why = _rule(group, setting)
+    return replace(group, form=form, why=why)
+
+
+def _rule(group: Group, setting: Setting) -> tuple[Form, str]:
+    if group.is_grouped:
+        return "grouped", ""  # norms on the members' outputs leave no choice
+    no_layout = _why_no_layout(group, setting)
+    if setting.request != "auto":
+        if setting.request == "prepacked" and no_layout:
+            return "concatenated", f"prepacked was asked for, but {no_layout}"
+        return setting.request, "asked for"
+    if _device(group).type != "cpu":
+        return "concatenated", f"the default; not measured on {_device(group).type}"
+    if weight_bytes(group) < SMALL:
+        return "concatenated", "small: fewer calls are all that counts"
+    if not no_layout:
+        return "prepacked", f"fastest for {_name(_dtype(group))} on CPU at any number of tokens"
+    if _dtype(group) == torch.float32 and _tokens(group.members[0]) >= FEW:
+        return "members", f"float32 GEMMs of {FEW} tokens and more are slower on wide weights; {no_layout}"
+    return "concatenated", f"fewer and larger GEMMs; {no_layout}"
+
+
+def _why_no_layout(group: Group, setting: Setting) -> str:
+    """Why the weights cannot be in oneDNN's layout; empty where they can."""
+    if _device(group).type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return "oneDNN's layouts were measured on x86 processors only"
+    if not onednn_packs(_dtype(group)):
+        return f"oneDNN packs no {_name(_dtype(group))} weights here"
+    if setting.training:
+        return "packed weights have no gradient"
+    return "autocast is on" if setting.autocast else ""
+
+
+def _dtype(group: Group) -> torch.dtype:
+    dtypes = [value.dtype for value in map(ops.tensor_value, group.members[0].weights) if value is not None]
+    return dtypes[0] if len(set(dtypes)) == 1 else torch.float64
+
+
+def _device(group: Group) -> torch.device:
+    value = ops.tensor_value(group.members[0].down.weight)
+    return torch.device("meta") if value is None else value.device
+
+
+def _tokens(ffn: FfnNode) -> int:
+    value = ops.tensor_value(ffn.stream)
+    return 1 if value is None else size_hint(value.numel()) // ffn.hidden
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

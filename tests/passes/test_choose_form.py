@@ -1,0 +1,129 @@
+"""choose_form: one rule, with its reason; what does not pay is left alone where the policy says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxfusion
+from fxfusion.errors import RefusalCode
+from fxfusion.passes import choose_form
+from fxfusion.passes.choose_form import Setting, choose_forms, tokens_to_pack_for
+from fxfusion.passes.ffn import Group
+from fxfusion.pipeline import analyse
+from fxfusion.policy import FusionPolicy
+from tests.helpers import HIDDEN, capture, stack, tokens
+
+
+def group_of(dtype: torch.dtype = torch.float32, seq: int = 4) -> Group:
+    model, x = stack().to(dtype), tokens(seq=seq).to(dtype)
+    (group,) = analyse(capture(model, x), FusionPolicy()).groups
+    return group
+
+
+def chosen(group: Group, **setting: Any) -> tuple[str, str]:
+    ((found,), _) = choose_forms([group], Setting(**setting), profitable_only=False)
+    return found.form, found.why
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of the size of a test count as large, on a processor whose oneDNN packs what the rule was measured for."""
+    monkeypatch.setattr(choose_form, "SMALL", 0)
+    monkeypatch.setattr(choose_form.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(choose_form, "onednn_packs", lambda dtype: dtype in (torch.float32, torch.bfloat16))
+
+
+def test_small_groups_are_concatenated() -> None:
+    assert chosen(group_of()) == ("concatenated", "small: fewer calls are all that counts")
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_groups_on_a_cpu_are_prepacked(dtype: torch.dtype) -> None:
+    assert chosen(group_of(dtype))[0] == "prepacked"
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(
+    ("dtype", "seq", "setting", "form", "why"),
+    [
+        (torch.float32, 64, {"training": True}, "members", "packed weights have no gradient"),
+        (torch.float32, 64, {"autocast": True}, "members", "autocast is on"),
+        (torch.bfloat16, 64, {"training": True}, "concatenated", "packed weights have no gradient"),
+        (torch.float32, 1, {"training": True}, "concatenated", "packed weights have no gradient"),
+        (torch.float64, 64, {}, "concatenated", "oneDNN packs no float64 weights here"),
+    ],
+)
+def test_where_oneDNN_cannot_be_used(
+    dtype: torch.dtype, seq: int, setting: dict[str, Any], form: str, why: str
+) -> None:
+    found, words = chosen(group_of(dtype, seq), **setting)
+    assert found == form and why in words
+
+
+@pytest.mark.usefixtures("large")
+def test_other_processors_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_form.platform, "machine", lambda: "aarch64")
+    assert chosen(group_of(torch.bfloat16)) == (
+        "concatenated",
+        "fewer and larger GEMMs; oneDNN's layouts were measured on x86 processors only",
+    )
+
+
+def test_other_devices_keep_the_default() -> None:
+    with torch.device("meta"):
+        model, x = stack(), torch.empty(1, 4, HIDDEN, dtype=torch.float64)
+    (group,) = analyse(capture(model, x), FusionPolicy()).groups
+    assert chosen(group) == ("concatenated", "the default; not measured on meta")
+
+
+@pytest.mark.parametrize("form", ["concatenated", "members"])
+def test_a_form_that_is_asked_for(form: str) -> None:
+    assert chosen(group_of(), request=form) == (form, "asked for")
+
+
+def test_what_was_asked_for_and_cannot_be_is_said() -> None:
+    form, why = chosen(group_of(torch.float64), request="prepacked")
+    assert form == "concatenated" and why.startswith("prepacked was asked for, but ")
+
+
+def test_the_layout_does_not_depend_on_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All graphs of a model share one copy of the packed weights."""
+    assert {tokens_to_pack_for(group_of(seq=seq)) for seq in (1, 64)} == {16}
+    monkeypatch.setattr(choose_form, "CACHE", 0)
+    assert {tokens_to_pack_for(group_of(seq=seq)) for seq in (1, 64)} == {1}
+    assert tokens_to_pack_for(group_of(torch.bfloat16)) == 16
+
+
+def test_profitable_only_leaves_a_group_sequential() -> None:
+    groups, refusals = choose_forms([group_of()], Setting(request="members"), profitable_only=True)
+    assert groups == () and {refusal.code for refusal in refusals} == {RefusalCode.NOT_PROFITABLE}
+    assert len(refusals) == len(group_of().members)
+    groups, refusals = choose_forms([group_of()], Setting(request="concatenated"), profitable_only=True)
+    assert len(groups) == 1 and refusals == ()
+
+
+@pytest.mark.parametrize("profitable_only", [True, False])
+def test_profitable_only_through_the_backend(profitable_only: bool) -> None:
+    """Sequential where it is True, the parallel form where it is False: two different functions."""
+    torch._dynamo.reset()
+    model, x = stack().float(), tokens().float()
+    options = {"policy": {"profitable_only": profitable_only}, "form": "members", "compiler": "eager", "strict": True}
+    with torch.no_grad():
+        result = torch.compile(model, backend=fxfusion.ffn_fusion, options=options)(x)
+        sequential = torch.allclose(result, model(x), rtol=1e-5, atol=1e-6)
+    assert sequential is profitable_only
+    report = fxfusion.last_reports()[-1]
+    assert len(report.groups) == (0 if profitable_only else 1)
+    assert ("not_profitable" in str(report)) is profitable_only
+    assert ("members (asked for)" in str(report)) is not profitable_only
+
+
+def test_explain_says_what_the_backend_would_choose() -> None:
+    model: nn.Module = stack()
+    (group,) = fxfusion.explain(model, tokens()).groups
+    assert (group.form, group.why) == ("concatenated", "small: fewer calls are all that counts")
