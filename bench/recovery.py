@@ -3,8 +3,8 @@
     python -m bench.recovery            (make results; about half an hour on two cores)
 
 Refitted on calibration text, measured on held-out text against the intact model on the same tokens. Every cell is kept
-in .fxfusion_results, so a run that was stopped goes on. `--only PART` measures one part, `--page` nothing: it writes
-page and record from what is known. Source: issue 6.
+in .fxfusion_results, so a run that was stopped goes on. `--only PART` measures one part, `--known` nothing: it writes
+page and record from what is known, and the record names what is not. Source: issue 6.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any
 from rich.console import Console
 
 from bench.choosing import CACHE, numbers
-from bench.record import record
+from bench.record import Record
 from bench.recovery_page import write_section
 from bench.reference.load import calibration_batches, heldout_batches, load_model
 from fxfusion import FusionPlan, drop_attention, evaluate, fuse, refit
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.models.drop_record import read_refit
 
-BUDGETS = (3, 6, 7)  # attentions of twelve that are dropped, neighbours
-TOKENS = (1, 4, 8, 16, 48, 96)  # batches of 2,048 tokens
+BUDGETS = (6, 3, 7)  # attentions of twelve that are dropped, neighbours
+TOKENS = (1, 4, 8, 16, 48, 96)  # batches
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 LATER = ("none", "ffn", "all")
 TOKENS_PER_BATCH = 2048
@@ -38,14 +38,18 @@ say = Console(stderr=True).print
 
 
 class Cells:
-    """Measured cells by name, kept in a file."""
+    """Measured cells by name, kept in a file. Without `measure` only what is known is given, and `left_out` fills."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, measure: bool = True) -> None:
+        self.path, self.measure = path, measure
+        self.left_out: list[str] = []
         self.known: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
 
-    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def get(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         if name not in self.known:
+            if not self.measure:
+                self.left_out.append(name)
+                return None
             say(f"{name} ...", style="dim")
             made = make()
             now = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}  # another process may write
@@ -58,13 +62,16 @@ class Cells:
         return found
 
 
+Cell = dict[str, Any] | None
+
+
 class Study:
     """The reference model, and measured cells."""
 
-    def __init__(self, calibration: int, heldout: int) -> None:
+    def __init__(self, calibration: int, heldout: int, measure: bool = True) -> None:
         self.model = load_model()
         self.calibration, self.heldout = calibration, heldout_batches(limit=heldout)
-        self.cells = Cells(CACHE / f"recovery_{calibration}_{heldout}.json")
+        self.cells = Cells(CACHE / f"recovery_{heldout}.json", measure)
 
     def run_of(self, number: int) -> list[int]:
         """The neighbouring attentions whose loss costs least, on two calibration batches."""
@@ -75,10 +82,10 @@ class Study:
             costs = [float(meter.quality(FusionPlan(dropped_attention=run)).loss) for run in runs]
             return {"run": runs[min(range(len(runs)), key=costs.__getitem__)]}
 
-        found: list[int] = self.cells.get(f"run of {number}", make)["run"]
-        return found
+        found = self.cells.get(f"run of {number}", make)
+        return [] if found is None else list(found["run"])
 
-    def as_it_is(self, dropped: Sequence[int], groups: Sequence[Sequence[int]]) -> dict[str, Any]:
+    def as_it_is(self, dropped: Sequence[int], groups: Sequence[Sequence[int]]) -> Cell:
         def make() -> dict[str, Any]:
             model = copy.deepcopy(self.model)
             changed = fuse(model, plan_of(dropped, groups)) if groups else drop_attention(model, dropped)
@@ -94,7 +101,7 @@ class Study:
         later: str = "all",
         batches: int | None = None,
         **more: Any,
-    ) -> dict[str, Any]:
+    ) -> Cell:
         """Quality, seconds, and what was done to each layer."""
         count = batches or self.calibration
         words = " ".join(f"{name}={value}" for name, value in {"later": later, "batches": count, **more}.items())
@@ -122,13 +129,15 @@ def key(dropped: Sequence[int], groups: Sequence[Sequence[int]]) -> str:
 
 
 def choices(dropped: Sequence[int]) -> dict[str, list[list[int]]]:
-    """The FFNs of a run: none, the run without its last, the run, and the run with the FFN before it."""
+    """The FFNs of a run: none, the run, the run with the FFN before it, and without its last."""
+    if not dropped:
+        return {}
     first, last = dropped[0], dropped[-1]
     return {
         "none": [],
-        "without the last": [list(range(first, last))],
         "the run": [list(range(first, last + 1))],
         "with the leading": [list(range(first - 1, last + 1))],
+        "without the last": [list(range(first, last))],
     }
 
 
@@ -138,11 +147,13 @@ def budgets(study: Study) -> dict[str, Any]:
     for number in BUDGETS:
         dropped = study.run_of(number)
         for name, groups in choices(dropped).items():
-            row = {"dropped": dropped, "choice": name, "groups": groups, "as_it_is": study.as_it_is(dropped, groups)}
-            row["unfused"] = study.refitted(dropped, groups, "unfused") if groups else None
-            row["intact"] = study.refitted(dropped, groups, "intact")
-            rows.append(row)
-    return {"rows": rows}
+            as_it_is = study.as_it_is(dropped, groups)
+            intact = study.refitted(dropped, groups, "intact")
+            unfused = study.refitted(dropped, groups, "unfused") if groups else None
+            if as_it_is is not None and intact is not None and (unfused is not None or not groups):
+                row = {"dropped": dropped, "choice": name, "groups": groups, "as_it_is": as_it_is}
+                rows.append(row | {"unfused": unfused, "intact": intact})
+    return {"batches": study.calibration, "rows": sorted(rows, key=lambda row: len(row["dropped"]))}
 
 
 def half_run(study: Study) -> tuple[list[int], list[list[int]]]:
@@ -153,25 +164,27 @@ def half_run(study: Study) -> tuple[list[int], list[list[int]]]:
 def later(study: Study) -> dict[str, Any]:
     """The groups alone, later FFNs, attention outputs."""
     dropped, groups = half_run(study)
-    rows = [{"later": one, **study.refitted(dropped, groups, "intact", one)} for one in LATER]
-    return {"dropped": dropped, "groups": groups, "rows": rows}
+    cells = {one: study.refitted(dropped, groups, "intact", one, 16) for one in LATER}
+    rows = [{"later": one, **cell} for one, cell in cells.items() if cell is not None]
+    return {"dropped": dropped, "groups": groups, "batches": 16, "rows": rows}
 
 
 def tokens(study: Study) -> dict[str, Any]:
     """Loss against calibration tokens."""
     dropped, groups = half_run(study)
-    rows = [{"batches": n, **study.refitted(dropped, groups, "intact", "all", n)} for n in TOKENS]
-    return {"dropped": dropped, "groups": groups, "tokens_per_batch": TOKENS_PER_BATCH, "rows": rows}
+    cells = {n: study.refitted(dropped, groups, "intact", "all", n) for n in TOKENS}
+    rows = [{"batches": n, **cell} for n, cell in cells.items() if cell is not None]
+    return {"dropped": dropped, "groups": groups, "rows": rows}
 
 
 def penalties(study: Study) -> dict[str, Any]:
     """Loss against the penalty, one for all layers, and chosen layer by layer."""
     dropped, groups = half_run(study)
-    rows = [
-        {"penalty": one, **study.refitted(dropped, groups, "intact", "all", 8, penalties=(one,))} for one in PENALTIES
-    ]
-    rows.append({"penalty": None, **study.refitted(dropped, groups, "intact", "all", 8)})
-    return {"dropped": dropped, "groups": groups, "batches": 8, "rows": rows}
+    cells = {one: study.refitted(dropped, groups, "intact", "all", penalties=(one,)) for one in PENALTIES}
+    rows = [{"penalty": one, **cell} for one, cell in cells.items() if cell is not None]
+    chosen = study.refitted(dropped, groups, "intact")
+    rows += [] if chosen is None else [{"penalty": None, **chosen}]
+    return {"dropped": dropped, "groups": groups, "batches": study.calibration, "rows": rows}
 
 
 def cost(study: Study) -> dict[str, Any]:
@@ -179,13 +192,13 @@ def cost(study: Study) -> dict[str, Any]:
     dropped, groups = half_run(study)
 
     def make() -> dict[str, Any]:
-        text = calibration_batches(limit=study.calibration)
+        text = calibration_batches(limit=16)
         started = time.perf_counter()
         evaluate(study.model, text)
         return {"seconds": time.perf_counter() - started}
 
-    whole = study.refitted(dropped, groups, "intact")
-    return {"evaluate": study.cells.get("evaluate calibration", make), "refit": whole}
+    whole = study.refitted(dropped, groups, "intact", "all", 16)
+    return {"batches": 16, "evaluate": study.cells.get("evaluate calibration", make), "refit": whole}
 
 
 PARTS = {"budgets": budgets, "later": later, "tokens": tokens, "penalties": penalties, "cost": cost}
@@ -193,21 +206,21 @@ PARTS = {"budgets": budgets, "later": later, "tokens": tokens, "penalties": pena
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--calibration", type=int, default=24, help="batches of 8 x 256 tokens")
     parser.add_argument("--heldout", type=int, default=8, help="batches of 8 x 256 tokens")
+    parser.add_argument("--calibration", type=int, default=8, help="batches of 8 x 256 tokens, of most refits")
     parser.add_argument("--only", choices=PARTS, help="measure this part, and write nothing else")
+    parser.add_argument("--known", action="store_true", help="measure nothing")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*calibration tokens are few.*|.*refit is not applied.*")
-    study = Study(options.calibration, options.heldout)
+    study = Study(options.calibration, options.heldout, not options.known)
     if options.only:
         PARTS[options.only](study)
         return
-    results: dict[str, Any] = {
-        "text": {name: getattr(options, name) * TOKENS_PER_BATCH for name in ("calibration", "heldout")}
-    }
+    results: dict[str, Any] = {"tokens_per_batch": TOKENS_PER_BATCH, "heldout": options.heldout}
     for name, part in PARTS.items():
         results[name] = part(study)
-    path = record("recovery", results)
+    missing = tuple(dict.fromkeys(study.cells.left_out))
+    path = Record.of("recovery", results=results, complete=not missing, left_out=missing).write()
     say(f"recorded: {path.name}; written: {write_section(results)}")
 
 

@@ -11,6 +11,7 @@ from bench.page_sections import put_section
 from bench.plots import draw_lines, new_figure, save
 
 DOCS = Path("docs")
+TOKENS_PER_BATCH = 2048
 
 
 def write_section(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
@@ -23,20 +24,24 @@ def write_section(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
         later_section(results["later"]),
         tokens_section(results["tokens"]),
         penalty_section(results["penalties"]),
-        cost_section(results["cost"], results["text"]["calibration"]),
+        cost_section(results["cost"]),
     ]
     return put_section(folder / "results.md", "recovery", "\n\n".join(parts))
 
 
+def _tokens(batches: int) -> str:
+    return f"{batches * TOKENS_PER_BATCH:,}"
+
+
 def introduction(results: Mapping[str, Any]) -> str:
-    text = results["text"]
+    fitted, held_out = (_tokens(number) for number in (results["budgets"]["batches"], results["heldout"]))
     return f"""## Refitting in closed form
 
 Made by `python -m bench.recovery`. `refit` fits the last linear layer of each fused FFN, of each later FFN and of each
 later attention so that the residual stream is again the reference's: the unfused model's, or the intact model's. Fitted
-to (and penalties chosen on) {text["calibration"]:,} calibration tokens, measured on {text["heldout"]:,} held-out
-tokens, as loss above the intact model with a 95 % interval. Shapes and speed stay. Attention is dropped from the
-neighbouring layers where that costs least."""
+to (and penalties chosen on) {fitted} calibration tokens, measured on {held_out} held-out tokens, as loss above the
+intact model with a 95 % interval. Shapes and speed stay. Attention is dropped from the neighbouring layers where that
+costs least."""
 
 
 def budget_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -86,7 +91,8 @@ def later_section(found: Mapping[str, Any]) -> str:
     rows = [(words[row["later"]], cell(row["loss_increase"]), len(row["refit"]["fits"])) for row in found["rows"]]
     return f"""### What is refitted
 
-Attention dropped from {span(found["dropped"])}, FFNs {groups_of(found)} fused, refitted to the intact model.
+Attention dropped from {span(found["dropped"])}, FFNs {groups_of(found)} fused, refitted to the intact model on
+{_tokens(found["batches"])} tokens.
 
 {table(["refitted", "loss", "layers"], rows)}
 
@@ -95,10 +101,7 @@ no later layer changes that."""
 
 
 def tokens_section(found: Mapping[str, Any]) -> str:
-    rows = [
-        (f"{row['batches'] * found['tokens_per_batch']:,}", cell(row["loss_increase"]), f"{row['seconds']:.0f}")
-        for row in found["rows"]
-    ]
+    rows = [(_tokens(row["batches"]), cell(row["loss_increase"]), f"{row['seconds']:.0f}") for row in found["rows"]]
     return f"""### How much text
 
 The same plan. An eighth of the tokens decides on penalties, the others are fitted to.
@@ -115,7 +118,7 @@ def plot_tokens(found: Mapping[str, Any], path: Path) -> None:
     points = []
     for row in found["rows"]:
         loss = row["loss_increase"]
-        points.append((row["batches"] * found["tokens_per_batch"], Interval(**{k: loss[k] for k in loss})))
+        points.append((row["batches"] * TOKENS_PER_BATCH, Interval(**{k: loss[k] for k in loss})))
     draw_lines(axes, {"fused and refitted": points})
     axes.set_xscale("log")
     save(figure, path)
@@ -128,16 +131,18 @@ def penalty_section(found: Mapping[str, Any]) -> str:
     ]
     return f"""### The penalty
 
-The same plan on {found["batches"] * 2048:,} tokens: one penalty for all layers (as a part of the mean diagonal of the
+The same plan on {_tokens(found["batches"])} tokens: one penalty for all layers (as a part of the mean diagonal of the
 Gram matrix), and the one that is chosen for each layer on text that was not fitted to.
 
 {table(["penalty", "loss"], rows)}"""
 
 
-def cost_section(found: Mapping[str, Any], tokens: int) -> str:
+def cost_section(found: Mapping[str, Any]) -> str:
+    if found["refit"] is None or found["evaluate"] is None:
+        return ""
     whole, once = found["refit"]["seconds"], found["evaluate"]["seconds"]
     peak = found["refit"]["peak_bytes"] / 2**20
     return f"""### Time and memory
 
-The plan of six attentions on {tokens:,} tokens took {whole:.0f} seconds in all, {whole / once:.1f} times the
+The same plan on {_tokens(found["batches"])} tokens took {whole:.0f} seconds in all, {whole / once:.1f} times the
 {once:.0f} seconds of evaluating the intact model on the same tokens; the process held {peak:,.0f} MiB at most."""

@@ -13,7 +13,7 @@ from fxfusion.cli.fuse import FormatOption, say_plan
 from fxfusion.cli.options import read_bytes, show_layers
 from fxfusion.cli.results_folder import contents, digest
 from fxfusion.cli.session import Session, Work, measuring_with
-from fxfusion.errors import OptionError
+from fxfusion.errors import FxFusionError, OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,7 @@ def command(
     if plan is None:
         raise OptionError("--plan: give the plan file that says what to drop and to fuse (`fxfusion plan` makes one)")
     chosen = FusionPlan.load(plan)
+    _check_whole(run.common.model_dir)
     limit = None if memory_limit is None else read_bytes(memory_limit, "--memory-limit")
     run.require_text()
     result = {
@@ -91,6 +92,17 @@ def command(
     record = _show(run, found)
     _write(run, found, chosen, record, out_dir, format, max_shard_size)
     return result | {"dry_run": False, "refit": record.model_dump(mode="json")}
+
+
+def _check_whole(folder: Path) -> None:
+    """Plain transformers would load a folder of a changed model, too, but not as that model."""
+    from fxfusion.checkpoints.canonical_load import PLAN, read_plan
+    from fxfusion.checkpoints.reading import SafeFolder
+
+    known = read_plan(SafeFolder.of(folder))
+    if known is not None and (known.groups or known.dropped_attention or known.refit):
+        was = "refitted" if known.refit else "fused, or lost attention,"
+        raise FxFusionError(f"{folder} was {was} already ({PLAN}): give the folder of the model as it was")
 
 
 def _refit(

@@ -72,8 +72,9 @@ def refit(
         later: what is refitted beside the groups, from the first layer that was changed on: "none", "ffn" (the down
             projection of every FFN) or "all" (the output projection of every attention too).
         penalties: ridge penalties to choose from, as parts of the mean diagonal of the Gram matrix.
-        memory_limit: bytes for sums and solutions, half of the free memory by default. A layer of `w` inputs and `d`
-            outputs takes `16 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more, it is solved in parts.
+        memory_limit: bytes beside the models and a forward pass, half of the free memory by default. A layer of `w`
+            inputs and `d` outputs takes `16 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more than three
+            quarters of the limit, it is solved in parts. The rest keeps streams between layers, if they fit.
         cache: a folder where each finished layer is kept; the same call goes on from there.
         progress: show a progress bar (needs `rich`).
         on_layer: called with each projection and what came of it.
@@ -183,7 +184,7 @@ class _Work:
 
     def _fitter(self, advance: Any) -> Fitter:
         reference = TracedModel(self.source, () if self.reference == "intact" else self._missing())
-        room = self.limit // 4
+        room = self.limit // 8  # for the kept streams of each of the two texts
         calibration, validation = (
             Streams(self.traced, reference, batches, room, advance) for batches in (self.texts.fit, self.texts.decide)
         )
@@ -191,7 +192,7 @@ class _Work:
             model=self.model,
             calibration=calibration,
             validation=validation,
-            limit=self.limit,
+            limit=self.limit - 2 * room,
             penalties=self.penalties,
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fxfusion.analysis.batches import Batch, Model
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.analysis.token_batches import TokenBatch, read_batches
-from fxfusion.errors import OptionError
+from fxfusion.errors import FxFusionError, OptionError
 
 _EVERY = 8  # one sequence in so many decides, where no text for validation is given
 _TOKENS_PER_CHANNEL = 4  # calibration tokens under which a layer of so many channels is likely to be overfitted
@@ -63,7 +63,8 @@ class Texts:
             )
 
     def check_language(self, model: Model, vocabulary: int) -> Quality:
-        """The intact model's quality on the calibration text. Raises `OptionError` for text that it cannot predict."""
+        """The intact model's quality on the calibration text. Raises `OptionError` for text that it cannot predict,
+        `FxFusionError` where its loss is not finite."""
         found = evaluate(model, _spread(self.fit_given, self.tokens), resamples=100)
         check_loss(float(found.loss), vocabulary)
         return found
@@ -76,9 +77,12 @@ def _spread(given: Sequence[Batch], tokens: int) -> Sequence[Batch]:
 
 
 def check_loss(loss: float, vocabulary: int) -> None:
-    """Raises `OptionError` where the intact model's loss on a text [nats per token] says that it cannot predict it."""
+    """Raises `OptionError` where the intact model's loss on a text [nats per token] says that it cannot predict it,
+    `FxFusionError` where the loss is not finite."""
     most = _NOISE * math.log(vocabulary)
-    if not loss <= most:
+    if not math.isfinite(loss):
+        raise FxFusionError("the intact model's loss on this text is not finite: nothing can be fitted to it")
+    if loss > most:
         raise OptionError(
             f"batches: the intact model's loss on this text is {loss:.3g} nats per token, more than {most:.3g} "
             f"({_NOISE} ln of {vocabulary:,} tokens): noise, or another language than the model's"
