@@ -265,7 +265,7 @@ def guard() -> str:
 
 `python -m bench.check`, which the tests run too, compares counts that do not depend on the machine with these:
 
-{table(rows, ["on a decoder of 16 layers", "count"], markdown=True)}
+{table(rows, ["on a decoder of 8 layers (kernels: of 4)", "count"], markdown=True)}
 """
 
 
