@@ -43,7 +43,8 @@ def introduction(results: Mapping[str, Any]) -> str:
 
 Made by `make results` (`python -m bench.roads`) on the reference model, all 12 attentions intact. In a window of
 layers the attention between the FFNs is dropped, hoisted (it goes first, one after another) or made wide (it goes
-first, all reading one input); then the FFNs become one. "Mixed" plans drop in some windows and hoist in others. Wide
+first, all reading one input); then the FFNs become one. "Mixed" plans drop in some windows and hoist in others, where
+that is surely better on the text that they are chosen on. Wide
 blocks are compiled from a plan only: no module holds them yet, so they are shown without a refit. Here windows are
 chosen on 2,048 calibration tokens by their loss as they are (`fxfusion plan --after-refit` judges by the loss after
 a refit); refits take {text["refit"] * text["tokens"]:,} calibration tokens, and losses are measured on

@@ -36,7 +36,9 @@ class PricedMeter(PlanMeter):
         refused: Sequence[Sequence[int]] = (),
         layers: int = LAYERS,
         lacking: Sequence[int] = (),
+        noise: float = 0.0,
     ) -> None:
+        self.noise = noise
         self.lacking = lacking
         self.model = TinyLm(layers)
         self.batches = []
@@ -60,11 +62,12 @@ class PricedMeter(PlanMeter):
         for group in plan.groups:
             if any(set(one) <= set(group) for one in self.refused) and group.is_window:
                 raise NotFusedError(f"the plan does not fit this model: window {list(group)}: it cannot move")
-        return quality_of(self.loss(plan))
+        return quality_of(self.loss(plan), self.noise)
 
 
-def quality_of(loss: float) -> Quality:
-    one = Estimate(float(loss), float(loss), float(loss))
+def quality_of(loss: float, noise: float = 0.0) -> Quality:
+    """`noise`: how far the interval reaches to both sides."""
+    one = Estimate(float(loss), float(loss - noise), float(loss + noise))
     return Quality(loss=one, perplexity=one.exp(), tokens=1, sequences=2, kl=one, top1=one, loss_increase=one)
 
 

@@ -111,6 +111,18 @@ def test_windows_that_do_not_add_up_are_measured_together() -> None:
     assert not {2, 4} <= {int(group[0]) for group in found.plan.groups} and found.cost < 0.1
 
 
+def test_roads_are_mixed_only_where_that_is_surely_better() -> None:
+    """Dropping the last attention costs next to nothing: so a mixed plan is best, if there is no noise."""
+
+    def loss(plan: FusionPlan) -> float:
+        return loss_of(plan) - (0.03 / 6 - 1e-4) * (5 in plan.dropped_attention)
+
+    sure, unsure = (search(["drop", "hoist"], loss=loss, noise=noise).best_at(3) for noise in (0.0, 0.1))
+    assert sure.plan.dropped_attention and sure.plan.windows
+    assert not (unsure.plan.dropped_attention and unsure.plan.windows)
+    assert sure.cost < unsure.cost < sure.cost + 0.1
+
+
 def test_what_cannot_be_had_is_said() -> None:
     with pytest.raises(PlanError, match="no plan reaches 0 FFNs; the windows that can be had reach 1 FFNs"):
         search(["hoist"]).best_at(0)
