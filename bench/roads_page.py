@@ -102,8 +102,8 @@ there.
 
 {table(["saved", "ms", "drop", "hoist", "mixed", "wide, as it is", "the mixed plan"], rows)}
 
-After the refit, on held-out text, the mixed plan's loss is at most that of dropping or hoisting alone in {never_above} of
-{compared} rows."""
+After the refit, on held-out text, the mixed plan's loss is at most that of dropping or hoisting alone in {never_above}
+of {compared} rows."""
 
 
 def cpu_section(found: Sequence[Mapping[str, Any]]) -> str:
