@@ -53,7 +53,7 @@ def no_gpu() -> str:
     if (RESULTS / "gpu.json").exists():
         return f"The GPU's part ran on {Record.read('gpu').machine.gpu}."
     return (
-        "**Nothing on this page was measured on a GPU.** `python -m bench.gpu` was run on a CPU with tiny shapes only; "
+        "**Nothing on this page was measured on a GPU.** Of `python -m bench.gpu` only the parts ran, on a CPU, tiny; "
         "the goals for GPUs are open."
     )
 
@@ -168,7 +168,7 @@ def gpu() -> str:
     if not (RESULTS / "gpu.json").exists():
         return """## GPU
 
-Not run: no GPU was at hand. The script is tested on the CPU with tiny shapes (`tests/bench/test_gpu.py`), so CUDA
+Not run: no GPU was at hand. A slow test runs the script on the CPU with tiny shapes (`tests/bench/test_gpu.py`); CUDA
 graphs, Triton's templates and GPU memory figures are untested. Predictions, written down before any run, are in
 `bench/gpu.py`.
 """
