@@ -105,7 +105,7 @@ no later layer changes that."""
 
 
 def tokens_section(found: Mapping[str, Any]) -> str:
-    rows = [(_tokens(row["batches"]), cell(row["loss_increase"]), f"{row['seconds']:.0f}") for row in found["rows"]]
+    rows = [(_tokens(row["batches"]), cell(row["loss_increase"])) for row in found["rows"]]
     return f"""### How much text
 
 The same plan. An eighth of the tokens decides on penalties, the others are fitted to.

@@ -149,7 +149,7 @@ def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | 
                 kind=site.kind,
                 layer=layer,
                 until=layer if group is None else max(group.layers),
-                members=() if group is None else group.layers,
+                members=() if group is None else tuple(sorted(group.layers)),
                 place=place,
                 weight=weight,
                 bias=bias,
@@ -178,11 +178,15 @@ def choose(found: Sequence[Projection], dropped: Sequence[int], later: str) -> l
     """Which of them to refit. `later`: "none" (the groups alone), "ffn" (every FFN from the first layer that was
     changed on), "all" (attention too). `dropped`: layers whose attention the reference has and the model has not."""
     groups = [one for one in found if one.members]
-    changed = [*dropped, *(one.layer for one in groups)]
+    changed = [*dropped, *(one.members[0] for one in groups)]
     if later == "none" or not changed:
         return groups
     first = min(changed)
-    return [one for one in found if one.layer >= first and (later == "all" or one.kind == "ffn")]
+    # Attention that went before the FFNs of its window has a stream without them: the reference has none like it.
+    moved = {layer for group in groups for layer in group.members[1:]}
+    attention = (one for one in found if one.kind == "attention" and one.layer not in moved and later == "all")
+    wanted = {one.place for one in (*attention, *(one for one in found if one.kind == "ffn"))}
+    return [one for one in found if one.layer >= first and one.place in wanted]
 
 
 def target_of(projection: Projection, reference: TracedGraph) -> fx.Node:

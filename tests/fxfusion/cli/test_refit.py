@@ -82,3 +82,10 @@ def test_noise_is_refused_and_nothing_is_written(run: Run, place: Path, tmp_path
 def test_a_plan_is_needed(run: Run, place: Path, tmp_path: Path) -> None:
     ran = run("refit", place / "model", tmp_path / "out", "--text", place / "text.safetensors")
     assert ran.code == 2 and "--plan" in ran.error
+
+
+def test_a_refitted_folder_is_not_refitted_again(run: Run, place: Path, tmp_path: Path) -> None:
+    given = words(place, tmp_path / "more")
+    given[1] = place / "out"
+    ran = run(*given)
+    assert ran.code == 1 and "was refitted already" in ran.error and not (tmp_path / "more").exists()

@@ -141,6 +141,22 @@ def test_what_does_not_improve_validation_is_not_applied() -> None:
     assert record.loss_after == record.loss_before
 
 
+def test_a_window_whose_attention_goes_first_is_refitted() -> None:
+    """The target is the stream after the window's last layer; what stands before the wide FFN has its attentions in."""
+    plan = {"groups": [{"members": [1, 2], "mixers": "hoist"}]}
+    found = refitted(plan=plan)
+    assert loss(found) < loss(fxfusion.fuse(model_of(), plan))
+    record = plan_of(found).refit
+    assert record is not None
+    assert [(fit.name.rsplit(".")[-2:][0], fit.layers) for fit in record.fits] == [
+        ("self_attn", (1,)),
+        ("mlp", (1, 2)),
+        ("self_attn", (3,)),
+        ("mlp", (3,)),
+    ]
+    assert record.fits[1].applied and not record.fits[0].applied  # nothing before the window is off
+
+
 def test_an_interrupted_refit_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     model, whole = model_of(), state(refitted())
     before = state(model)
