@@ -152,6 +152,7 @@ def _report_unmatched(fused: Fused, settings: BackendOptions, more_follows: bool
     Where graph breaks cut a model into several graphs, a group that is wholly absent from one of them
     may be in another, so only a group that is there in part is at fault.
     """
+    named = "plan" if isinstance(settings.choice, FusionPlan) else "window"
     planned = settings.choice.groups if isinstance(settings.choice, FusionPlan) else settings.choice.windows
     if more_follows:
         _plans_in_parts.add(planned)
@@ -163,7 +164,7 @@ def _report_unmatched(fused: Fused, settings: BackendOptions, more_follows: bool
         return
     words = "; ".join(refusal.message for refusal in unmatched)
     if settings.strict:
-        raise NotFusedError(f"the plan or window does not fit this model: {words}")
+        raise NotFusedError(f"the {named} does not fit this model: {words}")
     log.warning("fxfusion: %d planned groups were not fused: %s", len(unmatched), words)
 
 
