@@ -7,7 +7,7 @@
 Products are taken in float32 (float64 for float64 models), a batch at a time, and summed in float64. Of G only the
 lower triangle is computed, in blocks of rows. Memory at most, in bytes, for c candidate penalties:
 
-    16 width^2 + (8 + 16 c) width hidden + 4 ROWS width
+    24 width^2 + (8 + 16 c) width hidden + 4 ROWS width
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ ROWS = 1024  # rows of G that are computed at a time
 
 
 def bytes_needed(width: int, hidden: int, candidates: int) -> int:
-    """Memory that the sums and the solution take at most. `width` counts a bias as one more channel."""
-    return 16 * width**2 + (8 + 16 * candidates) * width * hidden + 4 * ROWS * width
+    """Memory that the sums and the solution take at most: G, its factor, and a copy that is made to solve with it.
+    `width` counts a bias as one more channel."""
+    return 24 * width**2 + (8 + 16 * candidates) * width * hidden + 4 * ROWS * width
 
 
 class GramSums:

@@ -73,7 +73,7 @@ def refit(
             projection of every FFN) or "all" (the output projection of every attention too).
         penalties: ridge penalties to choose from, as parts of the mean diagonal of the Gram matrix.
         memory_limit: bytes beside the models and a forward pass, half of the free memory by default. A layer of `w`
-            inputs and `d` outputs takes `16 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more than three
+            inputs and `d` outputs takes `24 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more than three
             quarters of the limit, it is solved in parts. The rest keeps streams between layers, if they fit.
         cache: a folder where each finished layer is kept; the same call goes on from there.
         progress: show a progress bar (needs `rich`).

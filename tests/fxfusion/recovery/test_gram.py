@@ -86,4 +86,4 @@ def test_float32_products_are_summed_in_float64() -> None:
 
 
 def test_the_formula_counts_what_is_held() -> None:
-    assert bytes_needed(8192, 4096, 5) == 16 * 8192**2 + 88 * 8192 * 4096 + 4 * 1024 * 8192
+    assert bytes_needed(8192, 4096, 5) == 24 * 8192**2 + 88 * 8192 * 4096 + 4 * 1024 * 8192
