@@ -23,6 +23,7 @@ from bench.recovery_training_page import write_section
 from bench.reference.load import calibration_batches
 from fxfusion import evaluate, fuse, recover, refit
 from fxfusion.recovery.distil import Step
+from fxfusion.recovery.recover import RECORD
 
 STARTS = ("raw", "refitted")
 RATE, EVERY = 5e-4, 10
@@ -47,6 +48,8 @@ def trained(study: Study, name: str, steps: int, batches: int, cache: Path) -> d
     model, seconds_start = start(study, name, batches)
     before = numbers(evaluate(model, study.heldout, study.model))
     text = calibration_batches(_BATCH, _SEQ, steps + _DECIDES)
+    decides = evaluate(model, text[-_DECIDES:], study.model, resamples=100).kl
+    assert decides is not None
     curve: list[dict[str, Any]] = []
 
     def tell(step: Step) -> None:
@@ -61,7 +64,8 @@ def trained(study: Study, name: str, steps: int, batches: int, cache: Path) -> d
         "seconds_start": seconds_start,
         "before": before,
         "after": numbers(evaluate(model, study.heldout, study.model)),
-        "recovered": dict(model.config.fxfusion["recovered"]),
+        "changed": RECORD in model.config.fxfusion,
+        "validation_before": float(decides),
         "seconds": seconds,
         "curve": curve,
     }

@@ -61,7 +61,7 @@ def start_table(results: Mapping[str, Any]) -> str:
 def comparison(results: Mapping[str, Any]) -> str:
     """What the refit is worth in steps, and what is left of it after training."""
     raw, refitted = (next(row for row in results["rows"] if row["start"] == name) for name in ("raw", "refitted"))
-    goal = refitted["recovered"]["kl_before"]
+    goal = refitted["validation_before"]
     reached = [row["step"] for row in raw["curve"] if row["validation"] is not None and row["validation"] <= goal]
     steps = len(raw["curve"])
     worth = (
@@ -86,4 +86,4 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
 def measured(row: Mapping[str, Any]) -> list[tuple[float, float]]:
     """The start and every measurement on the text for validation: (step, KL)."""
     later = [(float(one["step"]), float(one["validation"])) for one in row["curve"] if one["validation"] is not None]
-    return [(0.0, float(row["recovered"]["kl_before"])), *later]
+    return [(0.0, float(row["validation_before"])), *later]
