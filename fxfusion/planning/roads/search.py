@@ -69,7 +69,7 @@ class RoadSearch:
     found: dict[FusionPlan, Found] = field(default_factory=dict)
     recovery: dict[Road, float] = field(default_factory=dict)
     _proposals: list[Proposal] | None = None
-    _on_one_road: list[Proposal] | None = None
+    _on_one_road: list[list[Proposal]] | None = None
 
     @property
     def meter(self) -> PlanMeter:
@@ -129,14 +129,12 @@ class RoadSearch:
         return self._proposals
 
     @property
-    def on_one_road(self) -> list[Proposal]:
+    def on_one_road(self) -> list[list[Proposal]]:
         """The same with all windows on one road, for each road in turn; nothing where there is only one."""
         if self._on_one_road is None:
             roads = self.screen.roads if len(self.screen.roads) > 1 else ()
             self._on_one_road = [
-                proposal
-                for road in roads
-                for proposal in propose(self.screen.layers, self._offers(self.recovery, [road]))
+                propose(self.screen.layers, self._offers(self.recovery, [road]), _KEPT) for road in roads
             ]
         return self._on_one_road
 
@@ -179,11 +177,12 @@ class RoadSearch:
         return self.intact_price - proposal.saved <= most * (1 + 1e-9)
 
     def _best_at(self, most: float, on_the_way: bool = False) -> Found:
-        fitting = sorted((one for one in self.proposals if self._reaches(one, most)), key=lambda one: one.cost)
+        fitting = self._fitting(self.proposals, most)
         if not fitting:
             raise PlanError(self._why_none(most))
-        on_one_road = [] if on_the_way else self._best_of_each_road(most)
-        plans = {self._plan(one): one for one in (*fitting[:_TRIED], *on_one_road)}
+        # Each road alone too, so that several roads never lose more than one of them.
+        alone = [] if on_the_way else [self._fitting(proposals, most) for proposals in self.on_one_road]
+        plans = {self._plan(one): one for proposals in (fitting, *alone) for one in proposals}
         expected: dict[FusionPlan, float] = {}
         with progress_bar(self.screen.progress, f"whole plans, {self.price.text(most)}", len(plans)) as advance:
             for plan, proposal in plans.items():
@@ -195,24 +194,22 @@ class RoadSearch:
             raise PlanError(f"none of the plans that were tried for {self.price.text(most)} can be had")
         ranked = sorted(expected, key=expected.__getitem__)
         count = _JUDGED_ON_THE_WAY if on_the_way else _JUDGED
-        finalists = [*self._finalists(ranked, count), *(self._plan(one) for one in on_one_road)]
-        for plan in finalists:
-            if plan in expected:
-                self.measure(plan)
+        best_alone = [self._first(ranked, proposals) for proposals in alone]
+        for plan in (*self._finalists(ranked, count), *(plan for plan in best_alone if plan is not None)):
+            self.measure(plan)
         reached = [one for one in self.found.values() if one.price <= most * (1 + 1e-9)]
         best = min(reached, key=lambda one: one.cost)
         plain = min((one for one in reached if _is_on_one_road(one.plan)), key=lambda one: one.cost, default=best)
         # Many mixed plans are tried, so that the best of them looks better than it is.
         return best if best.upper < plain.cost else plain
 
-    def _best_of_each_road(self, most: float) -> list[Proposal]:
-        """So that several roads never lose more than one of them."""
-        best: dict[Road, Proposal] = {}
-        for one in self.on_one_road:
-            road = one.last.road if one.last is not None else None
-            if road is not None and self._reaches(one, most) and (road not in best or one.cost < best[road].cost):
-                best[road] = one
-        return list(best.values())
+    def _fitting(self, proposals: Sequence[Proposal], most: float) -> list[Proposal]:
+        """Those that are worth trying at a price of at most `most`, the best expected first."""
+        return sorted((one for one in proposals if self._reaches(one, most)), key=lambda one: one.cost)[:_TRIED]
+
+    def _first(self, ranked: Sequence[FusionPlan], proposals: Sequence[Proposal]) -> FusionPlan | None:
+        plans = {self._plan(one) for one in proposals}
+        return next((plan for plan in ranked if plan in plans), None)
 
     def _finalists(self, ranked: Sequence[FusionPlan], count: int) -> Sequence[FusionPlan]:
         """Those that are worth the judge's time: the first ones, and all that it knows."""
