@@ -109,6 +109,7 @@ def test_windows_beside_runs_without_attention() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phi3", "gpt2"))])
+@pytest.mark.slow
 def test_saved_and_loaded(tmp_path: Path, name: str) -> None:
     family = family_named(name)
     model: Any = intact(family).float()

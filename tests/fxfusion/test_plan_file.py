@@ -293,7 +293,7 @@ def test_every_problem_has_its_line(tmp_path: Path) -> None:
         "plan.yaml:3: groups: expected a list, got 3",
         "plan.yaml:1: norm: Input should be 'fold' or 'last', got 'x'",
         "plan.yaml:2: foo: unknown field 'foo' "
-        "(known: groups, dropped_attention, norm, version, model, scores, made_by, residue, hoist)",
+        "(known: groups, dropped_attention, norm, version, model, scores, refit, quality, made_by, residue, hoist)",
     ]
 
 

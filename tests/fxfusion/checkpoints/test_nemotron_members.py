@@ -71,6 +71,7 @@ def test_the_model_from_before_comes_back(tmp_path: Path, norm: str, others: dic
     assert fxfusion.fuse(again, {"groups": [FUSED], "norm": norm}) is again, "and can be fused anew"
 
 
+@pytest.mark.slow
 def test_packed_weights_and_a_dtype(tmp_path: Path) -> None:
     config = Phi3Config(**settings(**NARROW, attention_dropout=0.0))
     model = fxfusion.drop_attention(randomised(Phi3ForCausalLM(config)), FUSED).to(torch.bfloat16)

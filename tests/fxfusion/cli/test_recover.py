@@ -53,6 +53,7 @@ def test_a_folder_that_predicts_more_like_the_intact_model(run: Run, folders: Pa
     assert "Distilled from the intact model over 8 steps" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_on(run: Run, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = distil.Step
 

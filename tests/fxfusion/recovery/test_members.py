@@ -25,6 +25,7 @@ def refitted(family: str = "llama", **more: object) -> nn.Module:
     return found
 
 
+@pytest.mark.slow
 def test_members_and_later_layers_take_what_makes_the_same_model() -> None:
     found = refitted()
     intact = model_of()
@@ -39,6 +40,7 @@ def test_members_and_later_layers_take_what_makes_the_same_model() -> None:
 
 
 @pytest.mark.parametrize("form", ["canonical", "nemotron-nas"])
+@pytest.mark.slow
 def test_folders_give_the_refitted_model_back(form: str, tmp_path: Path) -> None:
     found = refitted()
     fxfusion.save_pretrained(found, tmp_path / "out", form)  # type: ignore[arg-type]

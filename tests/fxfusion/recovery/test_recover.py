@@ -99,6 +99,7 @@ def stop_after(number: int) -> Any:
 
 
 @pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(tmp_path: Path, lora: int | None) -> None:
     model = fused()
     before = state(model)

@@ -117,6 +117,7 @@ def note_parts(parts: list[int], layer: Any, fit: Any) -> None:
     parts.append(fit.parts)
 
 
+@pytest.mark.slow
 def test_a_small_memory_limit_solves_in_parts_and_comes_near() -> None:
     errors = {}
     for limit in (None, 400_000):
@@ -157,6 +158,7 @@ def test_a_window_whose_attention_goes_first_is_refitted() -> None:
     assert record.fits[1].applied and not record.fits[0].applied  # nothing before the window is off
 
 
+@pytest.mark.slow
 def test_an_interrupted_refit_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     model, whole = model_of(), state(refitted())
     before = state(model)
@@ -206,6 +208,7 @@ def test_bad_options(change: dict[str, Any], error: type[Exception], message: st
         refitted(**change)
 
 
+@pytest.mark.slow
 def test_models_that_were_changed_before() -> None:
     with pytest.raises(SurgeryError, match="fused already"):
         refitted(fxfusion.fuse(model_of(), PLAN))

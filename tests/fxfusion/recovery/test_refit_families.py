@@ -52,6 +52,7 @@ def test_the_stream_after_the_group_comes_nearer(family: str) -> None:
     assert record.fits[0].after < 0.97 * record.fits[0].before
 
 
+@pytest.mark.slow
 def test_half_precision_weights_are_fitted_in_float32() -> None:
     model = model_of().to(torch.bfloat16)
     found = fxfusion.refit(model, PLAN, own_text(), "intact", later="none", penalties=(0.01,))
@@ -62,6 +63,7 @@ def test_half_precision_weights_are_fitted_in_float32() -> None:
     assert (one - other).norm() < 0.05 * (other - plain).norm()
 
 
+@pytest.mark.slow
 def test_padding_is_not_fitted_to() -> None:
     padded = []
     for batch in own_text():
