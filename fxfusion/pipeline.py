@@ -114,7 +114,7 @@ def fuse_captured(
     report = GraphReport(
         chains=chains,
         groups=groups,
-        refusals=found.refusals,
+        refusals=(*found.refusals, *history.refusals),
         history=tuple(record.to_dict() for record in history.records),
         verifications=tuple(proof.to_dict() for proof in proofs),
         blocks_before=blocks,
@@ -144,13 +144,15 @@ def hoist_and_analyse(captured: CapturedGraph, choice: Choice, history: History)
     windows = found.hoisted.windows
     if not windows:
         return found
-    beside = ParalleliseMixers(windows, found.matches.mixers)
+    beside = ParalleliseMixers(windows, found.matches)
     run_passes(captured.module, [HoistMixers(windows), beside], history)
     return replace(analyse(captured, choice, found.hoisted), beside=tuple(tuple(block) for block in beside.blocks))
 
 
 def analyse(captured: CapturedGraph, choice: Choice, hoisted: Hoisted | None = None) -> Analysis:
-    """Match, group and plan. Edits nothing: the FFNs of a window are a group, and no chain before its mixers moved.
+    """Match, group and plan. Edits nothing.
+
+    Before its mixers moved, the FFNs of a window are already a group, but in no chain.
 
     `hoisted`: what became of the windows that the choice names; None: nothing was moved, see which could be.
     """
@@ -194,7 +196,7 @@ def _rewrite(
     verify: VerifyMode,
     lift_into: Literal["placeholder", "get_attr"],
 ) -> tuple[tuple[Pack, ...], tuple[Verification, ...]]:
-    """Parallelise, concatenate, lift; prove the concatenation on the way."""
+    """Parallelise, concatenate (and prove it), prepack, join the mixers of wide windows, lift."""
     groups = found.groups
     run_passes(work.module, [Parallelise(groups)], history)
     numeric = verify == "numeric"

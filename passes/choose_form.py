@@ -54,10 +54,10 @@ def choose_forms(
             source=ffn.source,
         )
         for group in chosen
-        if profitable_only and group.form == "members"
+        if _is_left_alone(group, profitable_only)
         for ffn in group.members
     ]
-    kept = tuple(group for group in chosen if not (profitable_only and group.form == "members"))
+    kept = tuple(group for group in chosen if not _is_left_alone(group, profitable_only))
     return kept, tuple(refusals)
 
 
@@ -75,6 +75,11 @@ def weight_bytes(group: Group) -> int:
     """Memory of the members' weights."""
     values = [ops.tensor_value(weight) for member in group.members for weight in member.weights]
     return sum(size_hint(value.numel()) * value.element_size() for value in values if value is not None)
+
+
+def _is_left_alone(group: Group, profitable_only: bool) -> bool:
+    """The mixers of a window have moved by now, so its group stays."""
+    return profitable_only and group.form == "members" and group.window is None
 
 
 def _with_form(group: Group, setting: Setting) -> Group:

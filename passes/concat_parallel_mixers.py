@@ -9,6 +9,7 @@ After:
 Exact: gains are folded into weights, and a sum of linear layers is one linear layer on the concatenated inputs.
 The attentions between stay one operation for each layer: each reads and writes its own layer's cache, and to join
 their heads would copy the caches at every step. So heads, rotary angles, masks and q/k norms may differ.
+`verify="numeric"` compares fused FFNs only; this pass is held to the parallel form by its tests.
 Source: issue 7 (wide block).
 """
 
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxfusion.errors import RefusalCode, Refused
+from fxfusion.errors import Refusal, RefusalCode, Refused
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.editor import GraphEditor
@@ -47,7 +48,8 @@ class ConcatParallelMixers(Pass):
         self.weights, self.opaque, self.first_index = weights, opaque, first_index
 
     def run(self, graph: fx.Graph) -> PassResult:
-        notes, changed = [], 0
+        changed = 0
+        refusals: list[Refusal] = []
         for block in self.blocks:
             facts = GraphFacts(graph, (node for node in graph.nodes if node.name in self.weights))
             opaque = {node: self.opaque[node.name] for node in graph.nodes if node.name in self.opaque}
@@ -56,11 +58,17 @@ class ConcatParallelMixers(Pass):
                 ends = [match_mixer(mixer, entry, facts, opaque) for mixer in block]
                 gains = _gains(ends)
             except Refused as refused:
-                notes.append(f"the mixers stay apart: {refused}")
+                refusals.append(_stay_apart(block[0], refused))
                 continue
             _join(ends, gains, self.first_index + changed, self.name)
             changed += 1
-        return PassResult(changed, notes=tuple(notes))
+        return PassResult(changed, refusals=tuple(refusals))
+
+
+def _stay_apart(first: Mixer, refused: Refused) -> Refusal:
+    """Their window stays as it is: several operations that read one stream."""
+    message = f"the projections of its window stay apart: {refused.message}"
+    return Refusal(code=refused.code, message=message, node=first.add.name, layer=first.layer)
 
 
 def _gains(ends: Sequence[MixerEnds]) -> list[list[fx.Node]]:

@@ -17,7 +17,7 @@ from torch import fx
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts
-from fxfusion.passes.ffn import Chain, FfnNode, Matches
+from fxfusion.passes.ffn import Chain, FfnNode, Matches, Mixer
 from fxfusion.passes.match_pieces import behind_views
 
 Break = tuple[RefusalCode, str]
@@ -37,7 +37,9 @@ def find_chains(matches: Matches, facts: GraphFacts) -> tuple[tuple[Chain, ...],
         members = tuple(by_add[add] for add in sorted(component, key=facts.order.__getitem__))
         code, ended_by = _end_of(members[-1], matches, facts)
         if len(members) > 1:
-            chains.append(Chain(members=members, leading=_is_leading(members[0], matches), ended_by=ended_by))
+            chains.append(
+                Chain(members=members, leading=leading_mixer(members[0], matches) is not None, ended_by=ended_by)
+            )
         else:
             refusals.append(_alone(members[0], code, ended_by, _start_of(members[0], matches)))
     return tuple(chains), tuple(refusals)
@@ -88,16 +90,16 @@ def _start_of(ffn: FfnNode, matches: Matches) -> str:
     return "no FFN comes directly before"
 
 
-def _is_leading(first: FfnNode, matches: Matches) -> bool:
-    """Whether the mixer that wrote the stream just before lives in the first member's own layer."""
+def leading_mixer(first: FfnNode, matches: Matches) -> Mixer | None:
+    """The mixer that wrote the stream just before, if it lives in the first member's own layer."""
     source = behind_views(first.stream)
     for mixer in matches.mixers:
         if mixer.add is source:
             if not first.layer and not mixer.layer:
-                return True
+                return mixer
             block = _block_of(first.layer, [ffn.layer for ffn in matches.ffns])
-            return bool(block) and f"{mixer.layer}.".startswith(f"{block}.")
-    return False
+            return mixer if block and f"{mixer.layer}.".startswith(f"{block}.") else None
+    return None
 
 
 def _block_of(layer: str, others: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from fxfusion.graph.token_wise import check_token_wise
 from fxfusion.passes.ffn import Linear, Mixer
 from fxfusion.passes.match_linear import match_linear
 from fxfusion.passes.match_pieces import VIEWS, behind_views
-from fxfusion.passes.match_residual import weight_leaves
+from fxfusion.passes.match_residual import check_shapes, weight_leaves
 from fxfusion.passes.match_window import shape_of
 
 
@@ -49,17 +49,10 @@ def match_mixer(mixer: Mixer, stream: fx.Node, facts: GraphFacts, opaque: Mappin
     """The ends of a mixer that reads `stream`. Raises `Refused`."""
     name = mixer.layer or mixer.add.name
     branch = next(node for node in mixer.add.all_input_nodes if node in mixer.nodes)
-    found = facts.slice_between(branch, stream)
-    linears = [linear for node in found.nodes if (linear := match_linear(node, facts)) is not None]
-    out = next((linear for linear in linears if linear.node is branch), None)
-    if out is None:
-        raise Refused(RefusalCode.STRUCTURE, f"{name} does not end with a linear layer", branch)
-    outputs = {linear.node for linear in linears}
-    projections = tuple(
-        linear
-        for linear in linears
-        if linear is not out and not outputs & set(facts.slice_between(linear.input, stream).nodes)
-    )
+    if mixer.add.kwargs.get("alpha", 1) != 1:
+        raise Refused(RefusalCode.STRUCTURE, f"the addition of {name} scales its branch", mixer.add)
+    check_shapes(mixer.add, branch, stream)
+    projections, out = _ends(name, branch, stream, facts)
     inputs = {linear.input for linear in projections}
     if len(inputs) != 1:
         raise Refused(RefusalCode.STRUCTURE, f"the projections of {name} read {len(inputs)} values", branch)
@@ -85,6 +78,18 @@ def match_mixer(mixer: Mixer, stream: fx.Node, facts: GraphFacts, opaque: Mappin
         add=mixer.add,
         name=name,
     )
+
+
+def _ends(name: str, branch: fx.Node, stream: fx.Node, facts: GraphFacts) -> tuple[tuple[Linear, ...], Linear]:
+    """The linear layers that read no other linear layer of the mixer, and the one that ends it."""
+    found = facts.slice_between(branch, stream)
+    linears = [linear for node in found.nodes if (linear := match_linear(node, facts)) is not None]
+    out = next((linear for linear in linears if linear.node is branch), None)
+    if out is None:
+        raise Refused(RefusalCode.STRUCTURE, f"{name} does not end with a linear layer", branch)
+    outputs = {linear.node for linear in linears}
+    first = (each for each in linears if not outputs & set(facts.slice_between(each.input, stream).nodes))
+    return tuple(each for each in first if each is not out), out
 
 
 def _check_weights(name: str, linears: tuple[Linear, ...], facts: GraphFacts, opaque: Mapping[fx.Node, str]) -> None:

@@ -106,7 +106,7 @@ def _check_branch(
         raise Refused(RefusalCode.OTHER_ACTIVATION, f"the branch also reads {names}", found.leaks[0])
     if add.kwargs.get("alpha", 1) != 1:
         raise Refused(RefusalCode.STRUCTURE, f"the addition scales the branch (alpha={add.kwargs['alpha']})", add)
-    _check_shapes(add, branch, found.stop)
+    check_shapes(add, branch, found.stop)
     _check_readers(add, branch, found, facts)
     _check_writes(add, found, facts)
     if len({facts.mode[node] for node in (*found.nodes, add)}) > 1:
@@ -150,7 +150,7 @@ def _mixing_op(found: Slice, facts: GraphFacts) -> str:
     )
 
 
-def _check_shapes(add: fx.Node, branch: fx.Node, stream: fx.Node) -> None:
+def check_shapes(add: fx.Node, branch: fx.Node, stream: fx.Node) -> None:
     summed, added, carried = (ops.tensor_value(node) for node in (add, branch, stream))
     assert summed is not None and added is not None and carried is not None
     shapes = [[str(size) for size in value.shape] for value in (summed, added, carried)]

@@ -19,8 +19,8 @@ from torch import fx
 
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
-from fxfusion.passes.ffn import Mixer, Window
-from fxfusion.passes.match_pieces import behind_views
+from fxfusion.passes.ffn import Matches, Mixer, Window
+from fxfusion.passes.find_chains import leading_mixer
 from fxfusion.passes.match_window import shape_of
 
 
@@ -28,8 +28,8 @@ class ParalleliseMixers(Pass):
     name: ClassVar[str] = "parallelise_mixers"
     exact: ClassVar[bool] = False
 
-    def __init__(self, windows: Sequence[Window], mixers: Sequence[Mixer]) -> None:
-        self.blocks = [_mixers_of(window, mixers) for window in windows if window.names.mixers == "wide"]
+    def __init__(self, windows: Sequence[Window], matches: Matches) -> None:
+        self.blocks = [_mixers_of(window, matches) for window in windows if window.names.mixers == "wide"]
 
     def run(self, graph: fx.Graph) -> PassResult:
         changed = 0
@@ -49,11 +49,10 @@ class ParalleliseMixers(Pass):
         ]
 
 
-def _mixers_of(window: Window, mixers: Sequence[Mixer]) -> list[Mixer]:
+def _mixers_of(window: Window, matches: Matches) -> list[Mixer]:
     """In order: the one before the first FFN, in its layer, and those that moved."""
-    first = window.members[0]
-    leading = [mixer for mixer in mixers if mixer.add is behind_views(first.stream) and mixer.layer == first.layer]
-    return [*leading, *window.mixers]
+    leading = leading_mixer(window.members[0], matches)
+    return [*window.mixers] if leading is None else [leading, *window.mixers]
 
 
 def _branch(mixer: Mixer) -> list[fx.Node]:

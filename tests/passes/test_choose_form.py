@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import fxfusion
 from fxfusion.errors import RefusalCode
 from fxfusion.passes import choose_form
 from fxfusion.passes.choose_form import Setting, choose_forms, tokens_to_pack_for
-from fxfusion.passes.ffn import Group
+from fxfusion.passes.ffn import Group, Window
 from fxfusion.pipeline import analyse
+from fxfusion.plan_group import PlannedGroup
 from fxfusion.policy import FusionPolicy
 from tests.helpers import HIDDEN, capture, stack, tokens
 
@@ -105,6 +107,13 @@ def test_profitable_only_leaves_a_group_sequential() -> None:
     assert len(refusals) == len(group_of().members)
     groups, refusals = choose_forms([group_of()], Setting(request="concatenated"), profitable_only=True)
     assert len(groups) == 1 and refusals == ()
+
+
+def test_the_group_of_a_window_stays_since_its_mixers_have_moved() -> None:
+    window = Window(names=PlannedGroup([0, 1], "hoist"), members=(), mixers=(), entry=())
+    group = replace(group_of(), window=window)
+    groups, refusals = choose_forms([group, group_of()], Setting(request="members"), profitable_only=True)
+    assert [one.window for one in groups] == [window] and len(refusals) == len(group.members)
 
 
 @pytest.mark.parametrize("profitable_only", [True, False])

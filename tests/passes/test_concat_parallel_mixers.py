@@ -81,7 +81,7 @@ def widened(model: nn.Module, x: Tensor, how: How = "dynamo") -> tuple[CapturedG
     matches = match_residual(facts, {})
     names = PlannedGroup(range(len(model.layers)), "wide")
     windows = WindowMatcher(matches, facts, "fold").match([names]).windows
-    beside = ParalleliseMixers(windows, matches.mixers)
+    beside = ParalleliseMixers(windows, matches)
     run_passes(work.module, [HoistMixers(windows), beside], History())
     return work, ConcatParallelMixers(beside.blocks, work.weights, {}, 0)
 
@@ -90,7 +90,7 @@ def joined(model: nn.Module, x: Tensor, how: How = "dynamo") -> CapturedGraph:
     work, step = widened(model, x, how)
     history = History()
     run_passes(work.module, [step], history)
-    assert history.records[-1].changed == 1 and history.records[-1].exact, history.records[-1].notes
+    assert history.records[-1].changed == 1 and history.records[-1].exact, history.refusals
     return work
 
 
@@ -141,6 +141,21 @@ class Scaled(Heads):
         return 0.5 * super().attention(x)
 
 
+class Halved(Heads):
+    """Its addition scales what it adds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(x, self.attention(x), alpha=0.5)
+
+
+def test_an_addition_that_scales_its_branch_stays_apart() -> None:
+    work, step = widened(decoder(Halved(), Halved()), tokens())
+    before, history = run_graph(work)[0], History()
+    run_passes(work.module, [step], history)
+    assert "the addition of layers.0 scales its branch" in history.refusals[-1].message
+    assert torch.equal(run_graph(work)[0], before)
+
+
 @pytest.mark.parametrize(
     ("heads", "words"),
     [
@@ -153,7 +168,7 @@ def test_what_does_not_fit_stays_apart(heads: Callable[[], Heads], words: str) -
     work, step = widened(model, x)
     text, history = graph_text(work), History()
     run_passes(work.module, [step], history)
-    assert history.records[-1].changed == 0 and words in history.records[-1].notes[0]
+    assert history.records[-1].changed == 0 and words in history.refusals[-1].message
     assert graph_text(work) == text
     assert_exact(run_graph(work)[0], by_hand(model, x), torch.float64)
 
@@ -163,7 +178,7 @@ def test_other_norms_stay_apart() -> None:
     work, step = widened(model, x)
     history = History()
     run_passes(work.module, [step], history)
-    assert "the norm of layers.1 differs from that of layers.0" in history.records[-1].notes[0]
+    assert "the norm of layers.1 differs from that of layers.0" in history.refusals[-1].message
 
 
 def test_without_blocks_nothing_changes() -> None:

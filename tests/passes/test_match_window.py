@@ -122,26 +122,52 @@ def test_another_reader_of_the_stream_is_refused() -> None:
 
 
 class Fed(nn.Module):
-    """The second attention also reads what the first FFN wrote, by another way than the stream."""
+    """The second attention is gated, by what its layer's input was before the first FFN, or after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, after: bool) -> None:
         super().__init__()
-        self.layers = decoder(2).layers
+        self.layers, self.after = decoder(2).layers, after
         self.gate = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         one, two = self.layers
         y = one.attention(x)
-        f = one.mlp(y)
-        g = torch.sigmoid(self.gate(y))
+        inner = one.mlp.ffn(one.mlp.norm(y))
+        f = y + inner
+        g = torch.sigmoid(self.gate(inner if self.after else y))
         z = f + two.attention.out(two.attention(f) * g)
         return two.mlp(z)
 
 
-def test_another_input_of_the_mixer_may_not_depend_on_the_ffns() -> None:
-    """Here it depends on what comes before them, so the mixer moves."""
-    found = match(randomise(Fed()), "layers.0.mlp.ffn", "layers.1.mlp.ffn")
+def test_another_input_of_a_mixer_may_come_from_before_the_ffns() -> None:
+    found = match(randomise(Fed(after=False)), "layers.0.mlp.ffn", "layers.1.mlp.ffn")
     assert isinstance(found, Window) and len(found.mixers) == 1
+
+
+def test_another_input_of_a_mixer_may_not_depend_on_the_ffns() -> None:
+    found = match(randomise(Fed(after=True)), "layers.0.mlp.ffn", "layers.1.mlp.ffn")
+    assert isinstance(found, Refusal), "its attention must not move before the FFN that feeds its gate"
+
+
+class Memory(nn.Module):
+    """The third attention also reads what the second wrote, which depends on the first FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = decoder(3).layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two, three = self.layers
+        x = one(x)
+        seen = two.attention(x) - x
+        x = two.mlp(x + seen)
+        x = x + three.attention.out(three.attention(x) * torch.sigmoid(seen))
+        return three.mlp(x)
+
+
+def test_what_a_mixer_reads_of_an_earlier_mixer_moves_only_with_it() -> None:
+    found = match(randomise(Memory()), "layers.0.mlp.ffn", "layers.2.mlp.ffn", "layers.1.mlp.ffn")
+    assert isinstance(found, Refusal) and "also reads" in found.message
 
 
 def test_a_window_that_does_not_fit_is_not_moved() -> None:

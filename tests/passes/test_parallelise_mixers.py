@@ -18,15 +18,21 @@ from fxfusion.passes.parallelise_mixers import ParalleliseMixers
 from fxfusion.plan import FusionPlan
 from fxfusion.plan_group import PlannedGroup
 from tests.helpers import (
+    Attention,
+    Block,
     CapturedGraph,
+    Gated,
     History,
     How,
+    Rms,
+    Stack,
     assert_exact,
     capture,
     error_of,
     facts_of,
     graph_text,
     normalise,
+    randomise,
     run_graph,
     run_passes,
     tokens,
@@ -48,7 +54,7 @@ def widened(
     found = matched.windows
     assert not matched.refusals
     history = History()
-    run_passes(work.module, [HoistMixers(found), ParalleliseMixers(found, matches.mixers)], history)
+    run_passes(work.module, [HoistMixers(found), ParalleliseMixers(found, matches)], history)
     assert not history.records[-1].exact
     assert history.records[-1].changed == (sum(len(window) - 1 for window in windows) if mode == "wide" else 0)
     return work
@@ -65,6 +71,28 @@ def by_hand(model: Any, windows: Sequence[Sequence[int]], x: Tensor) -> Tensor:
             x = layer.mlp(x)
         number += len(window)
     return x
+
+
+class Nested(nn.Module):
+    """A layer as two numbered parts: `layers.0.parts.0` is its attention, `layers.0.parts.1` its FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Attention(), Block(Rms(8), Gated())])
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention, ffn = self.parts
+        found: Tensor = ffn(attention(x))
+        return found
+
+
+def test_the_leading_mixer_belongs_to_the_window_whatever_paths_are_called() -> None:
+    model, x = randomise(Stack([Nested() for _ in range(3)])), tokens()
+    found = run_graph(widened(model, [[0, 1, 2]], x))[0]
+    wanted = x + sum(layer.parts[0](x) - x for layer in model.layers)
+    for layer in model.layers:
+        wanted = layer.parts[1](wanted)
+    assert_exact(found, wanted, torch.float64)
 
 
 @pytest.mark.parametrize("how", ["dynamo", "export", "symbolic"])
@@ -93,7 +121,7 @@ def test_what_still_reads_the_stream_before_it_is_noticed() -> None:
     matches = match_residual(facts, {})
     found = WindowMatcher(matches, facts, "fold").match([PlannedGroup([0, 1], "wide")]).windows
     run_passes(work.module, [HoistMixers(found)], History())
-    assert "still reads" in ParalleliseMixers(found, matches.mixers).ensures(work.module.graph)[0]
+    assert "still reads" in ParalleliseMixers(found, matches).ensures(work.module.graph)[0]
 
 
 @pytest.mark.parametrize("dropped", [(), (2,), (1,), (3,)])
