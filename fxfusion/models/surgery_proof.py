@@ -74,12 +74,18 @@ class CacheProof:
         """Raises `SurgeryError` unless the changed model, token by token, gives the logits of its full computation."""
         if self.error is None:
             return
-        decoded = cached_logits(model, self.ids)
-        assert decoded is not None
-        error = relative(decoded, full_logits(model, self.ids))
+        try:
+            decoded = cached_logits(model, self.ids)
+        except SurgeryError:
+            raise
+        except Exception as error:
+            raise SurgeryError(f"cached decoding fails: {error}") from error
+        if decoded is None:
+            raise SurgeryError("the changed model has no key-value cache any more")
+        off = relative(decoded, full_logits(model, self.ids))
         limit = _CACHED * (self.error + torch.finfo(decoded.dtype).eps)
-        if not error <= limit:
-            raise SurgeryError(f"cached decoding is off by {error:.2g} (allowed {limit:.2g})")
+        if not off <= limit:
+            raise SurgeryError(f"cached decoding is off by {off:.2g} (allowed {limit:.2g})")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -139,6 +139,6 @@ class FfnStubs:
 
 
 def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules into their places, by path."""
+    """Put modules into their places, by path, in the mode of what stands there: the model may have changed its own."""
     for path, module in modules.items():
-        model.set_submodule(path, module)
+        model.set_submodule(path, module.train(model.get_submodule(path).training))

@@ -56,7 +56,7 @@ class SmallParameters:
     def _revive_gains(self, place: int, member: Member) -> None:
         """Training can fill the columns of a channel that the member's gain took out. Its gain is one, then."""
         gains = self.gains(member)
-        if not any(bool((gain == 0).any()) for gain in gains):
+        if not any(holds((gain == 0).any()) for gain in gains):
             return
         filled = torch.zeros((), dtype=torch.bool)
         for number, matrix in enumerate(self.recipe.home.projections):
@@ -71,13 +71,13 @@ class SmallParameters:
         home = self.recipe.home
         whole = home.down.out_in(self.wide[home.down.weight])
         scale = self.recipe.scale(member, self.base, whole)
-        if scale is None or not bool((scale == 0).any()):
+        if scale is None or not holds((scale == 0).any()):
             return
         filled = (self.recipe.own_columns(place, whole) != 0).any(1) & (scale == 0)
         self._set_to_one(_scales(member), filled)
 
     def _set_to_one(self, constants: Iterable[Constant], where: Tensor) -> None:
-        if not bool(where.any()):
+        if not holds(where.any()):
             return
         for constant in constants:
             name, value = constant.names[0], self.base[constant.names[0]]
@@ -112,7 +112,7 @@ class SmallParameters:
             assert constant is not None
             name, own = constant.names[0], self.recipe.own_columns(place, values.reshape(-1))
             if self.base[name].numel() == 1:
-                if not bool((own == own[0]).all()):
+                if not holds((own == own[0]).all(), unknown=True):
                     raise SurgeryError(f"{name} was one number, and training since has made it one per channel")
                 own = own[:1]
             self.now[name] = own.reshape(self.base[name].shape).clone()
@@ -164,11 +164,11 @@ class SmallParameters:
         dtype = wide_dtype(down)
         untrained = recipe.down_bias_of(self.base, down).to(dtype)
         change = (self.wide[home.down.own_bias].to(dtype) - untrained) * home.kept_scale
-        if not bool(change.any()):
+        if not holds(change.any()):
             return
         for member in recipe.members:
             scale = torch.as_tensor(member.affine(self.base, dtype)[0], dtype=dtype, device=down.device)
-            if member.down.bias is not None and bool(((scale != 0) | (change == 0)).all()):
+            if member.down.bias is not None and holds(((scale != 0) | (change == 0)).all()):
                 name = member.down.bias
                 gained = change / torch.where(scale == 0, torch.ones_like(scale), scale)
                 self.now[name] = (self.base[name].to(dtype) + gained).to(self.base[name].dtype)
@@ -176,8 +176,13 @@ class SmallParameters:
         raise SurgeryError(f"{home.down.own_bias} was trained since it was fused, and no member has such a bias")
 
 
+def holds(condition: Tensor, unknown: bool = False) -> bool:
+    """Whether it is true; `unknown` where there are no values (on the meta device nothing was trained)."""
+    return unknown if condition.is_meta else bool(condition)
+
+
 def is_filled(value: Tensor, fill: float) -> bool:
-    return bool((value == fill).all())
+    return holds((value == fill).all(), unknown=True)
 
 
 def zeros_of(factors: Iterable[Tensor]) -> Tensor:

@@ -60,7 +60,9 @@ def _unfuse(model: Any, state: FusedState) -> None:
         Unpacking(group, wide, state.residue).check()
     layers = {state.recipe.kept.index(layer): layer for layer in state.recipe.kept}
     children = list(model.get_submodule(state.recipe.path).children())
-    by_number = {layers[place]: child for place, child in enumerate(children)} | state.shells
+    mode = children[0].training  # the model may have changed it since the shells were taken out
+    shells = {layer: shell.train(mode) for layer, shell in state.shells.items()}
+    by_number = {layers[place]: child for place, child in enumerate(children)} | shells
     put_layers(model, state.recipe.path, [by_number[layer] for layer in range(state.recipe.count)])
     put_modules(model, state.parts)
     _put_members(model, state.recipe.groups, state.residue)
@@ -78,10 +80,12 @@ def give_back(
     residue: Residue,
 ) -> None:
     """Undo a surgery that was not finished: `groups` are those whose members are gone."""
-    depth.put(depth.layers)
-    stubs.give_back()
-    _put_members(model, groups, residue)
-    changes.undo()
+    try:
+        depth.put(depth.layers)
+        stubs.give_back()
+        _put_members(model, groups, residue)
+    finally:
+        changes.undo()
 
 
 def unfused_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

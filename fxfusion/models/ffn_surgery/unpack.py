@@ -19,7 +19,7 @@ from fxfusion.models.ffn_surgery import quantised
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe, through
 from fxfusion.models.ffn_surgery.layout import Matrix, wide_dtype
 from fxfusion.models.ffn_surgery.residue import kept_columns, kept_rows, zero_columns, zero_rows
-from fxfusion.models.ffn_surgery.trained import SmallParameters, as_like, zeros_of
+from fxfusion.models.ffn_surgery.trained import SmallParameters, as_like, holds, zeros_of
 
 _NOTHING = 64  # times the dtype's epsilon: a bias that is no more than this is none
 
@@ -86,7 +86,7 @@ class Unpacking:
             bias = bias - through(rows, shift, small.base)
         if own is not None:
             small.now[own] = bias.to(small.base[own].dtype)
-        elif bool(bias.abs().max() > _NOTHING * torch.finfo(rows.dtype).eps * scale):
+        elif holds(bias.abs().max() > _NOTHING * torch.finfo(rows.dtype).eps * scale):
             raise SurgeryError(f"{home.own_bias} was trained since it was fused, and {member.name} has no such bias")
 
     def _down(self, small: SmallParameters, place: int) -> Tensor:

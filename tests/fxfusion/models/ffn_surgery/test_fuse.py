@@ -148,6 +148,30 @@ def test_a_model_on_the_meta_device() -> None:
     assert all(value.is_meta for value in model.parameters())
     state = fused_state(model)
     assert state is not None and set(state.shells) == {1, 2}
+    fxfusion.unfuse(model)
+    assert len(model.model.layers) == 4 and model.model.layers[1].mlp.down_proj.weight.shape == (32, 48)
+
+
+def test_a_failure_on_the_meta_device_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        model = type(_llama())(copy.deepcopy(_llama().config))
+    before = [repr(part) for part in model.modules()], model.config.to_dict()
+
+    def fail(*_: Any) -> None:
+        raise SurgeryError("widths differ")
+
+    monkeypatch.setattr(module, "check_widths", fail)
+    with pytest.raises(SurgeryError, match="widths differ"):
+        fxfusion.fuse(model, {"groups": [[1, 2]], "hoist": True})
+    assert ([repr(part) for part in model.modules()], model.config.to_dict()) == before
+
+
+@pytest.mark.parametrize("plan", [PLAN, {"groups": [[1, 2]], "hoist": True}], ids=["run", "window"])
+def test_members_come_back_in_the_mode_of_the_model(plan: dict[str, Any]) -> None:
+    model = llama().train()
+    fxfusion.fuse(model, plan).eval()
+    fxfusion.unfuse(model)
+    assert not [name for name, part in model.named_modules() if part.training]
 
 
 def test_only_attention_to_drop() -> None:
