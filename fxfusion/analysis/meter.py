@@ -18,7 +18,10 @@ from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.planned import PlannedModel, analyse_without
 from fxfusion.analysis.quality import Batch, Estimate, Quality, evaluate, record_logits
 from fxfusion.analysis.quality_store import QualityStore, batches_digest
+from fxfusion.analysis.resume import model_key
+from fxfusion.errors import SurgeryError
 from fxfusion.graph.provenance import layer_numbers
+from fxfusion.models.adapters.wrappers import active_adapters
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.plan import FusionPlan, Member
@@ -59,8 +62,11 @@ class PlanMeter:
         if not self.batches:
             raise ValueError("batches is empty: nothing to measure plans on")
         self.traced = model if isinstance(model, TracedModel) else TracedModel(model)
-        model_facts = facts_of(self.model).model_dump(mode="json")
-        self.identity: dict[str, Any] = {"model": model_facts, "batches": batches_digest(self.batches)}
+        self.identity: dict[str, Any] = {
+            "model": facts_of(self.model).model_dump(mode="json"),
+            "weights": model_key(self.traced),  # facts tell models apart, not two trainings of one model
+            "batches": batches_digest(self.batches),
+        }
         self._store = QualityStore(None if cache is None else Path(cache) / "plans.json", self.identity)
         self._chains: dict[tuple[int, ...], tuple[ChainFacts, ...]] = {}
         self._members: dict[Member, tuple[int, int]] | None = None
@@ -107,6 +113,16 @@ class PlanMeter:
     def ffns(self) -> int:
         """FFNs of the model, fusable or not: one for each decoder layer at least."""
         return max(len(self.graph.blocks.layers), len(self.graph.blocks.ffns))
+
+    def refuse_hidden_ffns(self) -> None:
+        """Raises `SurgeryError` where FFNs cannot be seen since adapters are active in the model."""
+        adapted = active_adapters(self.model)
+        if adapted and len(self.members) < self.ffns:
+            raise SurgeryError(
+                f"{self.ffns - len(self.members)} FFNs cannot be seen, since adapters are active ({adapted[0]}, ...): "
+                "plan after `model.merge_adapter()` (then `unmerge_adapter()`), or inside of "
+                "`with model.disable_adapter():`; `fuse` carries adapters as they are"
+            )
 
     def knows(self, plan: FusionPlan) -> bool:
         """Whether it was measured before."""

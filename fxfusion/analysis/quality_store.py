@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from fxfusion.analysis.batches import Batch
 from fxfusion.analysis.quality import Estimate, Quality
+from fxfusion.analysis.resume import read_json, write_json
 from fxfusion.errors import FxFusionError
 
 
@@ -24,11 +24,13 @@ class QualityStore:
         self.path = path
         self.identity = dict(identity)
         self.known: dict[str, dict[str, Any]] = {}
-        if self.path is None or not self.path.exists():
+        stored = None if self.path is None else read_json(self.path, "measured qualities")
+        if stored is None:
             return
-        stored = json.loads(self.path.read_text(encoding="utf-8"))
-        if stored["identity"] != self.identity:
-            raise FxFusionError(f"{self.path} holds measurements of another model or text; use another cache folder")
+        if stored.get("identity") != self.identity:
+            raise FxFusionError(
+                f"{self.path} holds measurements of another model or text (or of an older fxfusion); use another folder"
+            )
         self.known = stored["plans"]
 
     def get(self, key: str) -> Quality | None:
@@ -45,9 +47,7 @@ class QualityStore:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".part")
-        scratch.write_text(json.dumps({"identity": self.identity, "plans": self.known}, indent=1), encoding="utf-8")
-        scratch.replace(self.path)
+        write_json(self.path, {"identity": self.identity, "plans": self.known})
 
 
 def batches_digest(batches: Sequence[Batch]) -> str:

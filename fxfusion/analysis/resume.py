@@ -30,13 +30,24 @@ def model_key(traced: TracedModel) -> str:
     digest = hashlib.sha256(f"{type(model).__name__} without {traced.dropped_attention}".encode())
     for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
         digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        flat = (torch.view_as_real(value) if value.is_complex() else value).detach().reshape(-1)
-        if not flat.numel():
-            continue
-        sample = flat[:: flat.numel() // _SAMPLES | 1].contiguous().cpu()
-        digest.update(bytes(sample.view(torch.uint8).numpy()))
-        digest.update(repr(float(flat.sum(dtype=torch.float64))).encode())
+        for part in _plain_parts(value.detach()):
+            flat = (torch.view_as_real(part) if part.is_complex() else part).reshape(-1)
+            if not flat.numel():
+                continue
+            sample = flat[:: flat.numel() // _SAMPLES | 1].contiguous().cpu()
+            digest.update(bytes(sample.view(torch.uint8).numpy()))
+            digest.update(repr(float(flat.sum(dtype=torch.float64))).encode())
     return digest.hexdigest()[:16]
+
+
+def _plain_parts(value: Tensor) -> Iterator[Tensor]:
+    """The tensors that a subclass (a quantised weight, say) is made of; a plain tensor itself."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield value
+        return
+    names, _ = value.__tensor_flatten__()
+    for name in names:
+        yield from _plain_parts(getattr(value, name))
 
 
 def check_batches(stored: Sequence[str], given: Sequence[str], where: object) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.planned import analyse_without
 from fxfusion.cost import Hardware, Layer, LayerTable, Workload, arrange, simulate_step
-from fxfusion.cost.read_table import sizes_of_config, width_of_config
+from fxfusion.cost.read_table import sizes_of_config, width_of_config, windows_of_config
 from fxfusion.errors import OptionError
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.traced import TracedGraph
@@ -38,7 +38,11 @@ def table_of_model(model: nn.Module, graph: TracedGraph) -> LayerTable:
         raise OptionError(
             f"{name}: the FFN of layer {(unknown or [0])[0]} is not understood, and no config says its width"
         )
-    layers = [Layer(attention=number in mixers, ffn_width=widths.get(number)) for number in range(1 + max(there))]
+    windows = windows_of_config(fields.get("text_config") or fields, 1 + max(there))
+    layers = [
+        Layer(attention=number in mixers, ffn_width=widths.get(number), window=window if number in mixers else None)
+        for number, window in enumerate(windows)
+    ]
     gated = any(len(ffn.pieces) > 1 for ffn in found)
     return LayerTable(name=name, gated=gated, blocks=tuple(layers), **sizes_of_config(fields, where))
 

@@ -87,14 +87,14 @@ def make_plan(
             each other.
         PlanError: no plan fits the budget; the message says what is possible.
         CaptureError: the model cannot be captured as one graph.
+        SurgeryError: FFNs are hidden by adapters that are active on them.
     """
     budget = Budget(
         drop=drop, max_perplexity_increase=max_perplexity_increase, max_kl=max_kl, target_depth=target_depth
     )
     limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
     if preset == "automatic" or over_roads.get("roads") is not None:
-        if dropped_attention is not None or splits is not None:
-            raise OptionError("dropped_attention and splits name layers; over several roads the planner does that")
+        _check_roads(preset, dropped_attention, splits)
         options, budget = road_options(over_roads, budget, automatic=preset == "automatic")
         searched = search_for(model, list(batches), options, budget, limits, norm, cache, progress)
         return made(choose(searched, options, budget), model, command)
@@ -103,6 +103,7 @@ def make_plan(
         raise OptionError("drop and dropped_attention were both given; the second names the layers itself")
     _check_preset(preset, budget, limits, norm, splits)
     planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
+    planner.meter.refuse_hidden_ffns()
     if preset is None:
         return recorded(planner, search(planner, budget, dropped_attention).plan, command)
     return recorded(planner, _paper(planner, budget, dropped_attention, splits), command)
@@ -112,6 +113,14 @@ def made(found: Found, model: nn.Module, command: str | None) -> FusionPlan:
     """The plan with its model, quality and maker."""
     quality = quality_record(found.quality)
     return found.plan.replace(model=facts_of(model), quality=quality, made_by=MadeBy.now(command=command))
+
+
+def _check_roads(preset: str | None, dropped: Sequence[int] | None, splits: Iterable[int] | None) -> None:
+    """Raises `OptionError` for arguments that decide what the planner decides over several roads."""
+    if dropped is not None or splits is not None:
+        raise OptionError("dropped_attention and splits name layers; over several roads the planner does that")
+    if preset not in (None, "automatic"):
+        raise OptionError(f"preset={preset!r} does not go with roads: the planner decides by measurement there")
 
 
 def _check_preset(

@@ -147,7 +147,10 @@ def sweep(
     """
     limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
     planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
+    planner.meter.refuse_hidden_ffns()
     latency = predictor(planner.meter, hardware, workload)
+    if latency is not None:
+        latency(FusionPlan())  # a setting that cannot be is found before hours of measuring
     return run_sweep(planner, _default_drops(len(planner.meter.mixers)) if drops is None else drops, latency)
 
 

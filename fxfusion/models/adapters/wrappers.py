@@ -60,6 +60,15 @@ def find_wrappers(model: nn.Module) -> list[Wrapper]:
     return list(walk(model, ""))
 
 
+def active_adapters(model: nn.Module) -> list[str]:
+    """Paths of the layers that an adapter changes: neither merged into them nor switched off."""
+    return [
+        wrapper.path
+        for wrapper in find_wrappers(model)
+        if wrapper.tunes and not wrapper.module.merged and not wrapper.module.disable_adapters
+    ]
+
+
 def take_off(wrappers: list[Wrapper], undo: ExitStack) -> None:
     for wrapper in wrappers:
         wrapper.take_off()

@@ -124,6 +124,7 @@ def search_for(
     fitted, judged = divided(batches) if options.after_refit else ([], list(batches))
     folder = None if cache is None else Path(cache) / ("roads_after_refit" if options.after_refit else "roads")
     judge = PlanMeter(model, judged, folder)
+    judge.refuse_hidden_ffns()
     less = screened(judged)
     meter = judge if len(less) == len(judged) else PlanMeter(judge.traced, less, _inside(folder, "screen"))
     screen = Screen(

@@ -11,6 +11,7 @@ Source: issue 7.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,7 +25,7 @@ from fxfusion.planning.roads.after_refit import RefitMeter
 from fxfusion.planning.roads.price import Price
 from fxfusion.planning.roads.programme import Offer, Proposal, front, propose
 from fxfusion.planning.roads.screen import Screen, increase
-from fxfusion.planning.roads.segment import Road, Segment, plan_of
+from fxfusion.planning.roads.segment import Road, Segment, is_on_one_road, plan_of
 
 _KEPT = 4  # proposals for each price
 _TRIED, _JUDGED = 8, 3  # whole plans that are measured for one price on the text of the screen, and by the judge
@@ -98,6 +99,8 @@ class RoadSearch:
         slack = _SLACK if self.refitted is None else _SLACK_AFTER_REFIT
         self.screen.run(lambda: slack * _allowed_loss(budget))
         self._renew()
+        if not any(segment.size > 1 for segment in self.screen.costs):
+            warnings.warn(f"no window of layers can be had{self._reasons()}", stacklevel=3)
         ladder = [proposal for proposal in front(self.proposals) if proposal.saved > 0]
         low, high, factor = -1, len(ladder), 1.0  # up to low within the budget, from high on outside
         for _ in range(_PROBES if self.refitted is None else _PROBES_AFTER_REFIT):
@@ -106,7 +109,11 @@ class RoadSearch:
             middle = sum(proposal.cost * factor <= _allowed_loss(budget) for proposal in ladder) - 1
             if not low < middle < high:
                 middle = (low + high) // 2
-            found = self._best_at(self.intact_price - ladder[middle].saved, on_the_way=True)
+            try:
+                found = self._best_at(self.intact_price - ladder[middle].saved, on_the_way=True)
+            except PlanError:  # windows that can be had alone, but not together
+                high = middle
+                continue
             factor = max(found.cost, _LEAST) / max(ladder[middle].cost, _LEAST)
             if budget.allows(found.quality):
                 low = middle
@@ -152,7 +159,7 @@ class RoadSearch:
         costs = {
             segment: max(cost, _LEAST) * recovery.get(segment.road, 1.0)
             for segment, cost in self.screen.costs.items()
-            if segment.road in (roads or self.screen.roads)
+            if segment.road in (roads or self.screen.roads) or self._moves_nothing(segment)
         }
         alone = {segment.first: cost for segment, cost in costs.items() if segment.size == 1}
         for segment, cost in list(costs.items()):
@@ -199,7 +206,7 @@ class RoadSearch:
             self.measure(plan)
         reached = [one for one in self.found.values() if one.price <= most * (1 + 1e-9)]
         best = min(reached, key=lambda one: one.cost)
-        plain = min((one for one in reached if _is_on_one_road(one.plan)), key=lambda one: one.cost, default=best)
+        plain = min((one for one in reached if is_on_one_road(one.plan)), key=lambda one: one.cost, default=best)
         # Many mixed plans are tried, so that the best of them looks better than it is.
         return best if best.upper < plain.cost else plain
 
@@ -239,10 +246,9 @@ class RoadSearch:
         known = self.screen.costs
         if segment in known:
             return max(known[segment], _LEAST)
-        extra = next(layer for layer in segment.dropped if _without(segment, layer) in known)
-        return max(known[_without(segment, extra)], _LEAST) + max(
-            known[Segment(extra, extra, "drop", (extra,))], _LEAST
-        )
+        extra = next(layer for layer in segment.dropped if segment.keeping(layer) in known)
+        alone = known[Segment(extra, extra, "drop", (extra,))]
+        return max(known[segment.keeping(extra)], _LEAST) + max(alone, _LEAST)
 
     def _measured_recovery(self, refitted: RefitMeter) -> dict[Road, float]:
         """Which part of its cost a refit leaves on each road: from one plan that merges about a quarter of the FFNs."""
@@ -267,22 +273,20 @@ class RoadSearch:
     def _why_none(self, most: float) -> str:
         least = self.intact_price - max((one.saved for one in self.proposals), default=0.0)
         words = f"no plan reaches {self.price.text(most)}; the windows that can be had reach {self.price.text(least)}"
+        return words + self._reasons()
+
+    def _moves_nothing(self, segment: Segment) -> bool:
+        """Whether a window has no attention between its FFNs: then it belongs to every road."""
+        return segment.size > 1 and not segment.dropped and not set(segment.layers[1:]).intersection(self.screen.mixers)
+
+    def _reasons(self) -> str:
+        """Why windows are missing."""
+        words = ""
         lacking = [layer for layer in range(self.screen.layers) if layer not in self.meter.members]
         if lacking:
             words += f"; layers {lacking} hold no FFN that can be fused (`fxfusion explain` says why)"
         reasons = list(dict.fromkeys(self.screen.refused.values()))
         return words + (f" ({len(self.screen.refused)} were refused, such as: {reasons[0]})" if reasons else "")
-
-
-def _is_on_one_road(plan: FusionPlan) -> bool:
-    """Whether nothing is dropped, or nothing is moved in one way or the other."""
-    return len({group.mixers for group in plan.windows}) + bool(plan.dropped_attention) <= 1
-
-
-def _without(segment: Segment, layer: int) -> Segment:
-    """The same with the attention of one layer kept."""
-    dropped = tuple(other for other in segment.dropped if other != layer)
-    return Segment(segment.first, segment.last, segment.road, dropped)
 
 
 def _allowed_loss(budget: Budget) -> float:

@@ -52,6 +52,15 @@ class Segment:
         """The same, with the attention of one more layer dropped."""
         return Segment(self.first, self.last, self.road, tuple(sorted({*self.dropped, layer})))
 
+    def keeping(self, layer: int) -> Segment:
+        """The same, with the attention of one layer kept after all."""
+        return Segment(self.first, self.last, self.road, tuple(other for other in self.dropped if other != layer))
+
+
+def is_on_one_road(plan: FusionPlan) -> bool:
+    """Whether nothing is dropped, or nothing is moved in one way or the other."""
+    return len({group.mixers for group in plan.windows}) + bool(plan.dropped_attention) <= 1
+
 
 def check_roads(roads: Iterable[Any]) -> tuple[Road, ...]:
     """In a fixed order. Raises `OptionError`."""

@@ -61,6 +61,17 @@ def test_learned_prompts_are_refused_where_layers_are_looked_at(model: Any) -> N
         fxfusion.attention_scores(prompts, [token_ids()])
 
 
+@pytest.mark.parametrize("more", [{"drop": 1}, {"roads": ("hoist",), "target_depth": 3}], ids=["drop", "hoist"])
+def test_ffns_that_adapters_hide_are_not_planned_as_if_they_were_none(model: Any, more: dict[str, Any]) -> None:
+    outer = peft.get_peft_model(model, peft.LoraConfig(target_modules=["down_proj"]))
+    with pytest.raises(SurgeryError, match="4 FFNs cannot be seen, since adapters are active"):
+        fxfusion.make_plan(outer, [token_ids()], **more)
+    with pytest.raises(SurgeryError, match="4 FFNs cannot be seen"):
+        fxfusion.sweep(outer, [token_ids()])
+    with outer.disable_adapter():
+        assert fxfusion.make_plan(outer, [token_ids()], drop=1).dropped_attention
+
+
 @pytest.mark.parametrize("act", [fxfusion.fuse, fxfusion.drop_attention])
 def test_a_wrapper_that_knows_the_parameters_is_refused(model: Any, act: Any) -> None:
     with pytest.raises(SurgeryError, match=r"DistributedDataParallel knows the parameters .* \(`.module`\)"):

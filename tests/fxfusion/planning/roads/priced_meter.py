@@ -25,7 +25,8 @@ def loss_of(plan: FusionPlan) -> float:
 
 
 class PricedMeter(PlanMeter):
-    """`quality` is `loss(plan)`; windows in `refused` cannot be had; layers in `lacking` have no FFN to fuse.
+    """`quality` is `loss(plan)`; windows in `refused` cannot be had; layers in `lacking` have no FFN to fuse,
+    those not in `mixers` no attention.
 
     `asked`: the plans that were measured.
     """
@@ -37,8 +38,10 @@ class PricedMeter(PlanMeter):
         layers: int = LAYERS,
         lacking: Sequence[int] = (),
         noise: float = 0.0,
+        mixers: Sequence[int] | None = None,
     ) -> None:
         self.noise = noise
+        self.with_mixer = tuple(range(layers) if mixers is None else mixers)
         self.lacking = lacking
         self.model = TinyLm(layers)
         self.batches = []
@@ -47,7 +50,7 @@ class PricedMeter(PlanMeter):
 
     @property
     def mixers(self) -> tuple[int, ...]:
-        return tuple(range(self.layers))
+        return self.with_mixer
 
     @property
     def members(self) -> Mapping[Member, tuple[int, int]]:

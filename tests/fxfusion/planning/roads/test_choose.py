@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ def test_automatic_is_the_least_latency_within_a_percent_of_the_perplexity() -> 
     price = predicted_latency(PlanMeter(model, text[:1]), "h100")
     assert price.of(loose) < price.of(FusionPlan()) and price.of(loose) <= price.of(plan)
     assert loose.groups
+    assert plan.quality is not None and plan.quality.loss_increase is not None
+    assert plan.quality.loss_increase <= math.log(1.01)
 
 
 def test_latency_is_that_of_the_cost_model() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import pytest
 
 from fxfusion.analysis.quality import Quality
-from fxfusion.errors import PlanError
+from fxfusion.errors import NotFusedError, PlanError
 from fxfusion.plan import FusionPlan
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.roads.after_refit import RefitMeter
@@ -69,9 +70,42 @@ def test_at_a_latency_no_plan_loses_less(most: float) -> None:
 
 
 def test_more_roads_never_lose_more() -> None:
+    tried: set[Road] = set()
     for most in (14.0, 12.0, 10.0):
-        alone = [search([road], LATENCY).best_at(most).cost for road in ROADS if road != "hoist"]
-        assert search(price=LATENCY).best_at(most).cost <= min(alone) + 1e-12
+        alone: dict[Road, float] = {}
+        for road in ROADS:
+            with suppress(PlanError):  # moving attention alone does not get that far
+                alone[road] = search([road], LATENCY).best_at(most).cost
+        assert search(price=LATENCY).best_at(most).cost <= min(alone.values()) + 1e-12
+        tried |= alone.keys()
+    assert tried == set(ROADS)
+
+
+def test_a_run_without_attention_belongs_to_every_road() -> None:
+    """Attention of layers 3 and 4 is gone already: 2, 3 and 4 become one, whatever road the others take."""
+    mixed, alone = (search(roads, mixers=(0, 1, 2, 5)) for roads in (("drop", "hoist"), ("hoist",)))
+    for one in (mixed, alone):
+        one.best_at(LAYERS)
+    assert max(one.saved for one in mixed.on_one_road[1]) == max(one.saved for one in alone.proposals) >= 2
+
+
+def test_windows_that_cannot_be_had_together_are_taken_one_by_one() -> None:
+    """One price whose plans cannot be had does not end the search."""
+
+    class Apart(PricedMeter):
+        def quality(self, plan: FusionPlan) -> Quality:
+            if len(plan.groups) > 1:
+                raise NotFusedError("the plan does not fit this model: not both")
+            return super().quality(plan)
+
+    screen = Screen(Apart(), ("hoist",), max_window=2)
+    found = RoadSearch(screen, depth_price(LAYERS), screen.meter).cheapest(Budget(max_kl=1.0))
+    assert len(found.plan.groups) == 1
+
+
+def test_no_window_at_all_is_a_warning_with_the_reason() -> None:
+    with pytest.warns(UserWarning, match=r"no window of layers can be had; layers \[0, 1, 2, 3, 4, 5\] hold no FFN"):
+        assert search(lacking=range(LAYERS)).cheapest(Budget(max_kl=1.0)).plan == FusionPlan()
 
 
 @pytest.mark.parametrize("bound", [0.002, 0.01, 0.05])
