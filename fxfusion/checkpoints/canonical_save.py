@@ -156,6 +156,11 @@ def _check_plain(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(f"{type(model).__name__} is no transformers model: a checkpoint needs its config")
+    if model.config.model_type == "nemotron-nas":
+        raise CheckpointError(
+            "a model in the nemotron-nas layout has no canonical form: save it with format='nemotron-nas', or load it "
+            "with fused=False first, where its folder keeps its members"
+        )
     check_plain(model)
 
 

@@ -60,7 +60,7 @@ def load(
             advance(value.nbytes)
             put(decoder, facts.name, torch.nn.Parameter(value.to(device=device, dtype=wanted)))
     decoder.config.dtype = decoder.dtype
-    decoder.config._name_or_path = os.fspath(directory)
+    decoder.name_or_path = decoder.config._name_or_path = os.fspath(directory)
     _read_generation_config(decoder, reader.folder)
     return finish(decoder)
 

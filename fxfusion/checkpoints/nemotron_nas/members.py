@@ -14,6 +14,7 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ from fxfusion.models.intact_config import intact_config
 from fxfusion.plan import FusionPlan, ResidueFile
 
 RESIDUE = "fxfusion_residue.st"
-_CONFIG, _SHARDS = "config", "shards"
+_CONFIG, _SHARDS, _FUSED = "config", "shards", "fused"
 _CHUNK = 2**20  # bytes
 
 
@@ -57,12 +58,17 @@ def write_members(folder: Path, model: nn.Module) -> None:
     state = fused_state(model)
     if state is None:
         return
-    shards = state.recipe.groups[0].shards
-    notes = {"format": "pt", _CONFIG: intact_config(model).to_json_string(), _SHARDS: str(shards)}
+    shards, plan = state.recipe.groups[0].shards, plan_of(model)
+    notes = {"format": "pt", _CONFIG: intact_config(model).to_json_string(), _SHARDS: str(shards), _FUSED: _fused(plan)}
     content = save({name: value.detach().cpu().contiguous() for name, value in state.residue.items()}, notes)
     disk.write_file(folder / RESIDUE, content)
-    plan, named = plan_of(model), ResidueFile(file=RESIDUE, sha256=hashlib.sha256(content).hexdigest())
+    named = ResidueFile(file=RESIDUE, sha256=hashlib.sha256(content).hexdigest())
     plan.replace(model=plan.model or facts_of(model), residue=named).save(folder / PLAN)
+
+
+def _fused(plan: FusionPlan) -> str:
+    """What of a plan says how weights were put together."""
+    return json.dumps([[group.to_data() for group in plan.groups], list(plan.dropped_attention), plan.norm])
 
 
 def load_unfused(
@@ -74,7 +80,8 @@ def load_unfused(
 ) -> Any:
     """The model from before its FFNs were fused, of its own class, without the attention that was dropped.
 
-    Weights are those from before bit for bit with `norm="last"`, to rounding with `"fold"`. Arguments and errors as
+    Weights are those from before bit for bit with `norm="last"`, to rounding with `"fold"`. What a refit
+    changed stays changed, with a warning. Arguments and errors as
     of `fxfusion.from_pretrained`.
     """
     reader = CheckpointReader.open(directory)
@@ -93,6 +100,7 @@ def load_unfused(
     state.residue.update(kept.residue(state.recipe))
     unfuse(model)
     if kept.plan.refit is not None:
+        warnings.warn(f"{directory} was refitted for its fused form; without, it is another model", stacklevel=3)
         write_refit(model.config, kept.plan.refit)
     generation = read_generation_config(reader.folder)
     if generation is not None:
@@ -127,6 +135,8 @@ class _Kept:
             config, shards = json.loads(notes[_CONFIG]), int(notes[_SHARDS])
         except (KeyError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{where} does not say which model was fused: {error}") from error
+        if notes.get(_FUSED) != _fused(plan):  # weights are taken apart as they were put together
+            raise CheckpointError(f"{folder.path / PLAN}: groups or norm are not those that {file} was written with")
         is_decilm = isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
         read = config_from(config, folder, file) if is_decilm else config_of(config, where)
         return cls(folder, plan, file, read, shards)

@@ -149,3 +149,14 @@ def test_a_plan_that_does_not_fit_writes_nothing_and_changes_nothing(tmp_path: P
     assert not (tmp_path / "model").exists()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not hasattr(model.config, "fxfusion")
+
+
+def test_the_engines_layout_has_no_canonical_form(tmp_path: Path) -> None:
+    """Only without its groups: those members have a class of their own."""
+    fxfusion.save_pretrained(models.fused("last"), tmp_path / "export", format="nemotron-nas")
+    with pytest.raises(CheckpointError, match="a model in the nemotron-nas layout has no canonical form"):
+        fxfusion.save_pretrained(fxfusion.from_pretrained(tmp_path / "export"), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    members = fxfusion.from_pretrained(tmp_path / "export", fused=False)
+    fxfusion.save_pretrained(members, tmp_path / "again")
+    assert fxfusion.from_pretrained(tmp_path / "again").config.model_type == members.config.model_type

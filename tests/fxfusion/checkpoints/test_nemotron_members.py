@@ -139,6 +139,10 @@ def without_notes(folder: Path) -> None:
     renamed_hash(folder)
 
 
+def other_norm(folder: Path) -> None:
+    fxfusion.FusionPlan.load(folder / PLAN).replace(norm="last").save(folder / PLAN)
+
+
 def in_other_words(edit: Callable[[dict[str, Tensor]], Any], file: str = RESIDUE) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         change(folder / file, edit)
@@ -157,6 +161,7 @@ def in_other_words(edit: Callable[[dict[str, Tensor]], Any], file: str = RESIDUE
         (cut_off, f"{RESIDUE} is cut off or was changed: fxfusion_plan.yaml names a file with another sha256"),
         (another, f"{RESIDUE} is cut off or was changed"),
         (without_notes, f"{RESIDUE} does not say which model was fused"),
+        (other_norm, f"groups or norm are not those that {RESIDUE} was written with"),
         (in_other_words(lambda found: found.update(more=torch.ones(3))), f"{RESIDUE}: more is no tensor of the model"),
         (
             in_other_words(lambda found: found[GAIN].mul_(0)),
