@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fxfusion.analysis.quality import Quality, evaluate, record_logits
-from fxfusion.checkpoints.api import save_pretrained
+from fxfusion.checkpoints.folder import check_replaceable
 from fxfusion.cli import evaluation_tables, timing
 from fxfusion.cli.conversion import Format
-from fxfusion.cli.results_folder import PLAN
+from fxfusion.cli.refit import write_refitted
+from fxfusion.cli.results_folder import PLAN, contents, digest
 from fxfusion.cli.road_planning import choose_plan, show
 from fxfusion.cli.session import Session
 from fxfusion.errors import OptionError
@@ -31,6 +32,7 @@ _ROUNDS = 12
 
 def make(run: Session, wish: Wish, output: Path, format: Format) -> dict[str, Any]:
     """All of it; what `--json` prints."""
+    check_replaceable(output)
     text, held_out = divided(run.batches)
     chosen = choose_plan(run, wish, text)
     result: dict[str, Any] = {**chosen.to_dict(), "text": run.text_facts, "output": None}
@@ -39,13 +41,16 @@ def make(run: Session, wish: Wish, output: Path, format: Format) -> dict[str, An
         run.screen.line("no window of layers is within the budget: nothing is written", "bold red")
         return result
     chosen.plan.save(run.folder.file(PLAN))
-    fused = refit(run.model, chosen.plan, text, reference="intact", progress=run.screen.notes.is_terminal)
+    key = digest([contents(chosen.plan), run.text_facts])
+    fused = refit(
+        run.model, chosen.plan, text, cache=run.folder.file(f"refit_{key}"), progress=run.screen.notes.is_terminal
+    )
     with run.screen.busy("measuring on held-out text"):
         quality = _quality(run, chosen.plan, fused, held_out)
     result["quality"] = {name: each.to_dict() for name, each in quality.items()}
     with run.screen.busy("timing both models on this machine"):
         result["speed"] = _speed(run, fused, held_out[0])
-    save_pretrained(fused, output, format.value, card={"quality": _card(quality)})
+    write_refitted(run, fused, chosen.plan, output, format, card={"quality": _card(quality)})
     result["output"] = str(output)
     show(run, result)
     _show_speed(run, result["speed"])

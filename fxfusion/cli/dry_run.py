@@ -25,7 +25,7 @@ def fused_without_weights(
         is_decilm = folder.json("config.json").get("model_type") == MODEL_TYPE
         model: Any = outline_of(folder) if is_decilm else build_without_weights(model_dir)
         before = facts(model, plan_of(model))
-        chosen = plan or read_plan(folder)
+        chosen = plan or (None if is_decilm else read_plan(folder))  # such a folder holds the fused form itself
         if chosen is not None:
             fuse(model, chosen)
     after = facts(model, plan_of(model))

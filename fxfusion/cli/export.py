@@ -17,7 +17,7 @@ from fxfusion.cli.conversion import (
     say_engines,
     show,
 )
-from fxfusion.cli.options import ModelDir, check_folder
+from fxfusion.cli.options import ModelDir, check_apart, check_folder
 
 
 @converting
@@ -36,6 +36,7 @@ def command(
     prints config and tensor index (all of it under --json); no weights are read, so any size is quick.
     """
     check_folder(model_dir)
+    check_apart(model_dir, out_dir)
     from fxfusion.plan import FusionPlan
 
     chosen = None if plan is None else FusionPlan.load(plan)

@@ -152,6 +152,23 @@ def check_folder(folder: Path) -> None:
         raise FxFusionError(f"{folder}: {what}; give the local folder of a model (nothing is downloaded)")
 
 
+def check_apart(folder: Path, out: Path) -> None:
+    """Raises `OptionError` where a command would write over the folder that it reads."""
+    if folder.resolve() == out.resolve():
+        raise OptionError(f"OUT_DIR is the model's own folder, {folder}: it would be lost; name another one")
+
+
+def check_intact(folder: Path) -> None:
+    """Plain transformers would load a folder of a changed model, too, but not as that model."""
+    from fxfusion.checkpoints.canonical_load import PLAN, read_plan
+    from fxfusion.checkpoints.reading import SafeFolder
+
+    known = read_plan(SafeFolder.of(folder))
+    if known is not None and (known.groups or known.dropped_attention or known.refit):
+        was = "refitted" if known.refit else "fused, or lost attention,"
+        raise FxFusionError(f"{folder} was {was} already ({PLAN}): give the folder of the model as it was")
+
+
 def read(text: str | None, reader: Callable[[str], T]) -> T | None:
     """What an option's text means; None where it was not given."""
     return None if text is None else reader(text)

@@ -77,6 +77,12 @@ class Wish:
 
     def __post_init__(self) -> None:
         if self.over_roads:
+            for name in ("dropped_attention", "splits"):
+                if getattr(self, name) is not None:
+                    option = "--drop-attention" if name == "dropped_attention" else "--splits"
+                    raise OptionError(f"{option}: over several roads the planner itself decides that")
+            if self.preset == "paper":
+                raise OptionError("--preset paper is a rule for dropped attention; it goes without --roads")
             return
         if self.drop is not None and self.dropped_attention is not None:
             raise OptionError("--drop and --drop-attention were both given; the second names the layers itself")
@@ -124,7 +130,7 @@ def command(
         target_depth=target_depth,
         norm=None if norm is None else norm.value,
         method=method.value,
-        preset="automatic" if automatic else None if preset is None else preset.value,
+        preset=_preset(preset, automatic),
         splits=read(splits, partial(read_layers, option="--splits")),
         after_refit=after_refit,
         **limits.arguments(),
@@ -136,6 +142,12 @@ def command(
     if run.common.dry_run:
         return run.plan_dry_run(work(run, wish), [target, COMPILED, PLANS])
     return _make(run, wish, target)
+
+
+def _preset(named: Preset | None, automatic: bool) -> Literal["paper", "automatic"] | None:
+    if automatic and named is not None:
+        raise OptionError(f"--automatic and --preset {named.value} were both given; give one of them")
+    return "automatic" if automatic else None if named is None else named.value
 
 
 def _make(run: Session, wish: Wish, target: Path) -> dict[str, Any]:

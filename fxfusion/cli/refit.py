@@ -10,10 +10,10 @@ import typer
 
 from fxfusion.cli.conversion import Format, OutDir, Plan, ShardSize
 from fxfusion.cli.fuse import FormatOption, say_plan
-from fxfusion.cli.options import read_bytes, show_layers
+from fxfusion.cli.options import check_apart, check_intact, read_bytes, show_layers
 from fxfusion.cli.results_folder import contents, digest
 from fxfusion.cli.session import Session, Work, measuring_with
-from fxfusion.errors import FxFusionError, OptionError
+from fxfusion.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,8 @@ def command(
     if plan is None:
         raise OptionError("--plan: give the plan file that says what to drop and to fuse (`fxfusion plan` makes one)")
     chosen = FusionPlan.load(plan)
-    _check_whole(run.common.model_dir)
+    check_intact(run.common.model_dir)
+    check_apart(run.common.model_dir, out_dir)
     limit = None if memory_limit is None else read_bytes(memory_limit, "--memory-limit")
     run.require_text()
     result = {
@@ -90,19 +91,9 @@ def command(
         return result | run.plan_dry_run(work, [out_dir])
     found = _refit(run, chosen, reference.value, later.value, validation, limit)
     record = _show(run, found)
-    _write(run, found, chosen, record, out_dir, format, max_shard_size)
+    write_refitted(run, found, chosen, out_dir, format, max_shard_size)
+    run.screen.line(f"written: {out_dir}")
     return result | {"dry_run": False, "refit": record.model_dump(mode="json")}
-
-
-def _check_whole(folder: Path) -> None:
-    """Plain transformers would load a folder of a changed model, too, but not as that model."""
-    from fxfusion.checkpoints.canonical_load import PLAN, read_plan
-    from fxfusion.checkpoints.reading import SafeFolder
-
-    known = read_plan(SafeFolder.of(folder))
-    if known is not None and (known.groups or known.dropped_attention or known.refit):
-        was = "refitted" if known.refit else "fused, or lost attention,"
-        raise FxFusionError(f"{folder} was {was} already ({PLAN}): give the folder of the model as it was")
 
 
 def _refit(
@@ -152,13 +143,20 @@ def _show(run: Session, model: Any) -> Refit:
     return record
 
 
-def _write(
-    run: Session, model: Any, plan: Any, record: Any, out_dir: Path, format: Format, max_shard_size: str
+def write_refitted(
+    run: Session,
+    model: Any,
+    plan: Any,
+    out_dir: Path,
+    format: Format,
+    max_shard_size: str = "2GB",
+    card: dict[str, Any] | None = None,
 ) -> None:
     """The folder's own tensors but for those that were refitted, in the dtype that it stores."""
     import torch
 
     from fxfusion.checkpoints.api import from_pretrained, save_pretrained
+    from fxfusion.models.drop_record import read_refit
     from fxfusion.recovery.members import refitted_parameters
 
     loud = run.screen.notes.is_terminal
@@ -169,6 +167,11 @@ def _write(
             parameter.copy_(value)
     with run.screen.busy("writing, and proving the fused form"):
         save_pretrained(
-            stored, out_dir, format.value, plan=plan.replace(refit=record), max_shard_size=max_shard_size, progress=loud
+            stored,
+            out_dir,
+            format.value,
+            plan=plan.replace(refit=read_refit(model.config)),
+            card=card,
+            max_shard_size=max_shard_size,
+            progress=loud,
         )
-    run.screen.line(f"written: {out_dir}")

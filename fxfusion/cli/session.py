@@ -19,7 +19,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from fxfusion.cli.options import Common
+from fxfusion.cli.options import Common, check_intact
 from fxfusion.cli.results_folder import ResultsFolder, digest
 from fxfusion.cli.screen import Screen
 from fxfusion.errors import FxFusionError, OptionError
@@ -118,6 +118,7 @@ class Session:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The intact model. The results folder is checked to be about it before anything is measured."""
+        check_intact(self.common.model_dir)
         with self.screen.busy("loading the model"):
             from fxfusion.cli import inputs
 

@@ -161,7 +161,8 @@ class Request:
         from fxfusion.cost.cuts import fusable_runs, fused
         from fxfusion.policy import PRESETS
 
-        before = arrange(self.table, unfuse=self.unfuse)
+        drops = None if self.plan is None else self.plan.replace(groups=())  # not what fusing gains
+        before = arrange(self.table, drops, unfuse=self.unfuse)
         if self.fuses:
             return before, arrange(self.table, self.plan, self.groups, self.unfuse)
         if self.unfuse:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, ShardSize, converting, facts, show
 from fxfusion.cli.fuse import say_plan
-from fxfusion.cli.options import ModelDir, check_folder
+from fxfusion.cli.options import ModelDir, check_apart, check_folder
 from fxfusion.errors import FxFusionError
 
 
@@ -24,11 +24,14 @@ def command(
     bit where norms were not folded, to rounding where they were. Dropped attention stays dropped: its weights are gone.
     """
     check_folder(model_dir)
-    from fxfusion.checkpoints.canonical_load import read_plan
+    check_apart(model_dir, out_dir)
+    from fxfusion.checkpoints.canonical_load import PLAN, read_plan
     from fxfusion.checkpoints.reading import SafeFolder
 
     plan = read_plan(SafeFolder.of(model_dir))
-    if plan is None or not plan.groups:
+    if plan is None:
+        raise FxFusionError(f"{model_dir} has no {PLAN}: nothing says what was fused, or what its members were")
+    if not plan.groups:
         raise FxFusionError(f"{model_dir}: nothing is fused in it, by its plan")
     say_plan(run, plan)
     result = {"model": str(model_dir), "out": str(out_dir), "dry_run": dry_run}

@@ -94,6 +94,12 @@ def test_fuse_straight_into_the_engines_format(
     assert ours.keys() == theirs.keys() and all(torch.allclose(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_dry_run_of_a_folder_for_engines(run: Run, exported: Path, tmp_path: Path) -> None:
+    """It holds the fused form itself: its plan is not fused a second time."""
+    ran = run("export", exported, tmp_path / "out", "--dry-run", "--json")
+    assert ran.code == 0 and ran.json["before"]["layers"] == ran.json["after"]["layers"]
+
+
 @pytest.mark.parametrize("command", ["fuse", "export"])
 def test_a_dry_run_reads_no_weights_and_writes_nothing(
     run: Run, model: Path, plan: Path, tmp_path: Path, command: str
@@ -173,7 +179,10 @@ def test_generate_continues_prompts(run: Run, fused: Path, exported: Path, model
         (("fuse", "OUT", "OUT", "--plan", "PLAN"), 1, "no such folder"),
         (("export", "OUT", "OUT"), 1, "no such folder"),
         (("check", "OUT"), 1, "no such folder"),
-        (("unfuse", "MODEL", "OUT"), 1, "nothing is fused in it"),
+        (("unfuse", "MODEL", "OUT"), 1, "nothing says what was fused"),
+        (("fuse", "MODEL", "MODEL", "--plan", "PLAN"), 2, "OUT_DIR is the model's own folder"),
+        (("export", "MODEL", "MODEL"), 2, "OUT_DIR is the model's own folder"),
+        (("unfuse", "MODEL", "MODEL"), 2, "OUT_DIR is the model's own folder"),
         (("generate", "MODEL"), 2, "--prompt: give the text"),
         (("generate", "MODEL", "--prompt", "3", "--cache", "paged"), 2, "expected dynamic or static"),
     ],

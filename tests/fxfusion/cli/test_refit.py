@@ -89,3 +89,14 @@ def test_a_refitted_folder_is_not_refitted_again(run: Run, place: Path, tmp_path
     given[1] = place / "out"
     ran = run(*given)
     assert ran.code == 1 and "was refitted already" in ran.error and not (tmp_path / "more").exists()
+
+
+def test_a_refitted_folder_is_not_taken_for_the_intact_model(run: Run, place: Path, tmp_path: Path) -> None:
+    text = ["--text", place / "text.safetensors", "--results", tmp_path / "results"]
+    ran = run("score", place / "out", *text)
+    assert ran.code == 1 and "was refitted already" in ran.error
+
+
+def test_a_model_is_not_written_over_itself(run: Run, place: Path) -> None:
+    ran = run(*words(place, place / "model"))
+    assert ran.code == 2 and "OUT_DIR is the model's own folder" in ran.error
