@@ -64,6 +64,7 @@ def calibrate(
         compute_fraction=1.0,
         kernel_latency=latency,
         gemm_floor=max(0.0, small_gemm - latency),
+        tiled=where.type == "cuda",
         sources=_sources(where),
     )
 

@@ -66,7 +66,8 @@ class Hardware(BaseModel):
     `bandwidth_fraction`, `compute_fraction`: the part of the datasheet's number that good kernels reach, 1 at most.
     `kernel_latency`: what each kernel costs beside its work, under a CUDA graph or whatever launches them at best.
     `gemm_floor`: the least time of a GEMM kernel, however few its bytes. `processors`: what works on tiles side by
-    side (SMs). `usable_memory`: the part that weights and caches may take. `price`: of one hour of one device.
+    side (SMs). `tiled`: whether GEMMs are computed in whole tiles (tensor cores do, vector units do not).
+    `usable_memory`: the part that weights and caches may take. `price`: of one hour of one device.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,6 +81,7 @@ class Hardware(BaseModel):
     compute_fraction: float = Field(gt=0, le=1)
     kernel_latency: float = Field(ge=0)
     gemm_floor: float = Field(ge=0)
+    tiled: bool = True
     usable_memory: float = Field(default=0.9, gt=0, le=1)
     link: Link | None = None
     price: float | None = Field(default=None, gt=0)

@@ -16,7 +16,7 @@ from fxfusion.cost.hardware import Hardware
 from fxfusion.cost.kernels import Workload
 from fxfusion.cost.memory import step_bytes, sublayer_bytes
 from fxfusion.cost.simulate import Simulation, simulate_step
-from fxfusion.cost.sublayers import Step
+from fxfusion.cost.sublayers import Ffn, Step
 from fxfusion.errors import OptionError
 from fxfusion.policy import FusionPolicy
 
@@ -120,15 +120,17 @@ def _at(step: Step, work: Workload, device: Hardware, runs: Sequence[Run], price
         if cuts in seen:
             continue
         seen.add(cuts)
-        groups = [group for cut in cuts for group in cut if len(group) > 1]
-        largest = max((sum(share[place] for place in group) for group in groups), default=0.0)
-        found = simulate_step(fused(step, cuts), work, device, price=price)
-        yield Placement(cut=name, groups=tuple(map(len, groups)), simulation=found, making=resident + largest)
+        after = fused(step, cuts)
+        wide = [part for part in after.sublayers if isinstance(part, Ffn) and part.members > 1]
+        largest = max((sublayer_bytes(part, step.hidden, work) for part in wide), default=0.0)
+        found = simulate_step(after, work, device, price=price)
+        groups = tuple(part.members for part in wide)
+        yield Placement(cut=name if groups else "not fused", groups=groups, simulation=found, making=resident + largest)
 
 
 def _cuts(runs: Sequence[Run], share: Mapping[int, float], room: float) -> Iterator[tuple[str, tuple[Cut, ...]]]:
     sizes = [[share[place] for place in run] for run in runs]
-    yield "not fused", tuple(tuple((place,) for place in run) for run in runs)
+    yield "as given", tuple(tuple((place,) for place in run) for run in runs)
     for count in _PARTS:
         name = "whole runs" if count == 1 else f"even, {count} a run"
         yield name, tuple(even(run, widths, count) for run, widths in zip(runs, sizes, strict=True))

@@ -30,6 +30,8 @@ _WIDTH = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
 _ACTIVATION = ("hidden_act", "activation_function", "hidden_activation", "activation")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _GATED = frozenset({"silu", "swish", "swiglu", "geglu", "reglu"})
+_SLIDING = "sliding_attention"
+_PATTERNS = ("layer_switch", "sliding_window_pattern", "max_window_layers")  # other ways to say which layers slide
 _MULTIPLE = 256  # FFNs given by a multiplier are as wide as the next multiple
 
 
@@ -132,6 +134,13 @@ class _Fields:
         return True
 
 
+def windows_of_config(fields: Mapping[str, Any], count: int) -> list[int | None]:
+    """How far back each layer's attention reaches [tokens], None: to the start; as `layer_types` say, if they do."""
+    kinds = fields.get("layer_types") or [None] * count
+    window = fields.get("sliding_window") if fields.get("use_sliding_window", True) else None
+    return [window if kind == _SLIDING else None for kind in kinds[:count]] + [None] * (count - len(kinds))
+
+
 def _alike_layers(reader: _Fields, hidden: int) -> tuple[Layer, ...]:
     count = reader.number(_LAYERS)
     width = reader.number(_WIDTH, None)
@@ -142,7 +151,14 @@ def _alike_layers(reader: _Fields, hidden: int) -> tuple[Layer, ...]:
     kinds = reader.fields.get("layer_types") or [None] * count
     if len(kinds) != count:
         raise OptionError(f"{reader.where}: layer_types: expected {count} entries, got {len(kinds)}")
-    slides = [kind is None or "sliding" in str(kind) for kind in kinds]
+    unknown = {str(kind) for kind in kinds if kind is not None} - {"full_attention", _SLIDING}
+    if unknown:
+        words = f"layer_types: {min(unknown)!r} is unknown; full_attention and {_SLIDING} can be costed"
+        raise OptionError(f"{reader.where}: {words}")
+    pattern = next((name for name in _PATTERNS if reader.fields.get(name)), None)
+    if window and reader.fields.get("layer_types") is None and pattern is not None:
+        raise UndecidedError(f"{reader.where}: {pattern} tells which layers have a sliding window, not layer_types")
+    slides = [kind is None or kind == _SLIDING for kind in kinds]
     return tuple(Layer(attention=True, ffn_width=width, window=window if each else None) for each in slides)
 
 

@@ -64,7 +64,7 @@ class Timed:
 def kernel_seconds(kernel: Kernel, device: Hardware) -> Seconds:
     """The time of one kernel: its work counts as what binds it, the rest of the floor as launch."""
     memory, flops = kernel.bytes / device.bandwidth, kernel.flops
-    if kernel.tiles is not None:
+    if kernel.tiles is not None and device.tiled:
         parts = math.ceil(kernel.tiles * _SPLIT / device.processors) / _SPLIT
         flops = parts * device.processors * kernel.tile_flops
     compute = flops / device.rate(kernel.precision) if flops else 0.0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
 from fxfusion.cost import Hardware, Workload, arrange, placements
+from fxfusion.cost.cuts import fusable_runs, fused
 from fxfusion.cost.published import published_step
+from fxfusion.policy import FusionPolicy
 from tests.fxfusion.cost.test_sublayers import table
 
 H100 = Hardware.of("h100")
@@ -32,6 +35,17 @@ def test_with_room_there_is_one_group() -> None:
     found = placements(published_step("253B before fusion"), Workload(precision="fp8"), H100, sizes=[8])
     assert [row.cut for row in found.rows] == ["not fused", "even, 4 a run", "even, 2 a run", "whole runs"]
     assert found.quickest is found.rows[-1]
+
+
+def test_groups_that_are_named_count_while_they_are_made() -> None:
+    """The same 49 FFNs named beforehand need the same room as when the table of cuts proposes them."""
+    before = published_step("253B before fusion")
+    free = placements(before, Workload(precision="bf16"), H100, sizes=[8])
+    runs = fusable_runs(before, FusionPolicy.resolve("paper"))
+    given = placements(fused(before, [(run,) for run in runs]), Workload(precision="bf16"), H100, sizes=[8])
+    assert given.rows[0].cut == "as given" and given.rows[0].groups == (6, 49) and not given.rows[0].can_fuse
+    whole = next(row for row in free.rows if row.cut == "whole runs")
+    assert math.isclose(given.rows[0].making, whole.making, rel_tol=1e-4)  # the norms of the members are one's
 
 
 def test_what_is_not_possible_is_said() -> None:

@@ -101,6 +101,7 @@ def test_blocks_of_their_own(tmp_path: Path) -> None:
         ({"num_attention_heads": "8"}, "num_attention_heads: expected a whole number above 0, got '8'"),
         ({"num_local_experts": 8}, "a mixture of 8 experts"),
         ({"layer_types": ["full_attention"]}, "layer_types: expected 2 entries, got 1"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types: 'linear_attention' is unknown"),
         ({"block_configs": "many"}, "block_configs: expected a list of blocks"),
         ({"block_configs": [{"attention": ATTENTION}]}, r"block_configs\[0\].ffn: expected fields"),
         (

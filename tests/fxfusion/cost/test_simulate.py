@@ -70,6 +70,14 @@ def test_large_batches_are_bound_by_arithmetic_in_whole_waves() -> None:
     assert more.seconds.compute > 1.01 * found.seconds.compute
 
 
+def test_one_token_on_a_processor_without_tiles_is_bound_by_memory() -> None:
+    table = LayerTable.published("llama-3.3-70b")
+    found = simulate(table, hardware="cpu", precision="fp32").seconds
+    assert found.bandwidth > 10 * found.compute
+    tiled = Hardware.of("cpu").model_copy(update={"tiled": True})
+    assert simulate(table, hardware=tiled, precision="fp32").seconds.compute > found.bandwidth
+
+
 def test_prefill_counts_its_prompts() -> None:
     found = simulate(table(), phase="prefill", batch=2, context=100)
     assert found.work.tokens == 200
