@@ -31,6 +31,7 @@ class Session:
         self.predictions: dict[str, Any] = {}
         self.left_out: list[str] = []
         self.failed: dict[str, str] = {}
+        self.done = False  # until the end is reached: a run that was stopped is no complete one
         if not fresh:
             self._take_up()
 
@@ -84,7 +85,7 @@ class Session:
             measurements=tuple(self.measurements),
             results={**self.results, **more},
             predictions=self.predictions,
-            complete=not self.left_out and not self.failed,
+            complete=self.done and not self.left_out and not self.failed,
             left_out=tuple(self.left_out),
         )
         return found.write(self.path)
@@ -96,6 +97,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
+            self.done = True
             print("recorded:", self.write().name, file=sys.stderr)
             if self.left_out:
                 print(f"left out for lack of time: {len(self.left_out)} parts", file=sys.stderr)

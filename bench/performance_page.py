@@ -288,7 +288,12 @@ networkx, tabulate and pydantic beside the checkout, takes under 8 minutes, and 
 
 
 def left_out(record: Record) -> str:
-    return "" if record.complete else f"Left out for lack of time: {'; '.join(record.left_out) or 'parts that failed'}."
+    """What is missing in a file, and why."""
+    if record.complete:
+        return ""
+    if not record.left_out:
+        return "It was stopped before its end, so parts are missing."
+    return f"Left out for lack of time: {'; '.join(record.left_out)}."
 
 
 def _median(one: Measurement, name: str) -> str | None:

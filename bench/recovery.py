@@ -221,7 +221,7 @@ def main() -> None:
         results[name] = part(study)
     missing = tuple(dict.fromkeys(study.cells.left_out))
     path = Record.of("recovery", results=results, complete=not missing, left_out=missing).write()
-    say(f"recorded: {path.name}; written: {write_section(results)}")
+    say(f"recorded: {path.name}; written: {write_section(results, missing)}")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ DOCS = Path("docs")
 TOKENS_PER_BATCH = 2048
 
 
-def write_section(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
-    """Write the section and its plot."""
+def write_section(results: Mapping[str, Any], left_out: Sequence[str] = (), folder: Path = DOCS) -> Path:
+    """Write the section and its plot. `left_out`: cells that were not measured."""
     plot_tokens(results["tokens"], folder / "figures" / "refit_tokens.svg")
     parts = [
         introduction(results),
+        *([f"**Not measured yet: {len(left_out)} cells**, among them {'; '.join(left_out[:3])}."] if left_out else []),
         budget_table(results["budgets"]["rows"]),
         figures(results["budgets"]["rows"]),
         later_section(results["later"]),

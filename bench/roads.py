@@ -180,12 +180,14 @@ def cpu_latency(study: Study, rows: dict[str, list[dict[str, Any]]]) -> list[dic
     ids = torch.zeros(1, 1, dtype=torch.long)
     models: dict[str, Any] = {"intact": study.model, "control": study.model}
     names: dict[str, tuple[str, dict[str, Any]]] = {}
+    seen: set[FusionPlan] = set()  # a mixed plan may be that of one road: the same model is timed once
     for road, found in rows.items():
         for row in found:
-            if row["asked"] in (9, 7) and row["refitted"] is not None:
+            plan = FusionPlan(groups=row["plan"]["groups"], dropped_attention=row["plan"]["dropped"])
+            if row["asked"] in (9, 7) and row["refitted"] is not None and plan not in seen:
+                seen.add(plan)
                 label = f"{road} {row['asked']}"
                 names[label] = (road, row)
-                plan = FusionPlan(groups=row["plan"]["groups"], dropped_attention=row["plan"]["dropped"])
                 models[label] = fuse(load_model(), plan)
     samples = measure({name: one_token(model, ids) for name, model in models.items()}, rounds=15, threads=1)
     base = median(samples["intact"])

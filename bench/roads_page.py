@@ -169,7 +169,8 @@ def second_section(found: Sequence[Row]) -> str:
     return f"""## A second family
 
 A GPT-2 of 12 layers (hidden 128; learned positions, LayerNorm, GELU, biases), trained for some minutes by the same
-script (`python -m bench.reference.train --shape gpt2 --steps 350`), its attention hoisted:
+script, its attention hoisted (not part of `make results`: `python -m bench.reference.train --shape gpt2 --steps 350
+--work W --output GPT2_DIR`, then `python -m bench.roads --second GPT2_DIR`):
 
 {table(["FFNs left", "windows", "loss as it is", "loss after refit"], rows)}"""
 

@@ -170,10 +170,10 @@ def main() -> None:
         session.predictions = PREDICTIONS
         for name in WHOLE:
             session.do({"what": "whole", "model": name}, lambda name=name: whole(name), needs=60.0)
+        session.do({"what": "compile", "layers": 16}, lambda: compile_time(2), needs=50.0)
         for layers in chosen.layers:
             run = lambda layers=layers: growth(layers, chosen.repeats)  # noqa: E731
             session.do({"what": "growth", "layers": layers}, run, needs=10 + layers / 4)
-        session.do({"what": "compile", "layers": 16}, lambda: compile_time(2), needs=60.0)
     print(show(session.measurements))
 
 

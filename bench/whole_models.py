@@ -257,10 +257,10 @@ def main() -> None:
         session.results["limits"] = limits.to_dict()
         session.predictions = PREDICTIONS
         for name, phase, tokens, needs in (
-            ("1B", "decode", 32, 140.0),
-            ("reference", "decode", 64, 100.0),
-            ("reference", "prefill", 256, 100.0),
-            ("1B", "prefill", 32, 140.0),
+            ("1B", "decode", 32, 90.0),
+            ("reference", "decode", 64, 70.0),
+            ("reference", "prefill", 256, 70.0),
+            ("1B", "prefill", 32, 90.0),
         ):
             case = Case(name, phase, tokens, torch.float32 if name == "reference" else torch.bfloat16)
             session.do(case.place, lambda case=case: _on_the_cpu(case, limits, chosen.rounds), needs=needs)
