@@ -78,7 +78,7 @@ def compile_seconds(layers: int, attention_free: bool, options: dict[str, Any]) 
     }
 
 
-def growth(repeats: int = 9) -> Measurement:
+def growth(repeats: int = 5) -> Measurement:
     """Pass seconds of 32 and 128 layers, captured anew each time, interleaved; the first capture is no sample.
 
     Without the garbage collector, as timeit does it: its pauses grow with everything else in the process.

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.record import Record
+from bench.record import RESULTS, Record
 from bench.reference.load import MODEL_FOLDER, calibration_batches, heldout_batches, load_model
 from bench.roads_page import write_page
 from bench.timing import measure, median
@@ -45,9 +45,6 @@ DEPTHS = (10, 9, 8, 7, 6)
 REFITTED_DEPTHS = (9, 8, 7)  # a refit takes far longer than a measurement
 BIG = "llama-3.3-70b"  # whose layers are taken for predicted latency: as many of them as the model has
 SAVED = (0.03, 0.06, 0.1)  # of the intact model's predicted latency
-# Wide blocks are compiled from a plan; modules cannot hold them, so they cannot be refitted.
-ALONE: tuple[Road, ...] = ROADS
-MIXED: tuple[Road, ...] = ("drop", "hoist")
 say = Console(stderr=True).print
 
 
@@ -105,7 +102,7 @@ def fronts(study: Study) -> dict[str, Any]:
     searches = all_searches(study, depth_price(study.judge.ffns))
     for name, search in searches.items():
         if name == "mixed":
-            for road in MIXED:
+            for road in ROADS:
                 search.found.update(searches[road].found)
         for depth in DEPTHS:
             say(f"  {name}, {depth} FFNs", style="dim")
@@ -120,7 +117,7 @@ def fronts(study: Study) -> dict[str, Any]:
 
 def all_searches(study: Study, price: Price) -> dict[str, RoadSearch]:
     """One for each road, and one for several; that comes last, and is told what the others tried."""
-    return {**{road: study.search((road,), price) for road in ALONE}, "mixed": study.search(MIXED, price)}
+    return {**{road: study.search((road,), price) for road in ROADS}, "mixed": study.search(ROADS, price)}
 
 
 def equal_latency(study: Study, tp: int = 8) -> list[dict[str, Any]]:
@@ -134,7 +131,7 @@ def equal_latency(study: Study, tp: int = 8) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"saved": saved, "most_ms": most}
         for name, search in searches.items():
             if name == "mixed":
-                for road in MIXED:
+                for road in ROADS:
                     search.found.update(searches[road].found)
             row[name] = attempt(study, search, most)
         rows.append(row)
@@ -205,6 +202,12 @@ def second_family(folder: Path, refit_batches: int, heldout: int) -> list[dict[s
     return [study.row(search.best_at(depth).plan) for depth in (10, 9, 7)]
 
 
+def known_second() -> dict[str, Any]:
+    """What was found before: the model of the second family is not kept, so `make results` does not measure it anew."""
+    found = Record.read("roads").results if (RESULTS / "roads.json").exists() else {}
+    return {"second": found["second"]} if "second" in found else {}
+
+
 def one_token(model: Any, ids: Tensor) -> Callable[[], Any]:
     def call() -> Any:
         with torch.no_grad():
@@ -230,6 +233,8 @@ def main() -> None:
     }
     if options.second is not None:
         parts["second"] = lambda: second_family(options.second, options.refit, options.heldout)
+    else:
+        results |= known_second()
     for name, part in parts.items():  # what is there is written at once: a run may be stopped
         say(f"{name} ...", style="dim")
         results[name] = part()
