@@ -54,8 +54,20 @@ def make(run: Session, wish: Wish, output: Path, format: Format) -> dict[str, An
     result["output"] = str(output)
     show(run, result)
     _show_speed(run, result["speed"])
-    run.screen.line(f"\nwritten: {output} ({format.value}), plan: {run.folder.file(PLAN)}")
+    perplexities = [float(each.perplexity) for each in quality.values()]
+    run.screen.line(beyond(chosen.budget.max_perplexity_increase, *perplexities) or "", "bold yellow")
+    run.screen.line(f"written: {output} ({format.value}), plan: {run.folder.file(PLAN)}")
     return result
+
+
+def beyond(most: float | None, before: float, after: float) -> str | None:
+    """What to say where held-out text does not keep the budget: it was kept on the text that plans are chosen by."""
+    if most is None or after <= before * (1 + most):
+        return None
+    return (
+        f"on held-out text perplexity is {after / before - 1:.1%} above the intact model's, more than the {most:.1%} asked "
+        "for: choose by more text (--sequences), or ask for less"
+    )
 
 
 def divided(batches: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -37,6 +37,7 @@ class Chosen:
     found: Found
     search: RoadSearch
     options: RoadOptions
+    budget: Budget
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
@@ -84,7 +85,7 @@ def choose_plan(run: Session, wish: Wish, batches: Sequence[Tensor]) -> Chosen:
     found = choose(search, options, budget)
     made_by = MadeBy.now(command=shlex.join(["fxfusion", *sys.argv[1:]]), seed=run.common.seed)
     recorded = {"model": facts_of(run.model), "quality": quality_record(found.quality), "made_by": made_by}
-    return Chosen(found.plan.replace(**recorded), found, search, options)
+    return Chosen(found.plan.replace(**recorded), found, search, options, budget)
 
 
 def make(run: Session, wish: Wish, target: Path) -> dict[str, Any]:

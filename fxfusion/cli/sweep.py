@@ -48,6 +48,8 @@ def command(
     run.require_text()
     numbers = read(drops, partial(read_layers, option="--drops"))
     groups = limits.arguments()
+    if hardware is None and (tp, precision) != (1, "bf16"):
+        raise OptionError("--tp, --precision: name the --hardware that latency is predicted for")
     if run.common.dry_run:
         return run.plan_dry_run(_work(run, method.value), [SWEEP, SWEEP_TABLE, SWEEP_PLOT, PLANS])
 
@@ -112,5 +114,7 @@ def _show(run: Session, found: Sweep) -> None:
     heads += ["predicted ms"] * (found.points[0].latency_ms is not None)
     run.screen.table(heads, rows)
     run.screen.line(f"* on the front. The intact model has {found.intact} FFNs in a row.", "dim")
+    if found.predicted_for is not None:
+        run.screen.line(f"predicted for {found.predicted_for}", "dim")
     files = ", ".join(str(run.folder.file(name)) for name in (SWEEP, SWEEP_TABLE, SWEEP_PLOT))
     run.screen.line(f"written: {files}", "dim")

@@ -57,10 +57,13 @@ class SweepPoint:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """All measured plans, the shallowest first. `intact`: FFNs of the model as it is."""
+    """All measured plans, the shallowest first. `intact`: FFNs of the model as it is. `predicted_for`: what latencies
+    are of, such as "h100, tp 8, bf16, batch 1, decode at 1024 tokens"; None where there are none.
+    """
 
     points: tuple[SweepPoint, ...]
     intact: int
+    predicted_for: str | None = None
 
     @property
     def front(self) -> tuple[SweepPoint, ...]:
@@ -68,7 +71,8 @@ class Sweep:
         return tuple(point for point in self.points if point.on_front)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"intact_depth": self.intact, "points": [point.to_dict() for point in self.points]}
+        points = [point.to_dict() for point in self.points]
+        return {"intact_depth": self.intact, "predicted_for": self.predicted_for, "points": points}
 
     def to_csv(self, path: str | os.PathLike[str]) -> Path:
         """One row for each plan."""
@@ -77,9 +81,10 @@ class Sweep:
         )
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([*columns.split(), "dropped_attention", "groups", "norm", "latency_ms", "on_latency_front"])
+            more = ("dropped_attention", "groups", "norm", "latency_ms", "on_latency_front", "predicted_for")
+            writer.writerow([*columns.split(), *more])
             for point in self.points:
-                writer.writerow(_row(point))
+                writer.writerow([*_row(point), self.predicted_for or ""])
         return Path(path)
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
@@ -90,9 +95,8 @@ class Sweep:
             ("FFNs one behind the other", lambda point: point.measured.depth, lambda point: point.on_front)
         ]
         if all(point.latency_ms is not None for point in self.points):
-            panels.append(
-                ("predicted latency [ms]", lambda point: point.latency_ms or 0.0, lambda point: point.on_latency_front)
-            )
+            label = "predicted latency [ms]" + (f": {self.predicted_for}" if self.predicted_for else "")
+            panels.append((label, lambda point: point.latency_ms or 0.0, lambda point: point.on_latency_front))
         figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             self._panel(axes, *panel)
@@ -151,7 +155,13 @@ def sweep(
     latency = predictor(planner.meter, hardware, workload)
     if latency is not None:
         latency(FusionPlan())  # a setting that cannot be is found before hours of measuring
-    return run_sweep(planner, _default_drops(len(planner.meter.mixers)) if drops is None else drops, latency)
+    found = run_sweep(planner, _default_drops(len(planner.meter.mixers)) if drops is None else drops, latency)
+    return found if hardware is None else replace(found, predicted_for=_setting(Hardware.of(hardware), workload))
+
+
+def _setting(device: Hardware, workload: Workload | None) -> str:
+    work = workload or Workload()
+    return f"{device.name}, tp {work.tp}, {work.precision}, batch {work.batch}, {work.phase} at {work.context} tokens"
 
 
 def run_sweep(planner: Planner, drops: Sequence[int], latency: Callable[[FusionPlan], float] | None = None) -> Sweep:

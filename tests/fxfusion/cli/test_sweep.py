@@ -64,3 +64,8 @@ def test_a_disk_that_is_full_at_the_end_loses_no_measurement(
 def test_wrong_numbers_are_named(run: Run, args: list[object], drops: str, named: str) -> None:
     ran = run(*args, "--drops", drops)
     assert ran.code == 2 and named in ran.error and ran.out == ""
+
+
+def test_a_setting_without_hardware_is_named(run: Run, args: list[object]) -> None:
+    ran = run(*args, "--tp", 8)
+    assert ran.code == 2 and "name the --hardware" in ran.error

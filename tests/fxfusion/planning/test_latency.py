@@ -101,10 +101,15 @@ def test_a_sweep_with_latencies_has_a_second_front(tmp_path: Path) -> None:
     assert found.to_dict()["points"][0]["latency_ms"] == found.points[0].latency_ms
 
 
-def test_a_sweep_takes_a_device_and_a_plan_keeps_its_quality() -> None:
+def test_a_sweep_takes_a_device_and_a_plan_keeps_its_quality(tmp_path: Path) -> None:
     model = Configured()
     found = sweep(model, BATCHES, drops=[1], hardware="h100", workload=WORK)
     assert all(point.latency_ms is not None for point in found.points)
+    setting = found.to_dict()["predicted_for"]
+    assert setting == "h100, tp 1, bf16, batch 1, decode at 1024 tokens"
+    assert setting in found.to_csv(tmp_path / "sweep.csv").read_text()
+    assert setting in found.plot(tmp_path / "sweep.svg").read_text()
+    assert sweep(model, BATCHES, drops=[1]).predicted_for is None
     with pytest.raises(OptionError, match="workload: name the hardware"):
         sweep(model, BATCHES, drops=[1], workload=WORK)
     plan = make_plan(model, BATCHES, drop=2)
