@@ -52,11 +52,18 @@ _CHUNK = 2**20  # bytes
 
 
 def write_members(folder: Path, model: nn.Module) -> None:
-    """Write plan and residue of a fused model into a folder; nothing where `fuse` did not make the model."""
+    """Write plan and residue of a fused model into a folder; nothing where `fuse` did not make the model.
+
+    A model read from a folder of fused weights may have been trained since: what that folder keeps of its members
+    need not fit any more, so it is not copied, with a warning.
+    """
     from safetensors.torch import save
 
     state = fused_state(model)
     if state is None:
+        before = Path(getattr(model, "name_or_path", "") or ".") / RESIDUE
+        if before.exists():
+            warnings.warn(f"the members of its fused FFNs are not kept: only {before.parent} has them", stacklevel=4)
         return
     shards, plan = state.recipe.groups[0].shards, plan_of(model)
     notes = {"format": "pt", _CONFIG: intact_config(model).to_json_string(), _SHARDS: str(shards), _FUSED: _fused(plan)}

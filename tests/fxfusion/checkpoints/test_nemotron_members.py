@@ -95,6 +95,13 @@ def test_a_model_of_the_layout_itself(tmp_path: Path) -> None:
     assert off(logits(again), expected) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:no tokenizer")
+def test_members_that_are_not_kept_are_missed_aloud(written: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="the members of its fused FFNs are not kept: only .*model has them"):
+        save(load(written), tmp_path / "again")
+    assert not (tmp_path / "again" / RESIDUE).exists() and not (tmp_path / "again" / PLAN).exists()
+
+
 def test_a_changed_weight_is_seen_by_these_comparisons(written: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(written, tmp_path / "copy")
     change(folder / "model.safetensors", lambda found: found["model.layers.2.mlp.up_proj.weight"][300].mul_(1.5))

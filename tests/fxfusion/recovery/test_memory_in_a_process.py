@@ -61,7 +61,7 @@ def run(width: int, limit: int) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [2048])
+@pytest.mark.parametrize("width", [2048, 8192])
 def test_resident_memory_keeps_to_the_formula_and_to_the_limit(width: int) -> None:
     needed = bytes_needed(width, HIDDEN, 1)
     weights = 20 * width * HIDDEN * 4  # of the fused copy, and of what is kept to go back to
