@@ -65,8 +65,8 @@ def beyond(most: float | None, before: float, after: float) -> str | None:
     if most is None or after <= before * (1 + most):
         return None
     return (
-        f"on held-out text perplexity is {after / before - 1:.1%} above the intact model's, more than the {most:.1%} asked "
-        "for: choose by more text (--sequences), or ask for less"
+        f"on held-out text perplexity is {after / before - 1:.1%} above the intact model's, more than the {most:.1%} "
+        "asked for: choose by more text (--sequences), or ask for less"
     )
 
 
