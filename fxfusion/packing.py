@@ -23,6 +23,7 @@ from torch import fx
 from torch.autograd.function import once_differentiable
 
 from fxfusion.errors import MissingWeightsError
+from fxfusion.pack_values import own, packed_values
 from fxfusion.passes.lift_weights import Pack
 from fxfusion.prepacked import is_packed
 from fxfusion.torch_private import StorageWatch, outside_fake_mode
@@ -49,7 +50,7 @@ class PackedWeights:
         self.refs = tuple(weakref.ref(source, forget) for source in sources)
         self._note(sources)
         with packing_mode(sources):
-            self.tensors = tuple(_own(value, sources) for value in module(*sources))
+            self.tensors = tuple(own(value, sources) for value in packed_values(module, sources))
 
     def _note(self, sources: Sequence[torch.Tensor]) -> None:
         """Remember how the sources look, before they are read."""
@@ -79,12 +80,9 @@ class PackedWeights:
         """
         with _lock, packing_mode(sources):
             self.versions = ()  # not fresh until the copy is complete
-            values = [_own(value, sources) for value in self.module(*sources)]
-            if all(map(_same_look, self.tensors, values)) and not any(map(is_packed, values)):
-                for tensor, value in zip(self.tensors, values, strict=True):
-                    tensor.copy_(value)
-            else:
-                self.tensors = tuple(values)
+            old = self.tensors
+            made = (own(value, sources) for value in packed_values(self.module, sources))
+            self.tensors = tuple(_written(tensor, value) for tensor, value in zip(old, made, strict=True))
 
     def fresh(self, sources: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The packed tensors, computed again first if a source has changed."""
@@ -237,11 +235,9 @@ def _versions(sources: Sequence[torch.Tensor]) -> tuple[int, ...]:
         return tuple(-1 if source.is_inference() else source._version for source in sources)
 
 
-def _own(value: torch.Tensor, sources: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The packed value in memory of its own: contiguous, and never a view of a weight."""
-    addresses = {source.untyped_storage().data_ptr() for source in sources}
-    value = value.detach().contiguous()
-    return value.clone() if value.untyped_storage().data_ptr() in addresses else value
+def _written(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The value in the memory of the tensor, where that can be written and looks the same; else in its own."""
+    return tensor.copy_(value) if _same_look(tensor, value) and not is_packed(value) else value
 
 
 def _same_look(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -24,6 +24,7 @@ from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.inline import drop_unused_state
 from fxfusion.graph.pass_base import History, Pass
 from fxfusion.graph.pass_manager import run_passes
+from fxfusion.pack_values import own, packed_values
 from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.choose_form import Setting, choose_forms
 from fxfusion.passes.concat_parallel_mixers import ConcatParallelMixers
@@ -276,11 +277,10 @@ def _register_packs(fused: Fused, values: Mapping[str, torch.Tensor]) -> None:
     module = fused.module
     for pack in fused.packs:
         sources = [values[name] for name in pack.sources]
-        with torch.no_grad():
-            packed = pack.module(*sources)
         trainable = any(source.requires_grad for source in sources)
-        for name, value in zip(pack.values, packed, strict=True):
-            delattr(module, name)
-            module.register_parameter(name, torch.nn.Parameter(value.detach().clone(), requires_grad=trainable))
+        with torch.no_grad():
+            for name, value in zip(pack.values, packed_values(pack.module, sources), strict=True):
+                delattr(module, name)
+                module.register_parameter(name, torch.nn.Parameter(own(value, sources), requires_grad=trainable))
     drop_unused_state(module)
     module.recompile()

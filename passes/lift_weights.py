@@ -115,5 +115,6 @@ def constant_graph(sources: Sequence[fx.Node], inner: Sequence[fx.Node], roots: 
         args = fx.node.map_arg(node.args, copies.__getitem__)
         kwargs = fx.node.map_arg(node.kwargs, copies.__getitem__)
         copies[node] = graph.create_node(node.op, node.target, args, kwargs, name=f"value_{place}")
+        copies[node].meta = {"example_value": ops.tensor_value(node)}
     graph.output(tuple(copies[root] for root in roots))
     return lazy_graph_module(torch.nn.Module(), graph)
