@@ -20,7 +20,7 @@ from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.isomorphism import first_difference
 from fxfusion.passes.ffn import FfnNode, Group, Role
 from fxfusion.passes.match_residual import weight_leaves
-from fxfusion.passes.prove_norm import NormProver
+from fxfusion.passes.prove_norm import HasNorm, NormProver
 from fxfusion.policy import NormMode
 
 
@@ -57,18 +57,7 @@ class GroupChecker:
         """What happens to each constant of the prologue: kept as it is where the members share it."""
         if norm == "last":
             return tuple("fixed" for _ in members[0].prologue_constants)
-        proved = self.prover.roles(members[0])
-        shared = [
-            all(member.prologue_constants[index] is constant for member in members)
-            for index, constant in enumerate(members[0].prologue_constants)
-        ]
-        # A gain that leaves the norm must not leave a shift behind it: (n + s) * g is not n * g + s.
-        gain_goes = any(role == "gain" and not same for role, same in zip(proved, shared, strict=True))
-        roles: list[Role] = []
-        for role, same in zip(proved, shared, strict=True):
-            stays = same and not (role == "shift" and gain_goes)
-            roles.append("fixed" if stays else role)
-        return tuple(roles)
+        return fold_roles(members, self.prover)
 
     def _constants(self, members: Sequence[FfnNode], norm: NormMode) -> Refused | None:
         """Constants that differ between members must be foldable, or one per intermediate channel."""
@@ -132,3 +121,19 @@ class GroupChecker:
 def _dtype_of(node: fx.Node) -> torch.dtype | None:
     example = ops.tensor_value(node)
     return example.dtype if example is not None else None
+
+
+def fold_roles(members: Sequence[HasNorm], prover: NormProver) -> tuple[Role, ...]:
+    """What happens to each constant of the norms when they are folded: kept as it is ("fixed") where all share it."""
+    proved = prover.roles(members[0])
+    shared = [
+        all(member.prologue_constants[index] is constant for member in members)
+        for index, constant in enumerate(members[0].prologue_constants)
+    ]
+    # A gain that leaves the norm must not leave a shift behind it: (n + s) * g is not n * g + s.
+    gain_goes = any(role == "gain" and not same for role, same in zip(proved, shared, strict=True))
+    roles: list[Role] = []
+    for role, same in zip(proved, shared, strict=True):
+        stays = same and not (role == "shift" and gain_goes)
+        roles.append("fixed" if stays else role)
+    return tuple(roles)

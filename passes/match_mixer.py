@@ -3,6 +3,7 @@
 Matches (no edit):
     n = norm(x);  q, k, v = n Wq^T, n Wk^T, n Wv^T      projections: linear layers that read the normed stream
     b = attention(q, k, v, ...) Wo^T + bo               out: the linear layer that ends the branch
+    b = scale * (... Wo^T)                              tail, where it is asked for; views of [tokens, hidden] likewise
 What lies between is opaque: heads, rotary angles, q/k norms, caches, masks.
 Source: issue 7 (wide block).
 """
@@ -15,28 +16,31 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfusion.errors import RefusalCode, Refused
-from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.isomorphism import Structure, describe_region
 from fxfusion.graph.token_wise import check_token_wise
 from fxfusion.passes.ffn import Linear, Mixer
 from fxfusion.passes.match_linear import match_linear
-from fxfusion.passes.match_pieces import VIEWS, behind_views
+from fxfusion.passes.match_pieces import behind_views
 from fxfusion.passes.match_residual import check_shapes, weight_leaves
+from fxfusion.passes.match_tail import TailStep, match_tail
 from fxfusion.passes.match_window import shape_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MixerEnds:
-    """One mixer. `stream`, `prologue`, `normed` and the constants: as of `FfnNode`; `add`: where it is added."""
+    """One mixer. `stream`, `nodes`, `prologue`, `normed` and the constants: as of `FfnNode`; `add`: where it is
+    added. `tail`: what is done to the result of `out`, as of an FFN's last linear layer."""
 
     stream: fx.Node
+    nodes: tuple[fx.Node, ...]
     prologue: tuple[fx.Node, ...]
     prologue_constants: tuple[fx.Node, ...]
     prologue_structure: Structure
     normed: fx.Node
     projections: tuple[Linear, ...]
     out: Linear
+    tail: tuple[TailStep, ...] = ()
     add: fx.Node
     name: str
 
@@ -45,21 +49,29 @@ class MixerEnds:
         return self.out.out_features
 
 
-def match_mixer(mixer: Mixer, stream: fx.Node, facts: GraphFacts, opaque: Mapping[fx.Node, str]) -> MixerEnds:
-    """The ends of a mixer that reads `stream`. Raises `Refused`."""
+def match_mixer(
+    mixer: Mixer, stream: fx.Node, facts: GraphFacts, opaque: Mapping[fx.Node, str], *, loose: bool = False
+) -> MixerEnds:
+    """The ends of a mixer that reads `stream`. Raises `Refused`.
+
+    `loose`: for those who do not rewrite the graph. The stream may be regrouped on both sides, and scales stand behind
+    the last linear layer.
+    """
     name = mixer.layer or mixer.add.name
     branch = next(node for node in mixer.add.all_input_nodes if node in mixer.nodes)
     if mixer.add.kwargs.get("alpha", 1) != 1:
         raise Refused(RefusalCode.STRUCTURE, f"the addition of {name} scales its branch", mixer.add)
     check_shapes(mixer.add, branch, stream)
-    projections, out = _ends(name, branch, stream, facts)
-    inputs = {linear.input for linear in projections}
+    projections, out, tail = _ends(name, branch, stream, facts)
+    if not loose and (tail or out.node is not branch):
+        raise Refused(RefusalCode.STRUCTURE, f"{name} does not end with a linear layer", branch)
+    inputs = {behind_views(linear.input) if loose else linear.input for linear in projections}
     if len(inputs) != 1:
         raise Refused(RefusalCode.STRUCTURE, f"the projections of {name} read {len(inputs)} values", branch)
     normed = inputs.pop()
-    if ops.op_name(normed) in VIEWS and behind_views(normed) is not normed:
+    if behind_views(normed) is not normed:
         raise Refused(RefusalCode.STRUCTURE, f"the projections of {name} read a regrouped stream", normed)
-    if shape_of(out.input)[:-1] != shape_of(stream)[:-1]:
+    if not loose and shape_of(out.input)[:-1] != shape_of(stream)[:-1]:
         raise Refused(RefusalCode.STRUCTURE, f"{name} regroups its tokens before it ends", out.node)
     _check_weights(name, (*projections, out), facts, opaque)
     prologue = facts.slice_between(normed, stream).nodes if normed is not stream else ()
@@ -69,27 +81,32 @@ def match_mixer(mixer: Mixer, stream: fx.Node, facts: GraphFacts, opaque: Mappin
     places = {stream: "x"} | {node: f"c{index}" for index, node in enumerate(constants)}
     return MixerEnds(
         stream=stream,
+        nodes=mixer.nodes,
         prologue=prologue,
         prologue_constants=constants,
         prologue_structure=describe_region(prologue, places),
         normed=normed,
         projections=projections,
         out=out,
+        tail=tail,
         add=mixer.add,
         name=name,
     )
 
 
-def _ends(name: str, branch: fx.Node, stream: fx.Node, facts: GraphFacts) -> tuple[tuple[Linear, ...], Linear]:
-    """The linear layers that read no other linear layer of the mixer, and the one that ends it."""
+def _ends(
+    name: str, branch: fx.Node, stream: fx.Node, facts: GraphFacts
+) -> tuple[tuple[Linear, ...], Linear, tuple[TailStep, ...]]:
+    """The linear layers that read no other linear layer of the mixer, the one that ends it, and what is behind it."""
     found = facts.slice_between(branch, stream)
     linears = [linear for node in found.nodes if (linear := match_linear(node, facts)) is not None]
-    out = next((linear for linear in linears if linear.node is branch), None)
-    if out is None:
+    tail = match_tail(branch, linears, found, facts)
+    if tail.output:
         raise Refused(RefusalCode.STRUCTURE, f"{name} does not end with a linear layer", branch)
+    out = tail.down
     outputs = {linear.node for linear in linears}
     first = (each for each in linears if not outputs & set(facts.slice_between(each.input, stream).nodes))
-    return tuple(each for each in first if each is not out), out
+    return tuple(each for each in first if each is not out), out, tail.steps
 
 
 def _check_weights(name: str, linears: tuple[Linear, ...], facts: GraphFacts, opaque: Mapping[fx.Node, str]) -> None:

@@ -29,7 +29,7 @@ class ParalleliseMixers(Pass):
     exact: ClassVar[bool] = False
 
     def __init__(self, windows: Sequence[Window], matches: Matches) -> None:
-        self.blocks = [_mixers_of(window, matches) for window in windows if window.names.mixers == "wide"]
+        self.blocks = [mixers_of(window, matches) for window in windows if window.names.mixers == "wide"]
 
     def run(self, graph: fx.Graph) -> PassResult:
         changed = 0
@@ -49,8 +49,8 @@ class ParalleliseMixers(Pass):
         ]
 
 
-def _mixers_of(window: Window, matches: Matches) -> list[Mixer]:
-    """In order: the one before the first FFN, in its layer, and those that moved."""
+def mixers_of(window: Window, matches: Matches) -> list[Mixer]:
+    """All mixers of a window, in order: the one before the first FFN, in its layer, and those that moved."""
     leading = leading_mixer(window.members[0], matches)
     return [*window.mixers] if leading is None else [leading, *window.mixers]
 

@@ -182,10 +182,10 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
     if state is None:
         return own
     recipe = state.recipe
-    written = {name for group in recipe.groups for name in group.writes}
+    written = {name for group in recipe.parts for name in group.writes}
     found = {recipe.unfused_name(name): dtype for name, dtype in own.items()}
     found = {name: dtype for name, dtype in found.items() if name not in written}
-    for group in recipe.groups:
+    for group in recipe.parts:
         wide = own[recipe.fused_name(group.home.down.weight) or ""]
         found |= dict.fromkeys(group.reads, wide)
     return found

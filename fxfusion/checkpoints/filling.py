@@ -52,7 +52,7 @@ class Filling:
         state = fused_state(model)
         names = [own for _, own in self._plain(model, state)]
         if state is not None:
-            names += [name for group in state.recipe.groups for name in group.reads]
+            names += [name for group in state.recipe.parts for name in group.reads]
         return sum(self.reader.stored[self.stored[name]].nbytes for name in names)
 
     def _plain(self, model: Any, state: FusedState | None) -> Iterator[tuple[str, str]]:
@@ -60,7 +60,7 @@ class Filling:
         if state is None:
             yield from ((name, name) for name in own_tensors(model))
             return
-        written = {name for group in state.recipe.groups for name in group.writes}
+        written = {name for group in state.recipe.parts for name in group.writes}
         for name in own_tensors(model):
             own = state.recipe.unfused_name(name)
             if own not in written:
@@ -68,7 +68,7 @@ class Filling:
 
     def _fill_groups(self, model: Any, state: FusedState) -> None:
         state.residue.clear()  # the meta device knew none of it
-        for group in state.recipe.groups:
+        for group in state.recipe.parts:
             members = _Members(self._read)
             state.residue.update(residue_of(group, members))
             done = _last_uses(group)

@@ -85,7 +85,7 @@ def index_attributes(mixers: Mapping[int, Sequence[nn.Module]], slots: Mapping[i
     """
     names: set[str] | None = None
     for layer, modules in mixers.items():
-        found = [(name, value) for module in modules for name, value in vars(module).items() if _is_index(name, value)]
+        found = [(name, value) for module in modules for name, value in vars(module).items() if is_index(name, value)]
         present, others = {name for name, _ in found}, {name for name, value in found if value != slots[layer]}
         names = (present if names is None else names & present) - others
     return tuple(sorted(names or ()))
@@ -98,7 +98,7 @@ def set_slots(
     for layer, modules in mixers.items():
         for module in modules:
             for name in names:
-                if _is_index(name, vars(module).get(name)):
+                if is_index(name, vars(module).get(name)):
                     set_attribute(module, name, slots.slots[layer], undo)
 
 
@@ -206,7 +206,8 @@ def is_computed(config: Any, name: str) -> bool:
     return isinstance(found, property) and found.fset is None
 
 
-def _is_index(name: str, value: Any) -> bool:
+def is_index(name: str, value: Any) -> bool:
+    """Whether an attribute may be the number of a layer or cache slot."""
     return isinstance(value, int) and not isinstance(value, bool) and _INDEX_NAME.search(name) is not None
 
 

@@ -67,7 +67,7 @@ def make_plan(
             a budget: a depth, a latency, or a quality, within which the latency (without hardware: the depth) is
             least. None: the attention is dropped that the arguments above name, and no other is touched.
         after_refit: with roads, judge each plan by its loss after `fxfusion.refit`: three quarters of the batches are
-            fitted to, the others judge. Not for `"wide"`, which no module holds.
+            fitted to, the others judge. Windows that the model's modules cannot hold are left out.
         max_window: layers that become one at most (6).
         hardware, tp, precision: what the latency is predicted for, see `fxfusion.cost`: one token, decoded after
             1,024. max_latency: in milliseconds.

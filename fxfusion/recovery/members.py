@@ -38,7 +38,7 @@ def _names(model: nn.Module, layers: tuple[str, ...]) -> set[str]:
     if state is None:
         return own
     found = {state.recipe.unfused_name(name) for name in own}
-    for group in state.recipe.groups:
+    for group in state.recipe.parts:
         if group.home.down.weight in found:
             downs = [member.down for member in group.members]
             found |= {name for down in downs for name in (down.weight, down.bias) if name is not None}

@@ -18,6 +18,7 @@ from fxfusion.errors import Refused, SurgeryError
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.models.blocks import ResidualBlock
+from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.traced import TracedGraph
 from fxfusion.passes.ffn import Linear
@@ -45,8 +46,9 @@ class Projection:
     """One layer to refit. Layers are numbered as in the model as it was loaded.
 
     `place`: which of `sites(graph)` it is, in the graph of any batch. `until`: the layer at whose end the reference's
-    stream is the target (for attention: after that layer's attention). `members`: layers of a fused group. `weight`,
-    `bias`: parameter names in the model that is refitted; the bias is None where it has none.
+    stream is the target (for attention: after that layer's attention). `members`: layers of a fused group, whose FFNs
+    or, in a wide block, whose attentions became this one. `weight`, `bias`: parameter names in the model that is
+    refitted; the bias is None where it has none.
     """
 
     kind: Kind
@@ -131,12 +133,12 @@ def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | 
         own = names.get(id(value), [])
         return own[0] if len(own) == 1 else None
 
-    groups = {} if recipe is None else {group.home.layer: group for group in recipe.groups}
+    groups = _joined(recipe)
     found = []
     for place, site in enumerate(sites(graph)):
         layer = site.layer if recipe is None else recipe.kept[site.layer]
         weight = name_of(site.linear.weight)
-        group = groups.get(layer) if site.kind == "ffn" else None
+        group = groups.get((site.kind, layer))
         if weight is None:
             if group is not None:
                 raise SurgeryError(f"{group.home.name}: the weight of its last linear layer is no parameter of its own")
@@ -158,10 +160,18 @@ def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | 
                 hidden=site.linear.out_features,
             )
         )
-    missing = groups.keys() - {one.layer for one in found if one.members}
+    missing = groups.keys() - {(one.kind, one.layer) for one in found if one.members}
     if missing:
         raise SurgeryError(f"{groups[min(missing)].home.name}: no linear layer ends it in the fused model's graph")
     return found
+
+
+def _joined(recipe: FuseRecipe | None) -> dict[tuple[Kind, int], GroupRecipe]:
+    """What is wide in a fused model, by kind and by the layer that holds it."""
+    if recipe is None:
+        return {}
+    found: dict[tuple[Kind, int], GroupRecipe] = {("ffn", group.home.layer): group for group in recipe.groups}
+    return found | {("attention", layer): group for layer, group in recipe.attentions.items()}
 
 
 def _bias_of(site: Site) -> fx.Node | None:
@@ -175,8 +185,9 @@ def _bias_of(site: Site) -> fx.Node | None:
 
 
 def choose(found: Sequence[Projection], dropped: Sequence[int], later: str) -> list[Projection]:
-    """Which of them to refit. `later`: "none" (the groups alone), "ffn" (every FFN from the first layer that was
-    changed on), "all" (attention too). `dropped`: layers whose attention the reference has and the model has not."""
+    """Which of them to refit. `later`: "none" (the groups alone, attention of wide blocks included), "ffn" (every FFN
+    from the first layer that was changed on), "all" (attention too). `dropped`: layers whose attention the reference
+    has and the model has not."""
     groups = [one for one in found if one.members]
     changed = [*dropped, *(one.members[0] for one in groups)]
     if later == "none" or not changed:
@@ -185,19 +196,32 @@ def choose(found: Sequence[Projection], dropped: Sequence[int], later: str) -> l
     # Attention that went before the FFNs of its window has a stream without them: the reference has none like it.
     moved = {layer for group in groups for layer in group.members[1:]}
     attention = (one for one in found if one.kind == "attention" and one.layer not in moved and later == "all")
-    wanted = {one.place for one in (*attention, *(one for one in found if one.kind == "ffn"))}
+    wanted = {one.place for one in (*attention, *groups, *(one for one in found if one.kind == "ffn"))}
     return [one for one in found if one.layer >= first and one.place in wanted]
 
 
-def target_of(projection: Projection, reference: TracedGraph) -> fx.Node:
-    """The reference's stream that the model's stream after the projection should be."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a stream should be: the sum of some of the reference's values, less others. The last of `plus` is the last
+    of all."""
+
+    plus: tuple[fx.Node, ...]
+    minus: tuple[fx.Node, ...] = ()
+
+
+def target_of(projection: Projection, reference: TracedGraph) -> Target:
+    """The reference's stream that the model's stream after the projection should be.
+
+    After the attention of a wide block: the stream before the first of its layers, and what the attention of each of
+    them adds to the reference's stream. The reference has no such stream itself, with FFNs in between.
+    """
     if projection.kind == "attention":
-        found = reference.blocks.mixers_of([projection.until])
+        found = reference.blocks.mixers_of(projection.members or [projection.until])
     else:
         found = tuple(block for block in reference.blocks.layers if block.layer == projection.until)
-    if len(found) != 1:
+    if len(found) != (len(projection.members) if projection.kind == "attention" and projection.members else 1):
         raise SurgeryError(f"the reference model has no one stream after {projection.kind} {projection.until}")
-    return found[0].after
+    return Target(tuple(block.after for block in found), tuple(block.before for block in found[1:]))
 
 
 def scale_of(site: Site, graph: TracedGraph, inputs: object) -> Tensor | float:

@@ -1,8 +1,9 @@
 """`refit`: a fused model's last linear layers, fitted in closed form so that its stream is again the reference's.
 
 Before:  x + sum of members: the stream after a group is off, and so is all that follows
-After:   the down projection of each group, and the last projection of each later FFN and attention, is the one that
-         brings the stream nearest to the reference's on calibration text; shapes and speed stay
+After:   the down projection of each group (of a wide block, the output projection of its attention too), and the last
+         projection of each later FFN and attention, is the one that brings the stream nearest to the reference's on
+         calibration text; shapes and speed stay
 
     W = argmin ||H W^T - D||^2 + penalty ||W - W0||^2
     H: inputs of the projection; D: the reference's stream after the group less what stands before it now
@@ -70,7 +71,8 @@ def refit(
             "unfused": that of the model with the attention dropped and nothing fused.
         validation: text that decides on penalties and on what is kept; by default an eighth of `batches`.
         later: what is refitted beside the groups, from the first layer that was changed on: "none", "ffn" (the down
-            projection of every FFN) or "all" (the output projection of every attention too).
+            projection of every FFN) or "all" (the output projection of every attention too). The attention of a wide
+            block belongs to its group.
         penalties: ridge penalties to choose from, as parts of the mean diagonal of the Gram matrix.
         memory_limit: bytes beside the models and a forward pass, half of the free memory by default. A layer of `w`
             inputs and `d` outputs takes `24 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more than three
@@ -205,7 +207,7 @@ class _Work:
         return {
             "model": model_key(TracedModel(self.source)),
             "dropped_attention": list(self.plan.dropped_attention),
-            "groups": [list(group) for group in self.plan.groups],
+            "groups": [group.to_data() for group in self.plan.groups],
             "norm": self.plan.norm,
             "reference": self.reference,
             "layers": [one.name for one in projections],

@@ -1,6 +1,7 @@
 """The hoisted form of a window of layers, in plain eager PyTorch: attention by attention, then every FFN on one stream.
 
     x <- x + A_a(x); ...; x <- x + A_b(x)          then          x <- x + F_a(x) + ... + F_b(x)
+    wide: x <- x + A_a(x) + ... + A_b(x)
 
 Nothing here uses fxfusion. A layer's attention is what its FFN's norm reads; its FFN is what the layer adds to its
 input while its attention is a stub. So the layers' own code runs, with their own masks, scales and caches.
@@ -19,16 +20,18 @@ from tests.end_to_end.families import Family, Stub, first_tensor, layers_of
 
 
 @contextmanager
-def hoisted(model: nn.Module, family: Family, windows: Sequence[Sequence[int]]) -> Iterator[nn.Module]:
-    """The model, which computes its hoisted form inside."""
+def hoisted(
+    model: nn.Module, family: Family, windows: Sequence[Sequence[int]], *, wide: bool = False
+) -> Iterator[nn.Module]:
+    """The model, which computes its hoisted form inside. `wide`: the attentions of a window read one stream too."""
     container: Any = model.get_submodule(family.layers)
     layers = layers_of(model, family)
     try:
         for window in windows:
             members = [layers[number] for number in window]
-            container[window[0]] = HoistedLayers(members, family)
+            worker = container[window[0]] = HoistedLayers(members, family, wide)
             for number in window[1:]:
-                container[number] = Passed(layers[number], layers[window[0]])
+                container[number] = Passed(layers[number], worker)
         yield model
     finally:
         for number, layer in enumerate(layers):
@@ -52,33 +55,37 @@ class _Named(nn.Module):
 class Passed(_Named):
     """A layer whose work was done before; its output looks like that of the layer that did it."""
 
-    def __init__(self, layer: nn.Module, worker: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, worker: HoistedLayers) -> None:
         super().__init__(layer)
-        self.is_tuple = [worker]
+        self.worker = [worker]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = args[0] if args else kwargs["hidden_states"]
-        return (stream,) if self.is_tuple[0]._returns_tuple else stream  # type: ignore[union-attr]
+        return (stream,) if self.worker[0].returns_tuple else stream
 
 
 class HoistedLayers(_Named):
     """All the attentions of a window, then all its FFNs."""
 
-    def __init__(self, layers: Sequence[nn.Module], family: Family) -> None:
+    def __init__(self, layers: Sequence[nn.Module], family: Family, wide: bool) -> None:
         super().__init__(layers[0])
-        self.layers, self.family = list(layers), family
+        self.layers, self.family, self.wide = list(layers), family, wide
+        self.returns_tuple = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stream = args[0] if args else kwargs["hidden_states"]
         output: Any = None
+        entry = stream
         for layer in self.layers:
-            stream, output = self._attended(layer, stream, args, kwargs)
+            read = entry if self.wide else stream
+            after, output = self._attended(layer, read, args, kwargs)
+            stream = stream + (after - read)
         total = stream
         for layer in self.layers:
             with _stubbed(layer, self.family):
                 alone = first_tensor(_call(layer, stream, args, kwargs))
             total = total + (alone - stream)
-        self.layers[0]._returns_tuple = not isinstance(output, Tensor)  # type: ignore[assignment]
+        self.returns_tuple = not isinstance(output, Tensor)
         return total if isinstance(output, Tensor) else (total, *output[1:])
 
     def _attended(self, layer: nn.Module, stream: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Any]:

@@ -158,12 +158,6 @@ def test_a_first_layer_without_attention_is_refused() -> None:
         ("llama", {"groups": [[3, 4]], "hoist": True}, PlanError, "layer 4 does not exist|4 holds no FFN"),
         ("cohere", {"groups": [[1, 2]], "hoist": True}, PlanError, r"window \[1, 2\]: none of them"),
         ("opt", {"groups": [[1, 2]], "hoist": True}, SurgeryError, "the FFN of layer 1 is no module of its own"),
-        (
-            "llama",
-            {"groups": [{"members": [1, 2], "mixers": "wide"}]},
-            SurgeryError,
-            "has mixers: wide",
-        ),
     ],
 )
 def test_what_is_refused_leaves_the_model_alone(

@@ -24,6 +24,7 @@ from fxfusion.checkpoints.nemotron_nas.proof import prove
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, ShardLayout, TensorFacts, write_shards
 from fxfusion.errors import CheckpointError
 from fxfusion.models.bare_model import bare_model
+from fxfusion.models.ffn_surgery.record import fused_state
 
 CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
 
@@ -119,8 +120,18 @@ def save(
     return plan
 
 
+def _refuse_wide(model: nn.Module) -> None:
+    state = fused_state(model)
+    for attention in () if state is None else state.recipe.attentions.values():
+        raise CheckpointError(
+            f"the nemotron-nas layout has one number of heads for all layers, and layers {sorted(attention.layers)} "
+            "became one attention with more (mixers: wide): save with format='canonical', or fuse with mixers: hoist"
+        )
+
+
 def _plan(model: nn.Module, max_shard_size: int | str, check: bool) -> tuple[ExportPlan, Layout]:
     bare = bare_model(model)
+    _refuse_wide(bare)
     layout = Layout.of(bare)
     proof = prove(bare, layout) if check else "not checked"
     config = layout.config.to_diff_dict()

@@ -54,7 +54,7 @@ class Adapters:
     def read(self, recipe: FuseRecipe, check: bool) -> None:
         """Find what the wide layers of a recipe get. Raises `SurgeryError` where it cannot be exact."""
         self.renamed = recipe.fused_name
-        for group in recipe.groups if self.wrappers else ():
+        for group in recipe.parts if self.wrappers else ():
             tensors = {name: _tensor(self.model, name) for name in group.reads}
             self.carried |= carry(group, self.wrappers, tensors, check)
 

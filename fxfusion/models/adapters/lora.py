@@ -65,7 +65,7 @@ def widened(recipe: GroupRecipe, number: int, updates: Updates, tensors: Tensors
 def _wide_projection(recipe: GroupRecipe, number: int, updates: Updates, tensors: Tensors) -> LowRank:
     blank = _Blank.of(updates, recipe.home.projections[number].weight)
     own = _only(updates)
-    rows = sum(cut.projection == number for cut in recipe.home.cuts) * recipe.width
+    rows = recipe.home.rows(number) * recipe.width // recipe.home.width
     wide_b = blank.b.new_zeros(rows, blank.rank)
     bias = blank.b.new_zeros(rows) if any(update.bias is not None for _, update in own) else None
     parts = []

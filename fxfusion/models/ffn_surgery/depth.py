@@ -22,7 +22,7 @@ from fxfusion.models.drop_record import DropRecord, read_record
 from fxfusion.models.ffn_surgery.snapshot import Changes, Snapshot
 
 _COUNT = re.compile("layer|depth|block")
-_FOLLOWS_SLOTS = ("layer_types", "kv_sharing_modes")  # written by cache_slots
+FOLLOWS_SLOTS = ("layer_types", "kv_sharing_modes")  # written by cache_slots
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,9 +93,9 @@ class DepthEditor:
                 continue
             if type(value) is int and value == len(self.layers) and _COUNT.search(name):
                 setattr(owner, name, len(kept))
-            elif isinstance(value, (list, tuple)) and len(value) == len(self.layers) and name not in _FOLLOWS_SLOTS:
+            elif isinstance(value, (list, tuple)) and len(value) == len(self.layers) and name not in FOLLOWS_SLOTS:
                 setattr(owner, name, type(value)(value[layer] for layer in kept))
-            elif _are_layers(name, value, len(self.layers)):
+            elif are_layers(name, value, len(self.layers)):
                 setattr(owner, name, type(value)(kept.index(layer) for layer in value if layer in kept))
 
     def _renumber(self, kept: Sequence[int]) -> None:
@@ -117,7 +117,7 @@ class DepthEditor:
             undo.pop_all()
 
 
-def _are_layers(name: str, value: Any, count: int) -> bool:
+def are_layers(name: str, value: Any, count: int) -> bool:
     """Whether an attribute is a list of numbers of layers."""
     if not isinstance(value, (list, tuple)) or not value or not _COUNT.search(name):
         return False

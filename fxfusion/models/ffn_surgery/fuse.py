@@ -5,6 +5,7 @@ After:   layer 4 alone, its FFN as wide as all four; layers 5 6 7 are gone, conf
 
 Before:  a window of layers 4 5, which keep their attention (the plan says mixers: hoist)
 After:   layer 4 with attention alone, layer 5 with its own attention and an FFN as wide as both
+         mixers: wide: layer 5 alone, its attention with the heads of both, its FFN as wide as both
 
 Exact relative to the parallel form of the groups (arXiv 2503.18908, theorem 3.1); that form is an approximation of
 the model. Members are freed group by group.
@@ -13,7 +14,7 @@ the model. Members are freed group by group.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -29,7 +30,8 @@ from fxfusion.models.drop_attention import drop_traced
 from fxfusion.models.drop_record import fused_entry, read_record
 from fxfusion.models.ffn_surgery.depth import DepthEditor
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
-from fxfusion.models.ffn_surgery.proof import ParallelForm, check_widths
+from fxfusion.models.ffn_surgery.heads import put_heads
+from fxfusion.models.ffn_surgery.proof import ParallelForm, check_heads, check_widths
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.ffn_surgery.record import FusedState, set_fused_state, write_entry
 from fxfusion.models.ffn_surgery.residue import Residue, residue_of
@@ -49,7 +51,8 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
 
     The first member's own modules take the weights of all, the layers of the other members go, and the config and
     the key-value cache follow. In a window (`mixers: hoist`) the other layers stay with their attention, and the FFN of
-    the last layer takes the weights. Attention that the plan drops is dropped first, where the model still has it.
+    the last layer takes the weights; in a wide one they go too, and its attention takes those of theirs. Attention
+    that the plan drops is dropped first, where the model still has it.
     `config.fxfusion` records both; `unfuse` gives the members back.
 
     Args:
@@ -158,9 +161,9 @@ class _Surgery:
         depth = DepthEditor.of(self.model, self.recipe.path, mixers)
         done: list[GroupRecipe] = []
         try:
-            for recipe in self.recipe.groups:
-                self._fuse_group(recipe, depth, stubs, [*done, recipe])
-                done.append(recipe)
+            for number, recipe in enumerate(self.recipe.groups):
+                self._fuse_group(recipe, depth, stubs, self.recipe.groups[: number + 1])
+                done += self.recipe.parts_of(recipe)
             if cache is not None:
                 cache.check(self.model)
             elif self.before is not None:
@@ -176,15 +179,17 @@ class _Surgery:
         """Widen the home's FFN, take the others out, with their layers unless these keep their attention, prove it,
         and only then let their weights go."""
         depth.put(depth.layers)  # names are those of the model with all its layers
-        old = {name: tensor_of(self.model, name) for name in recipe.reads}
-        home = {name: tensor_of(self.model, name) for name in recipe.writes}
+        parts = self.recipe.parts_of(recipe)
+        old = {name: tensor_of(self.model, name) for part in parts for name in part.reads}
+        home = {name: tensor_of(self.model, name) for part in parts for name in part.writes}
         given = {name: value for name, value in old.items() if value is not None}
         try:
-            for name, value in recipe.pack(given):
+            for name, value in (pair for part in parts for pair in part.pack(given)):
                 set_parameter(self.model, name, value)
             layer_path = f"{self.recipe.path}.{recipe.home.layer}"
             set_width(self.model, recipe.home, layer_path, recipe.home.width, recipe.width)
-            self.residue |= residue_of(recipe, given)
+            for part in parts:
+                self.residue |= residue_of(part, given)
             gone = self._take_out(recipe, depth, stubs, groups)
         except BaseException:
             depth.put(depth.layers)
@@ -198,26 +203,36 @@ class _Surgery:
         self, recipe: GroupRecipe, depth: DepthEditor, stubs: FfnStubs, groups: Sequence[GroupRecipe]
     ) -> list[nn.Module]:
         """What held the other members, taken out of the model, which is proved then."""
-        layers = [layer for group in groups if not group.is_window for layer in group.layers[1:]]
+        layers = [layer for group in groups for layer in group.removed]
 
         def prove() -> None:
             if layers:
                 depth.without(layers)
             if self.form is not None:
                 self.form.check(self.model, len(groups))
+            elif recipe.mixers == "wide":
+                check_heads(self.model, self.recipe, groups, self.ids)
             elif recipe.is_window and self.ids.is_meta:
                 TracedModel(self.model).graph(self.ids)  # raises where the stand-ins do not fit
             elif recipe.is_window:
                 run_once(self.model, self.ids)
 
-        if not recipe.is_window:
-            prove()
-            return [depth.layers[layer] for layer in recipe.layers[1:]]
+        if recipe.mixers != "hoist":
+            self._prove_heads(recipe, depth, prove)
+            return [depth.layers[layer] for layer in recipe.removed]
         sites = [self.recipe.emptied[member.layer] for member in recipe.members[1:]]
         names = [(*member.large, *member.small) for member in recipe.members[1:]]
         moved = {site.ffn: own for site, own in zip(sites, names, strict=True)}
         stubs.put(sites, moved, prove)
         return [stubs.gone[path] for site in sites for path in site.paths]
+
+    def _prove_heads(self, recipe: GroupRecipe, depth: DepthEditor, prove: Callable[[], object]) -> None:
+        """Prove a group, and let a wide attention, where it has one, know its heads."""
+        for attention in self.recipe.parts_of(recipe)[1:]:
+            modules = self._modules(self.paths[attention.home.layer])
+            put_heads(attention, modules, self.model, prove)
+            return
+        prove()
 
     def _remember(self, depth: DepthEditor, stubs: FfnStubs) -> None:
         state = FusedState(

@@ -31,7 +31,9 @@ class GroupRecipe:
     values (first member's name, source). `in_bias`, `down_bias`: whether the wide layers have biases. `shards`: into
     how many equal parts the wide FFN can be cut, each with a slice of every member. `mixers`: as in the plan. Where
     they were hoisted (a window) the last layer's FFN becomes the wide one, and is the first of `members`; the other
-    layers stay, without their FFNs.
+    layers stay, without their FFNs. In a wide window they go, and the last attention becomes the wide one: such a
+    recipe may be of attentions too (`read_attention.py`); `heads` is how many each piece of a member has then, and
+    those that its last projection reads.
 
     All names are those of the unfused model; the wide parameters take the first member's.
     """
@@ -44,6 +46,7 @@ class GroupRecipe:
     down_bias: bool = False
     shards: int = 1
     mixers: MixerMode = "none"
+    heads: tuple[int, ...] = ()
     _runs: list[tuple[Run, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +71,11 @@ class GroupRecipe:
         return tuple(member.layer for member in self.members)
 
     @property
+    def removed(self) -> tuple[int, ...]:
+        """Layers that go, since nothing is left of them."""
+        return () if self.mixers == "hoist" else self.layers[1:]
+
+    @property
     def planned(self) -> PlannedGroup:
         """The group as a plan names it."""
         return PlannedGroup(sorted(self.layers), self.mixers)
@@ -84,7 +92,7 @@ class GroupRecipe:
         biases = [matrix.own_bias for matrix in home.projections if self.in_bias]
         biases += [home.down.own_bias] if self.down_bias else []
         middle = [constant.names[0] for constant in home.middle if constant is not None]
-        names = [*home.large, *biases, *middle, *(name for name, _ in self.fills), *(name for name, _ in self.copies)]
+        names = [*home.large, *biases, *middle, *(name for name, _ in (*self.fills, *self.copies, *home.per_head))]
         return tuple(dict.fromkeys(names))
 
     @torch.no_grad()
@@ -106,6 +114,8 @@ class GroupRecipe:
         for index, constant in enumerate(self.home.middle):
             if constant is not None:
                 yield constant.names[0], self._middle(tensors, index)
+        for index, (name, _) in enumerate(self.home.per_head):
+            yield name, self._per_head(tensors, index)
         for name, fill in self.fills:
             yield name, torch.full_like(tensors[name], fill)
         for name, source in self.copies:
@@ -189,9 +199,13 @@ class GroupRecipe:
                 wide[target] = values[source]
         return wide
 
+    def _per_head(self, tensors: Tensors, index: int) -> Tensor:
+        """One row per head, `[heads of all, ...]`."""
+        shared = [member.per_head[index] for member in self.members]
+        return torch.cat([tensors[name].expand(heads, *tensors[name].shape) for name, heads in shared])
+
     def _rows(self, number: int) -> int:
-        pieces = [cut for cut in self.home.cuts if cut.projection == number]
-        return len(pieces) * self.width
+        return self.home.rows(number) * self.width // self.home.width
 
     def slices(self, number: int, place: int) -> list[tuple[slice, slice]]:
         """Where a member's channels of a projection stand in the wide one, and in its own."""
@@ -199,10 +213,12 @@ class GroupRecipe:
         for home, cut in zip(self.home.cuts, self.members[place].cuts, strict=True):
             if cut.projection == number:
                 whole = home.widened(self.home.width, self.width)
+                width = self.members[place].width
                 for run in self._runs[place]:
-                    first, own = whole.start + run.wide * home.step, cut.start + run.own * cut.step
-                    target = slice(first, first + run.length * home.step, home.step)
-                    found.append((target, slice(own, own + run.length * cut.step, cut.step)))
+                    wide, begin, length = (n * cut.length // width for n in (run.wide, run.own, run.length))
+                    first, own = whole.start + wide * home.step, cut.start + begin * cut.step
+                    target = slice(first, first + length * home.step, home.step)
+                    found.append((target, slice(own, own + length * cut.step, cut.step)))
         return found
 
     def columns(self, place: int) -> list[tuple[slice, slice]]:

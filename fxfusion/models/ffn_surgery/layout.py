@@ -76,12 +76,18 @@ class Cut:
     def channels(self) -> slice:
         return slice(self.start, self.stop, self.step)
 
+    @property
+    def length(self) -> int:
+        return len(range(self.start, self.stop, self.step))
+
     def widened(self, width: int, total: int) -> slice:
-        """Where the same piece stands once its width has grown from `width` to `total`."""
+        """Where the same piece stands once its member's width has grown from `width` to `total`, and every piece
+        with it."""
+        length = self.length * total // width
         if self.step > 1:
-            return slice(self.start, self.start + total * self.step, self.step)
-        start = self.start // width * total
-        return slice(start, start + total)
+            return slice(self.start, self.start + length * self.step, self.step)
+        start = self.start * total // width
+        return slice(start, start + length)
 
 
 TailStep = tuple[Literal["mul", "add"], "Constant | float"]
@@ -89,8 +95,11 @@ TailStep = tuple[Literal["mul", "add"], "Constant | float"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """One FFN. `layer`: position of its decoder layer in the model as it is. `prologue`: constants of its norm;
-    `roles`: what becomes of each. `middle`: constants of the activation, None for one number that all members share.
+    """One FFN, or one attention. `layer`: position of its decoder layer in the model as it is. `prologue`: constants
+    of its norm; `roles`: what becomes of each. `middle`: constants of the activation, None for one number that all
+    members share. `per_head`: of an attention, parameters that all its heads share, and how many heads these are.
+
+    An attention's `width` is that of its last projection; its pieces are of other lengths where heads share keys.
     """
 
     layer: int
@@ -103,6 +112,11 @@ class Member:
     roles: tuple[Literal["gain", "shift", "fixed"], ...]
     middle: tuple[Constant | None, ...]
     tail: tuple[TailStep, ...]
+    per_head: tuple[tuple[str, int], ...] = ()
+
+    def rows(self, number: int) -> int:
+        """Output channels of a projection."""
+        return sum(cut.length for cut in self.cuts if cut.projection == number)
 
     def with_role(self, role: str) -> list[Constant]:
         return [constant for constant, own in zip(self.prologue, self.roles, strict=True) if own == role]
@@ -122,7 +136,8 @@ class Member:
         biases = [matrix.bias for matrix in self.matrices if matrix.bias is not None]
         constants = [*self.prologue, *(constant for constant in self.middle if constant is not None)]
         constants += [value for _, value in self.tail if isinstance(value, Constant)]
-        return tuple(dict.fromkeys([*biases, *(name for constant in constants for name in constant.names)]))
+        names = [*biases, *(name for constant in constants for name in constant.names)]
+        return tuple(dict.fromkeys([*names, *(name for name, _ in self.per_head)]))
 
     def affine(self, tensors: Tensors, dtype: torch.dtype) -> tuple[Tensor | float, Tensor | float]:
         """The tail as `scale * x + shift`; each one number or `[hidden]`, in `dtype`."""

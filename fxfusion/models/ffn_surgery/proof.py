@@ -8,20 +8,26 @@ computed; there the changed model is captured anew, and its FFNs must be as many
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxfusion.errors import SurgeryError
+from fxfusion.errors import Refused, SurgeryError
 from fxfusion.graph import ops
+from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
+from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.quantised import plain
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.surgery_proof import full_logits, relative
 from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.passes.match_heads import match_heads
+from fxfusion.passes.match_mixer import match_mixer
+from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.parallelise import Parallelise
 from fxfusion.pipeline import analyse, hoist_and_analyse
 from fxfusion.plan import FusionPlan
@@ -109,9 +115,45 @@ def check_widths(model: nn.Module, before: TracedGraph, recipe: FuseRecipe, ids:
     found = _widths(after)
     if [found.get(layer, []) for layer in range(len(recipe.kept))] != wanted:
         raise SurgeryError(f"the changed model has FFNs of widths {found}, where {wanted} were expected")
-    mixers = len(before.blocks.mixers)
+    joined = sum(len(attention.members) - 1 for attention in recipe.attentions.values())
+    mixers = len(before.blocks.mixers) - joined
     if len(after.blocks.mixers) != mixers:
         raise SurgeryError(f"the changed model has {len(after.blocks.mixers)} attentions instead of {mixers}")
+
+
+def check_heads(model: nn.Module, recipe: FuseRecipe, groups: Sequence[GroupRecipe], ids: Tensor) -> None:
+    """Raises `SurgeryError` unless the attentions of wide windows, captured anew, have the heads that they should.
+
+    `groups`: those that are fused by now. Computes nothing, so it works on the meta device.
+    """
+    gone = {layer for group in groups for layer in group.removed}
+    kept = [layer for layer in range(recipe.count) if layer not in gone]
+    traced = TracedModel(model).graph(ids)
+    facts = GraphFacts(traced.captured.module.graph, _weights(traced))
+    mixers = {mixer.add: mixer for mixer in match_residual(facts, {}).mixers}
+    for attention in (part for group in groups for part in recipe.parts_of(group)[1:]):
+        (block,) = traced.blocks.mixers_of([kept.index(attention.home.layer)])
+        try:
+            mixer = mixers[block.after]
+            heads = match_heads(match_mixer(mixer, mixer.stream, facts, {}, loose=True), facts)
+        except Refused as refused:
+            raise SurgeryError(f"{attention.home.name} after it was widened: {refused.message}") from None
+        found = [(piece.projection, piece.start, piece.stop) for piece in heads.pieces]
+        wanted = [
+            (cut.projection, channels.start, channels.stop)
+            for cut in attention.home.cuts
+            for channels in [cut.widened(attention.home.width, attention.width)]
+        ]
+        counts, times = (*heads.counts, heads.out_count), len(attention.members)
+        if found != wanted or counts != tuple(count * times for count in attention.heads):
+            raise SurgeryError(
+                f"{attention.home.name} would read heads {counts} of channels {found}, where {times} times "
+                f"{attention.heads} of {wanted} were expected"
+            )
+
+
+def _weights(traced: TracedGraph) -> Iterable[fx.Node]:
+    return (node for node in traced.captured.module.graph.nodes if node.name in traced.captured.weights)
 
 
 def _widths(traced: TracedGraph) -> dict[int, list[int]]:

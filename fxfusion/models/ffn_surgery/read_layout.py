@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, fx, nn
 
@@ -23,6 +23,20 @@ from fxfusion.passes.lift_weights import constant_graph, constant_needs
 from fxfusion.passes.match_residual import weight_leaves
 
 BY_THE_BACKEND = "torch.compile(model, backend=fxfusion.ffn_fusion) with the same plan fuses them as a graph"
+
+
+class Named(Protocol):
+    """An FFN or an attention, for messages."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class Block(Named, Protocol):
+    """The same with the nodes of its branch."""
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]: ...
 
 
 @dataclass(slots=True)
@@ -53,52 +67,60 @@ class LayoutReader:
             self._member(ffn, layer, group, shared) for ffn, layer in zip(group.members, layers, strict=True)
         )
         home = group.members[0]
-        fills = [self._fill(home, constant, 1.0) for constant in members[0].with_role("gain")]
-        fills += [self._fill(home, constant, 0.0) for constant in members[0].with_role("shift")]
-        for kind, step in members[0].tail:
-            if isinstance(step, Constant):
-                fills.append(self._fill(home, step, 1.0 if kind == "mul" else 0.0))
+        fills = [self.fill(home, constant, 1.0) for constant in members[0].with_role("gain")]
+        fills += [self.fill(home, constant, 0.0) for constant in members[0].with_role("shift")]
+        fills += self.tail_fills(home, members[0])
         has_shift = bool(members[0].with_role("shift"))
         recipe = GroupRecipe(
             members=members,
             norm=group.norm,
             mixers="none" if group.window is None else group.window.names.mixers,
             fills=tuple(fills),
-            copies=self._copies(group, members) if group.norm == "last" and group.window is None else (),
+            copies=self._copies(group, members) if group.norm == "last" else (),
             in_bias=has_shift or any(matrix.bias is not None for member in members for matrix in member.projections),
             down_bias=any(
                 member.down.bias is not None or any(kind == "add" for kind, _ in member.tail) for member in members
             ),
         )
-        self._check_biases(recipe)
-        self._check_readers(home, recipe)
+        self.check_biases(recipe)
+        constants = (*home.prologue_constants, *home.middle_constants, *(step for _, step in home.tail))
+        self.check_readers(home, [node for node in constants if isinstance(node, fx.Node)], recipe)
         return recipe
 
     def _member(self, ffn: FfnNode, layer: int, group: Group, shared_middle: Sequence[bool]) -> Member:
         biases = {linear.node: self._separate_bias(ffn, linear) for linear in (*ffn.projections, ffn.down)}
         middle = [
-            None if shared or node in biases.values() else self._constant(ffn, node)
+            None if shared or node in biases.values() else self.constant(ffn, node)
             for shared, node in zip(shared_middle, ffn.middle_constants, strict=True)
         ]
         for constant in middle:
             if constant is not None and len(constant.names) != 1:
                 raise SurgeryError(f"{ffn.name}: a constant of its activation is computed from {len(constant.names)}")
         own = ffn.tail[1:] if biases[ffn.down.node] is not None else ffn.tail
-        tail: tuple[TailStep, ...] = tuple(
-            (kind, self._constant(ffn, step) if isinstance(step, fx.Node) else step) for kind, step in own
-        )
         return Member(
             layer=layer,
             name=ffn.name,
             width=ffn.width,
-            projections=tuple(self._matrix(ffn, linear, biases[linear.node]) for linear in ffn.projections),
+            projections=tuple(self.matrix(ffn, linear, biases[linear.node]) for linear in ffn.projections),
             cuts=self._cuts(ffn),
-            down=self._matrix(ffn, ffn.down, biases[ffn.down.node]),
-            prologue=tuple(self._constant(ffn, node) for node in ffn.prologue_constants),
+            down=self.matrix(ffn, ffn.down, biases[ffn.down.node]),
+            prologue=tuple(self.constant(ffn, node) for node in ffn.prologue_constants),
             roles=group.roles,
             middle=tuple(middle),
-            tail=tail,
+            tail=self.tail(ffn, own),
         )
+
+    def tail(self, ffn: Named, steps: Sequence[tuple[Literal["mul", "add"], fx.Node | float]]) -> tuple[TailStep, ...]:
+        """What is done to the result of the last projection."""
+        return tuple((kind, self.constant(ffn, step) if isinstance(step, fx.Node) else step) for kind, step in steps)
+
+    def tail_fills(self, ffn: Named, member: Member) -> list[tuple[str, float]]:
+        """What makes the parameters in a member's tail do nothing."""
+        return [
+            self.fill(ffn, step, 1.0 if kind == "mul" else 0.0)
+            for kind, step in member.tail
+            if isinstance(step, Constant)
+        ]
 
     def _cuts(self, ffn: FfnNode) -> tuple[Cut, ...]:
         """The pieces that the activation reads, which must be all channels of each projection, each once."""
@@ -112,9 +134,10 @@ class LayoutReader:
                 raise SurgeryError(f"{ffn.name}: its activation does not read {linear.node} in whole pieces, each once")
         return found
 
-    def _matrix(self, ffn: FfnNode, linear: Linear, separate_bias: fx.Node | None) -> Matrix:
-        weight, bias = self._parameter(ffn, linear.weight), linear.bias or separate_bias
-        return Matrix(weight, linear.transposed, None if bias is None else self._parameter(ffn, bias))
+    def matrix(self, ffn: Named, linear: Linear, separate_bias: fx.Node | None = None) -> Matrix:
+        """The parameters of a linear layer."""
+        weight, bias = self.parameter(ffn, linear.weight), linear.bias or separate_bias
+        return Matrix(weight, linear.transposed, None if bias is None else self.parameter(ffn, bias))
 
     def _separate_bias(self, ffn: FfnNode, linear: Linear) -> fx.Node | None:
         """The vector that a linear layer without a bias has added to its result at once, as one more operation."""
@@ -126,7 +149,8 @@ class LayoutReader:
         is_vector = value is not None and value.dim() == 1 and value.numel() == linear.out_features
         return others[0] if is_vector and self._name(ffn, others[0]) is not None else None
 
-    def _parameter(self, ffn: FfnNode, node: fx.Node) -> str:
+    def parameter(self, ffn: Named, node: fx.Node) -> str:
+        """Its name. Raises `SurgeryError` where the node is none."""
         name = self._name(ffn, node)
         if name is None:
             raise SurgeryError(
@@ -135,22 +159,24 @@ class LayoutReader:
             )
         return name
 
-    def _name(self, ffn: FfnNode, node: fx.Node) -> str | None:
+    def _name(self, ffn: Named, node: fx.Node) -> str | None:
         value = self.traced.captured.values.get(node.name)
         found = [] if value is None else self.names.get(id(value), [])
         if len(found) > 1:
             raise SurgeryError(f"{ffn.name}: a weight of it is used in several places: {', '.join(found)}")
         return found[0] if found else None
 
-    def _constant(self, ffn: FfnNode, node: fx.Node) -> Constant:
+    def constant(self, ffn: Named, node: fx.Node) -> Constant:
+        """A small tensor and the parameters that it is computed from."""
         name = self._name(ffn, node)
         if name is not None:
             return Constant((name,))
         sources, inner = constant_needs([node], self.facts)
-        names = tuple(self._parameter(ffn, source) for source in sources)
+        names = tuple(self.parameter(ffn, source) for source in sources)
         return Constant(names, constant_graph(sources, inner, [node]))
 
-    def _fill(self, ffn: FfnNode, constant: Constant, wanted: float) -> tuple[str, float]:
+    def fill(self, ffn: Named, constant: Constant, wanted: float) -> tuple[str, float]:
+        """The one parameter of a constant, and the number that makes the constant `wanted`."""
         example = self.tensor(constant.names[0])
         fill = constant.fill_for(wanted, example)
         if fill is None:
@@ -158,12 +184,13 @@ class LayoutReader:
         return constant.names[0], fill
 
     def _copies(self, group: Group, members: Sequence[Member]) -> tuple[tuple[str, str], ...]:
-        """The first member's norm takes the last member's parameters."""
-        first, last = group.members[0], group.members[-1]
+        """The home's norm takes the last member's parameters."""
+        place = max(range(len(members)), key=lambda index: members[index].layer)
+        first, last = group.members[0], group.members[place]
         pairs: list[tuple[str, str]] = []
         for index, node in enumerate(first.prologue_constants):
             if node is not last.prologue_constants[index]:
-                pairs += zip(members[0].prologue[index].names, members[-1].prologue[index].names, strict=True)
+                pairs += zip(members[0].prologue[index].names, members[place].prologue[index].names, strict=True)
         return tuple(pairs)
 
     def tensor(self, name: str) -> Tensor:
@@ -172,7 +199,7 @@ class LayoutReader:
         assert isinstance(found, Tensor)
         return found
 
-    def _check_biases(self, recipe: GroupRecipe) -> None:
+    def check_biases(self, recipe: GroupRecipe) -> None:
         """A bias that appears needs a module that can hold one."""
         wanted = [(matrix, recipe.in_bias) for matrix in recipe.home.projections]
         for matrix, needed in [*wanted, (recipe.home.down, recipe.down_bias)]:
@@ -180,14 +207,11 @@ class LayoutReader:
             if needed and matrix.bias is None and not isinstance(owner, nn.Linear):
                 raise SurgeryError(f"{recipe.home.name}: the fused FFN needs a bias that {type(owner).__name__} lacks")
 
-    def _check_readers(self, ffn: FfnNode, recipe: GroupRecipe) -> None:
-        """What is set to other values must be read by this FFN alone."""
+    def check_readers(self, ffn: Block, constants: Sequence[fx.Node], recipe: GroupRecipe) -> None:
+        """What is set to other values must be read by this FFN (or attention) alone."""
         changed = set(recipe.writes)
         own = set(ffn.nodes)
-        constants = (*ffn.prologue_constants, *ffn.middle_constants, *(step for _, step in ffn.tail))
         for node in constants:
-            if not isinstance(node, fx.Node):
-                continue
             for leaf in weight_leaves(node, self.facts):
                 reader = self._foreign_reader(leaf, own)
                 if self._name(ffn, leaf) in changed and reader is not None:

@@ -1,6 +1,6 @@
 """What a plan does to a model's parameters, by name: which become wide ones, which go, which only change layer.
 
-    model, plan  ->  FuseRecipe: groups, layers that go, new number of each layer that stays
+    model, plan  ->  FuseRecipe: groups, attentions that are joined, layers that go, new number of each that stays
 
 Works on the meta device, so the parameters of a checkpoint can be fused while they are read.
 """
@@ -17,6 +17,12 @@ from fxfusion.models.attention_sites import layer_list_path
 from fxfusion.models.ffn_surgery.check_quantised import check_group
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.quantised import FUSE_FIRST
+from fxfusion.models.ffn_surgery.read_attention import (
+    attention_recipe,
+    check_parameters,
+    check_wide_layers,
+    wide_mixers,
+)
 from fxfusion.models.ffn_surgery.read_layout import LayoutReader
 from fxfusion.models.ffn_surgery.stubs import FfnSite, find_ffn_sites
 from fxfusion.models.surgery_proof import proof_tokens
@@ -29,17 +35,19 @@ from fxfusion.torch_private import hooks_in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FuseRecipe:
-    """All names are those of the unfused model. `path`: of the list of decoder layers; `count`: how many there are;
+    """All names are those of the unfused model. `groups`: the FFNs of each group of the plan; `attentions`: those of
+    wide windows, by the layer that keeps them. `path`: of the list of decoder layers; `count`: how many there are;
     `emptied`: the modules that go in layers that stay without their FFN, by layer."""
 
     groups: tuple[GroupRecipe, ...]
     path: str
     count: int
     emptied: Mapping[int, FfnSite] = field(default_factory=dict)
+    attentions: Mapping[int, GroupRecipe] = field(default_factory=dict)
     _moved: frozenset[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        inner = (member for group in self.groups if group.is_window for member in group.members[1:])
+        inner = (member for group in self.groups if group.mixers == "hoist" for member in group.members[1:])
         object.__setattr__(self, "_moved", frozenset(name for m in inner for name in (*m.large, *m.small)))
 
     @classmethod
@@ -58,7 +66,6 @@ class FuseRecipe:
         cls, model: nn.Module, traced: TracedGraph, plan: FusionPlan, shards: int = 1
     ) -> tuple[FuseRecipe, tuple[Group, ...]]:
         """The same from the graph of the model without the attention that the plan drops; with the graph's groups."""
-        _refuse_wide(plan)
         found = analyse(traced.captured, plan)
         unmet = [
             refusal.message
@@ -71,24 +78,41 @@ class FuseRecipe:
         path = layer_list_path(traced)
         count = len(list(model.get_submodule(path).children()))
         reader = LayoutReader.of(model, traced)
-        chosen = [_home_first(group) for group in found.groups]
+        mixers = [wide_mixers(group, found.matches, traced) for group in found.groups]
+        chosen = [_home_first(group, list(own), traced) for group, own in zip(found.groups, mixers, strict=True)]
         read = (reader.recipe(group, _layers_of(group, traced)) for group in chosen)
         groups = tuple(replace(group, shards=shards) for group in read)
-        inner = [member for group in groups if group.is_window for member in group.members[1:]]
+        joined = [own for own in mixers if len(own) > 1]
+        attentions = {[*own][-1]: attention_recipe(reader, own) for own in joined}
+        inner = [member for group in groups if group.mixers == "hoist" for member in group.members[1:]]
         sites = find_ffn_sites(traced, path, inner) if inner else ()
         emptied = {member.layer: site for member, site in zip(inner, sites, strict=True)}
-        recipe = cls(groups=groups, path=path, count=count, emptied=emptied)
+        recipe = cls(groups=groups, path=path, count=count, emptied=emptied, attentions=attentions)
         recipe._check_layers(traced)
+        for group in groups:
+            if len(parts := recipe.parts_of(group)) > 1:
+                check_wide_layers(model, parts[1], traced, path, count)
+                check_parameters(model, parts, path)
         recipe._check_hooks(model)
         recipe._check_shards(shards)
-        for group in groups:
+        for group in recipe.parts:
             check_group(group, {name: reader.tensor(name) for name in group.reads})
         return recipe, found.groups
 
     @property
+    def parts(self) -> tuple[GroupRecipe, ...]:
+        """All that becomes wider: FFNs, then attentions."""
+        return (*self.groups, *self.attentions.values())
+
+    def parts_of(self, group: GroupRecipe) -> tuple[GroupRecipe, ...]:
+        """A group's FFN, and the attention of its window where that is wide."""
+        own = self.attentions.get(group.home.layer) if group.mixers == "wide" else None
+        return (group,) if own is None else (group, own)
+
+    @property
     def removed(self) -> tuple[int, ...]:
-        """Layers that go: those of every member but the first of its group; none of a window's."""
-        return tuple(sorted(layer for group in self.groups if not group.is_window for layer in group.layers[1:]))
+        """Layers that go: those of every member but the first of its group; none of a hoisted window's."""
+        return tuple(sorted(layer for group in self.groups for layer in group.removed))
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -112,7 +136,7 @@ class FuseRecipe:
 
     def renamed(self, names: Iterable[str]) -> dict[str, str]:
         """For names of the unfused model that stay as they are: the fused model's name of each -> its own."""
-        written = {name for group in self.groups for name in group.writes}
+        written = {name for part in self.parts for name in part.writes}
         pairs = [(self.fused_name(name), name) for name in names if name not in written]
         return {new: old for new, old in pairs if new is not None}
 
@@ -143,7 +167,8 @@ class FuseRecipe:
                 if layer != member.layer or layer in seen:
                     raise SurgeryError(f"{member.name} is not the one FFN of its decoder layer in {self.path}")
                 seen.add(layer)
-        for block in traced.blocks.mixers_of(self.removed):
+        moved = {layer for attention in self.attentions.values() for layer in attention.layers}
+        for block in traced.blocks.mixers_of(set(self.removed) - moved):
             raise SurgeryError(
                 f"layer {block.layer} still has attention ({block.name}), so its FFN cannot move to another layer"
             )
@@ -153,18 +178,14 @@ class FuseRecipe:
                 raise SurgeryError(f"layer {layer} has {len(blocks)} FFNs, so it cannot go with one of them")
 
 
-def _refuse_wide(plan: FusionPlan) -> None:
-    for index, group in enumerate(plan.groups):
-        if group.mixers == "wide":
-            raise SurgeryError(
-                f"groups[{index}] {list(group)} has mixers: wide, which modules cannot hold yet: torch.compile takes "
-                "the plan as it is, modules take mixers: hoist"
-            )
-
-
-def _home_first(group: Group) -> Group:
-    """A window's FFN goes to its last layer, behind all its attention."""
-    return group if group.window is None else replace(group, members=(group.members[-1], *group.members[:-1]))
+def _home_first(group: Group, mixers: Sequence[int], traced: TracedGraph) -> Group:
+    """A window's FFN goes to its last layer, behind all its attention; of a wide one, to the last with attention."""
+    if group.window is None:
+        return group
+    home = group.members[-1]
+    if mixers:
+        home = group.members[_layers_of(group, traced).index(mixers[-1])]
+    return replace(group, members=(home, *(member for member in group.members if member is not home)))
 
 
 def has_mixer(model: nn.Module, layer: int) -> bool:

@@ -2,7 +2,7 @@
 
     config.fxfusion["fused"] = {"groups": [[4, 5, 6]], "norm": "fold", "layers": 12, "kept": [0, 1, 2, 3, 4, 7, ...]}
 
-A window, whose inner layers kept their attention, is {"members": [4, 5], "mixers": "hoist"} there.
+A window, whose inner layers kept their attention, is {"members": [4, 5], "mixers": "hoist"} there; "wide": one layer.
 Layers are numbered as in the model that was loaded; `kept` are those that are left, in order. `shards` is there where
 the channels are ordered for tensor parallelism.
 """

@@ -42,8 +42,7 @@ def extra_shapes(recipe: GroupRecipe, small: Tensors, hidden: int) -> dict[str, 
         columns = zero_columns(member, small, hidden)
         if columns is not None:
             for number, matrix in enumerate(member.projections):
-                pieces = sum(cut.projection == number for cut in member.cuts)
-                found[matrix.weight + _COLUMNS] = (pieces * member.width, int(columns.sum()))
+                found[matrix.weight + _COLUMNS] = (member.rows(number), int(columns.sum()))
         rows = zero_rows(recipe, member, small, torch.empty(hidden, 1))
         if rows is not None:
             found[member.down.weight + _ROWS] = (int(rows.sum()), member.width)

@@ -25,13 +25,13 @@ class Snapshot:
     @classmethod
     def of(cls, owners: Iterable[Any]) -> Snapshot:
         unique = {id(owner): owner for owner in owners}
-        return cls([(owner, _plain(owner)) for owner in unique.values()])
+        return cls([(owner, plain_attributes(owner)) for owner in unique.values()])
 
     def changes(self) -> Changes:
         """What is different by now."""
         found = []
         for owner, old in self.before:
-            now = _plain(owner)
+            now = plain_attributes(owner)
             changed = {name: value for name, value in old.items() if name not in now or now[name] != value}
             new = [name for name in now if name not in old]
             if changed or new:
@@ -64,6 +64,7 @@ def _put(owner: Any, old: Mapping[str, Any], new: Iterable[str]) -> None:
         setattr(owner, name, copy.deepcopy(value))
 
 
-def _plain(owner: Any) -> dict[str, Any]:
+def plain_attributes(owner: Any) -> dict[str, Any]:
+    """Numbers, flags, words and lists of them that a module or config was given, copied."""
     values = {name: value for name, value in vars(owner).items() if isinstance(value, _PLAIN)}
     return copy.deepcopy({name: value for name, value in values.items() if name not in _MACHINERY})

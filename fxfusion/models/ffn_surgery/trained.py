@@ -98,6 +98,8 @@ class SmallParameters:
         for index, constant in enumerate(recipe.home.middle):
             if constant is not None:
                 self._middle(index, self.wide[constant.names[0]])
+        for index, (name, _) in enumerate(recipe.home.per_head):
+            self._per_head(index, self.wide[name])
         for index, constant in enumerate(recipe.home.with_role("gain")):
             self._multiply([member.with_role("gain")[index] for member in recipe.members], constant)
         for index, constant in enumerate(recipe.home.with_role("shift")):
@@ -116,6 +118,16 @@ class SmallParameters:
                     raise SurgeryError(f"{name} was one number, and training since has made it one per channel")
                 own = own[:1]
             self.now[name] = own.reshape(self.base[name].shape).clone()
+
+    def _per_head(self, index: int, rows: Tensor) -> None:
+        first = 0
+        for member in self.recipe.members:
+            name, heads = member.per_head[index]
+            own = rows[first : first + heads]
+            if not holds((own == own[:1]).all(), unknown=True):
+                raise SurgeryError(f"{name} was shared by all heads, and training since has made it one per head")
+            self.now[name] = own[0].clone()
+            first += heads
 
     def _multiply(self, constants: Iterable[Constant], home: Constant) -> None:
         """A factor that was one: every member's times what it is. A constant is its parameter plus `rest`."""
@@ -211,3 +223,4 @@ def _counterparts(member: Member, home: Member) -> Iterable[tuple[str, str]]:
     pairs += zip(own_tail, first_tail if len(own_tail) == len(first_tail) else own_tail, strict=True)
     for constant, of_home in pairs:
         yield from zip(constant.names, of_home.names, strict=True)
+    yield from zip((name for name, _ in member.per_head), (name for name, _ in home.per_head), strict=True)

@@ -2,7 +2,7 @@
 
 Before:  layer 4, its FFN as wide as four
 After:   layers 4 5 6 7, each with its FFN; no attention comes back
-         (of a window: layers 4 to 6, which had kept their attention, have their FFNs again)
+         (of a window: layers 4 to 6, which had kept their attention, have their FFNs again; of a wide one, both)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import fused_entry
 from fxfusion.models.ffn_surgery.depth import DepthEditor, put_layers
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
+from fxfusion.models.ffn_surgery.heads import own_configs
 from fxfusion.models.ffn_surgery.record import FusedState, forget_entry, fused_state, set_fused_state
 from fxfusion.models.ffn_surgery.residue import Residue
 from fxfusion.models.ffn_surgery.snapshot import Changes
@@ -45,7 +46,7 @@ def unfuse(model: Model) -> Model:
     state = _state(bare)
     with ExitStack() as undo:
         taken = Adapters.taken_off(model, bare, "carry", undo)
-        names = (state.recipe.fused_name(name) or name for group in state.recipe.groups for name in group.writes)
+        names = (state.recipe.fused_name(name) or name for group in state.recipe.parts for name in group.writes)
         taken.refuse(names, "which no member alone could take over")
         taken.renamed = state.recipe.unfused_name
         _unfuse(bare, state)
@@ -55,8 +56,8 @@ def unfuse(model: Model) -> Model:
 
 
 def _unfuse(model: Any, state: FusedState) -> None:
-    wide = {name: value for group in state.recipe.groups for name, value in _wide(model, state, group).items()}
-    for group in state.recipe.groups:  # before anything is changed
+    wide = {name: value for group in state.recipe.parts for name, value in _wide(model, state, group).items()}
+    for group in state.recipe.parts:  # before anything is changed
         Unpacking(group, wide, state.residue).check()
     layers = {state.recipe.kept.index(layer): layer for layer in state.recipe.kept}
     children = list(model.get_submodule(state.recipe.path).children())
@@ -65,7 +66,8 @@ def _unfuse(model: Any, state: FusedState) -> None:
     by_number = {layers[place]: child for place, child in enumerate(children)} | shells
     put_layers(model, state.recipe.path, [by_number[layer] for layer in range(state.recipe.count)])
     put_modules(model, state.parts)
-    _put_members(model, state.recipe.groups, state.residue)
+    _put_members(model, state.recipe.parts, state.residue)
+    own_configs(model.modules())
     state.changes.undo()
     set_fused_state(model, None)
     forget_entry(model.config)
@@ -83,6 +85,7 @@ def give_back(
     try:
         depth.put(depth.layers)
         stubs.give_back()
+        own_configs(model.modules())
         _put_members(model, groups, residue)
     finally:
         changes.undo()
@@ -99,12 +102,12 @@ def unfused_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from bare.state_dict(keep_vars=True).items()
         return
     state = _state(bare)
-    written = {name for group in state.recipe.groups for name in group.writes}
+    written = {name for group in state.recipe.parts for name in group.writes}
     for name, value in bare.state_dict(keep_vars=True).items():
         own = state.recipe.unfused_name(name)
         if own not in written:
             yield own, value
-    for group in state.recipe.groups:
+    for group in state.recipe.parts:
         yield from Unpacking(group, _wide(bare, state, group), state.residue).parameters()
 
 

@@ -55,10 +55,9 @@ class Unpacking:
     def _rows(self, small: SmallParameters, place: int, number: int) -> Tensor:
         member, home = self.recipe.members[place], self.recipe.home.projections[number]
         whole = home.out_in(self.wide[home.weight])
-        pieces = sum(cut.projection == number for cut in member.cuts)
         if quantised.is_quantised(whole):
-            return quantised.joined([whole], [_back(self.recipe.slices(number, place))], 0, pieces * member.width)
-        rows = whole.new_empty(pieces * member.width, whole.shape[1])
+            return quantised.joined([whole], [_back(self.recipe.slices(number, place))], 0, member.rows(number))
+        rows = whole.new_empty(member.rows(number), whole.shape[1])
         for target, source in self.recipe.slices(number, place):
             rows[source] = whole[target]
         gains = small.gains(member)

@@ -7,7 +7,7 @@ After:   gate_proj: Linear(in_features=64, out_features=640)         the same mo
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,11 @@ def set_width(model: nn.Module, ffn: Member, layer_path: str, old: int, new: int
     for path in _around(ffn, layer_path):
         for pieces in {1, *(sum(cut.projection == number for cut in ffn.cuts) for number in range(len(owners) - 1))}:
             _replace(model.get_submodule(path), pieces * old, pieces * new, _INNER if pieces * old == hidden else None)
+
+
+def resize(linear: nn.Module, old: int, new: int, side: Literal["in", "out"]) -> None:
+    """Correct what a linear layer knows of one of its sizes."""
+    _replace(linear, old, new, _OUT if side == "out" else _IN)
 
 
 def _replace(owner: nn.Module, old: int, new: int, named: re.Pattern[str] | None) -> None:

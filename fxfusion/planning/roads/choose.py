@@ -25,7 +25,8 @@ from fxfusion.policy import NormMode
 AUTOMATIC_INCREASE = 0.01  # of the perplexity
 AUTOMATIC_HARDWARE = "h100"
 _MAX_WINDOW = 6
-# Modules cannot hold wide blocks, so there is nothing that could be refitted.
+# What is refitted is a model of wider modules. No other engine loads one with wide blocks, so they are not chosen
+# unless they are asked for.
 REFITTED: tuple[Road, ...] = ("drop", "hoist")
 
 
@@ -47,11 +48,6 @@ class RoadOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roads", check_roads(self.roads))
-        if self.after_refit and "wide" in self.roads:
-            raise OptionError(
-                "roads: wide blocks are compiled from a plan, no module holds them, so none can be refitted; leave out "
-                "after_refit or wide"
-            )
         if self.max_latency is not None and not self.max_latency > 0:
             raise OptionError(f"max_latency: expected milliseconds above 0, got {self.max_latency!r}")
         if self.max_latency is not None and self.hardware is None:
@@ -134,6 +130,7 @@ def search_for(
         limits=limits or Limits(),
         max_window=_MAX_WINDOW if options.max_window is None else options.max_window,
         progress=progress,
+        in_modules=options.after_refit,
     )
     refitted = RefitMeter(judge, fitted, folder) if options.after_refit else None
     return RoadSearch(screen, _price(meter, options, budget), judge, refitted)

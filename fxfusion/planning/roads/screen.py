@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.resume import progress_bar
-from fxfusion.errors import NotFusedError, OptionError, PlanError
+from fxfusion.errors import NotFusedError, OptionError, PlanError, SurgeryError
+from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan import FusionPlan, Member
 from fxfusion.planning.partition import Limits
@@ -26,7 +27,8 @@ Ceiling = Callable[[], float]
 class Screen:
     """`costs`: increase of the loss [nats per token] of each segment alone; `refused`: why others cannot be had.
 
-    `max_window`: layers of a window at most.
+    `max_window`: layers of a window at most. `in_modules`: leave out windows that the model's modules cannot hold, as
+    plans that are refitted need.
     """
 
     meter: PlanMeter
@@ -35,6 +37,7 @@ class Screen:
     limits: Limits = field(default_factory=Limits)
     max_window: int = 6
     progress: bool = False
+    in_modules: bool = False
     costs: dict[Segment, float] = field(default_factory=dict)
     refused: dict[Segment, str] = field(default_factory=dict)
     layers: int = field(init=False)
@@ -97,9 +100,12 @@ class Screen:
                 advance(1)
 
     def _measure_one(self, segment: Segment) -> None:
+        plan = plan_of([segment], self.mixers, self.norm)
         try:
-            self.costs[segment] = increase(self.meter, plan_of([segment], self.mixers, self.norm))
-        except NotFusedError as error:
+            if self.in_modules and segment.size > 1 and segment.road != "drop":
+                FuseRecipe.read(self.meter.model, self.meter.graph, plan)
+            self.costs[segment] = increase(self.meter, plan)
+        except (NotFusedError, SurgeryError) as error:
             self.refused[segment] = str(error)
 
 

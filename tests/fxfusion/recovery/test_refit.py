@@ -219,3 +219,30 @@ def test_models_that_were_changed_before() -> None:
         refitted(dropped)
     found = refitted(dropped, reference="unfused", later="none")
     assert is_same(found, state(refitted(reference="unfused", later="none")))
+
+
+WIDE = {"groups": [{"members": [1, 2], "mixers": "wide"}]}
+
+
+@pytest.mark.parametrize("later", ["all", "none"])
+def test_a_wide_block_is_refitted(later: str) -> None:
+    """Its attention to what the attentions of its layers add, its FFN to the stream after its last layer."""
+    found = refitted(plan=WIDE, later=later)
+    assert loss(found) < loss(fxfusion.fuse(model_of(), WIDE))
+    record = plan_of(found).refit
+    assert record is not None
+    block = [("model.layers.1.self_attn.o_proj", (1, 2)), ("model.layers.1.mlp.down_proj", (1, 2))]
+    rest = [("model.layers.2.self_attn.o_proj", (3,)), ("model.layers.2.mlp.down_proj", (3,))]
+    assert [(fit.name, fit.layers) for fit in record.fits] == block + (rest if later == "all" else [])
+    assert record.fits[0].applied and record.fits[0].after < record.fits[0].before
+    assert record.fits[1].applied and record.fits[1].after < record.fits[1].before
+
+
+def test_a_refitted_wide_block_is_saved_and_comes_apart(tmp_path: Path) -> None:
+    found = refitted(plan=WIDE)
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        fxfusion.save_pretrained(found, tmp_path, format="canonical")
+    back = fxfusion.from_pretrained(tmp_path)
+    assert loss(back) == pytest.approx(loss(found), abs=1e-5)
+    fxfusion.unfuse(back)
+    assert loss(fxfusion.fuse(back, WIDE)) == pytest.approx(loss(found), abs=1e-5)

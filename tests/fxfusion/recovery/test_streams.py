@@ -58,3 +58,29 @@ def test_projections_are_found_in_order_and_by_what_is_asked_for() -> None:
     assert [one.layer for one in choose(every, DROPPED, "none")] == [1]
     assert [one.kind for one in choose(every, DROPPED, "ffn")] == ["ffn", "ffn"]
     assert choose([one for one in every if not one.members], (), "all") == []
+
+
+@torch.no_grad()
+def test_the_target_of_a_wide_blocks_attention() -> None:
+    """What comes before the window in the reference, and what each of its attentions adds there, by hooks."""
+    fused = fxfusion.fuse(model_of(), {"groups": [{"members": [1, 2], "mixers": "wide"}]})
+    intact, state = model_of(), fused_state(fused)
+    ids = own_text()[0]
+    assert state is not None
+    traced = TracedModel(fused)
+    projection, *_ = choose(find_projections(fused, traced.graph(ids), state.recipe), (), "none")
+    assert (projection.kind, projection.layer, projection.members) == ("attention", 2, (1, 2))
+    (rows,) = Streams(traced, TracedModel(intact), read_batches([ids]), 2**30).rows(projection)
+    seen: dict[str, torch.Tensor] = {}
+    layers = intact.model.layers
+    layers[1].input_layernorm.register_forward_pre_hook(lambda _, given: seen.update(before=given[0]))
+    for number in (1, 2):
+        layers[number].self_attn.register_forward_hook(
+            lambda _, given, output, number=number: seen.update({f"attention {number}": output[0]})
+        )
+    fused.model.layers[1].post_attention_layernorm.register_forward_pre_hook(lambda _, given: seen.update(now=given[0]))
+    intact(ids), fused(ids)
+    lacking = seen["before"] + seen["attention 1"] + seen["attention 2"] - seen["now"]
+    assert torch.allclose(rows.lacking, lacking.reshape(-1, 32), atol=1e-5) and float(lacking.abs().max()) > 0.01
+    one = seen["before"] + seen["attention 1"] - seen["now"]
+    assert not torch.allclose(rows.lacking, one.reshape(-1, 32), atol=1e-3)

@@ -12,6 +12,7 @@ import pytest
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.cost.simulate import simulate
 from fxfusion.errors import OptionError, PlanError
+from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.plan import FusionPlan
 from fxfusion.planning.latency import table_of_model
 from fxfusion.planning.make_plan import make_plan
@@ -97,7 +98,6 @@ def test_latency_is_that_of_the_cost_model() -> None:
         ({"roads": ["raise"], "target_depth": 3}, "expected some of drop, hoist, wide"),
         ({"roads": ["hoist"], "target_depth": 3, "drop": 2}, "drop: over several roads"),
         ({"roads": ["hoist"], "target_depth": 3, "dropped_attention": [1]}, "dropped_attention and splits"),
-        ({"roads": ["wide"], "after_refit": True, "target_depth": 3}, "no module holds them"),
         ({"roads": ["hoist"], "max_latency": 1.0}, "max_latency: name the hardware"),
         ({"roads": ["hoist"], "max_latency": -1.0, "hardware": "h100"}, "max_latency: expected milliseconds"),
         (
@@ -124,3 +124,11 @@ def test_a_budget_that_no_plan_keeps_says_what_is_possible(monkeypatch: pytest.M
     monkeypatch.setattr(screen_file, "windows", lambda *_: iter(()))
     with pytest.raises(PlanError, match="no plan reaches 2 FFNs; the windows that can be had reach 4 FFNs"):
         make_plan(TinyLm(LAYERS), BATCHES, roads=["hoist"], target_depth=2)
+
+
+@pytest.mark.slow
+def test_wide_blocks_are_judged_after_their_refit() -> None:
+    model = model_of()
+    plan = make_plan(model, own_text(), roads=["wide"], after_refit=True, target_depth=3)
+    assert [group.mixers for group in plan.groups] == ["wide"] and not plan.dropped_attention
+    assert len(fuse(model, plan).model.layers) == 3

@@ -6,11 +6,13 @@ import math
 
 import pytest
 
+from fxfusion.analysis.meter import PlanMeter
 from fxfusion.errors import OptionError
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.roads.screen import Screen
 from fxfusion.planning.roads.segment import Segment, plan_of
 from tests.fxfusion.planning.roads.priced_meter import LAYERS, PricedMeter, loss_of
+from tests.fxfusion.recovery.own_text import model_of, own_text
 
 
 def test_every_window_is_measured_alone() -> None:
@@ -59,3 +61,16 @@ def test_bad_options() -> None:
         Screen(PricedMeter(), ("hoist",), max_window=1)
     with pytest.raises(OptionError, match="max_dependency"):
         Screen(PricedMeter(), ("hoist",), limits=Limits(max_dependency=0.1))
+
+
+def test_windows_that_modules_cannot_hold_are_left_out_where_plans_are_refitted() -> None:
+    """The graph can have them: a short run does not show that one attention slides."""
+    model = model_of()
+    model.model.layers[2].self_attn.sliding_window = 4
+    meter = PlanMeter(model, own_text()[:1])
+    for in_modules in (True, False):
+        screen = Screen(meter, ("hoist", "wide"), max_window=2, in_modules=in_modules)
+        screen.run(lambda: float("inf"))
+        refused = {Segment(1, 2, "wide"), Segment(2, 3, "wide")} if in_modules else set()
+        assert set(screen.refused) == refused and Segment(0, 1, "wide") in screen.costs
+        assert all("sliding_window" in words for words in screen.refused.values())
