@@ -32,6 +32,8 @@ from fxfusion.models.drop_record import read_refit
 BUDGETS = (6, 3, 7)  # attentions of twelve that are dropped, neighbours
 TOKENS = (1, 4, 8, 16, 48, 96)  # batches
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
+DEEP = list(range(3, 11))  # a run that few would drop: fusing it costs ten times what the best runs cost
+FUSION = (("none", 8), ("none", 48), ("none", 96), ("all", 96))  # what is refitted, and batches
 LATER = ("none", "ffn", "all")
 TOKENS_PER_BATCH = 2048
 say = Console(stderr=True).print
@@ -187,6 +189,18 @@ def penalties(study: Study) -> dict[str, Any]:
     return {"dropped": dropped, "groups": groups, "batches": study.calibration, "rows": rows}
 
 
+def fusion(study: Study) -> dict[str, Any]:
+    """What fusing alone costs where it costs much, and what refits to the unfused model leave of it."""
+    groups = [DEEP]
+    unfused, fused = study.as_it_is(DEEP, []), study.as_it_is(DEEP, groups)
+    rows = []
+    for later, count in FUSION:
+        cell = study.refitted(DEEP, groups, "unfused", later, count)
+        if cell is not None:
+            rows.append({"later": later, "batches": count, **cell})
+    return {"dropped": DEEP, "groups": groups, "unfused": unfused, "fused": fused, "rows": rows}
+
+
 def cost(study: Study) -> dict[str, Any]:
     """Seconds of a refit, and of evaluating its calibration tokens."""
     dropped, groups = half_run(study)
@@ -201,7 +215,7 @@ def cost(study: Study) -> dict[str, Any]:
     return {"batches": 16, "evaluate": study.cells.get("evaluate calibration", make), "refit": whole}
 
 
-PARTS = {"budgets": budgets, "later": later, "tokens": tokens, "penalties": penalties, "cost": cost}
+PARTS = {"budgets": budgets, "fusion": fusion, "later": later, "tokens": tokens, "penalties": penalties, "cost": cost}
 
 
 def main() -> None:
