@@ -147,8 +147,8 @@ class Group:
 class Mixer:
     """A residual branch that lets tokens see each other (attention, convolution, scan).
 
-    `stream`: what it is added to and reads. `leaks`: what else it reads from before the stream: masks, rotary angles,
-    caches.
+    `stream`: what it is added to and reads. `nodes`: the branch, and what is computed only to be written into a cache.
+    `leaks`: what else they read from before the stream: masks, rotary angles, caches.
     """
 
     add: fx.Node

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfusion.errors import RefusalCode, Refused
+from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.isomorphism import Structure, describe_region
 from fxfusion.graph.token_wise import check_token_wise
@@ -102,7 +103,8 @@ def _ends(
     linears = [linear for node in found.nodes if (linear := match_linear(node, facts)) is not None]
     tail = match_tail(branch, linears, found, facts)
     if tail.output:
-        raise Refused(RefusalCode.STRUCTURE, f"{name} does not end with a linear layer", branch)
+        words = f"{name} does not end with a linear layer but with {ops.op_name(branch)}"
+        raise Refused(RefusalCode.STRUCTURE, words, branch)
     out = tail.down
     outputs = {linear.node for linear in linears}
     first = (each for each in linears if not outputs & set(facts.slice_between(each.input, stream).nodes))

@@ -58,9 +58,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
             refusals.append(_refusal(refused, add, found, facts))
             debug.show(4, f"candidate {add}: {refused.code.value}: {refused.message}")
             if refused.code is RefusalCode.TOKEN_MIXING:
-                layer, op = provenance.owning_layer(linear_layers(found, facts), add), _mixing_op(found, facts)
-                mixer = Mixer(add=add, stream=stream, leaks=found.leaks, nodes=found.nodes, op=op, layer=layer)
-                mixers.append(mixer)
+                mixers.append(_mixer(add, found, facts))
     return Matches(ffns=tuple(ffns), mixers=tuple(mixers), refusals=tuple(refusals))
 
 
@@ -141,6 +139,25 @@ def mixes_tokens(node: fx.Node, facts: GraphFacts) -> bool:
     # Two activations multiplied as matrices, or a constant on the left of one.
     return sum(source not in facts.constants for source in tensors) > 1 or (
         bool(tensors) and tensors[0] in facts.constants
+    )
+
+
+def _mixer(add: fx.Node, found: Slice, facts: GraphFacts) -> Mixer:
+    """The branch, and what it computes only to write it into a cache that it reads: keys and values."""
+    nodes, leaks = set(found.nodes), dict.fromkeys(found.leaks)
+    for cache in {facts.alias_root(node) for node in (*found.nodes, *found.leaks)} & facts.written:
+        for write in facts.writes_of(cache):
+            if facts.order[found.stop] < facts.order[write] < facts.order[add]:
+                written = facts.slice_between(write, found.stop)
+                nodes.update(written.nodes)
+                leaks |= dict.fromkeys(written.leaks)
+    return Mixer(
+        add=add,
+        stream=found.stop,
+        leaks=tuple(leaks),
+        nodes=tuple(sorted(nodes, key=facts.order.__getitem__)),
+        op=_mixing_op(found, facts),
+        layer=provenance.owning_layer(linear_layers(found, facts), add),
     )
 
 

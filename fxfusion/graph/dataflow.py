@@ -80,6 +80,20 @@ class GraphFacts:
             node = written or node.all_input_nodes[0]
         return node
 
+    def writes_of(self, root: fx.Node) -> tuple[fx.Node, ...]:
+        """The in-place nodes that write the value, views of it included, in graph order."""
+        found: set[fx.Node] = set()
+        pending, seen = [root], {root}
+        while pending:
+            for user in pending.pop().users:
+                if user in seen or self.alias_root(user) is not root:
+                    continue
+                seen.add(user)
+                pending.append(user)
+                if ops.writes_in_place(user):
+                    found.add(user)
+        return tuple(sorted(found, key=self.order.__getitem__))
+
     def escapes(self, node: fx.Node) -> bool:
         """Whether the caller of the graph gets the value, or something that may share its memory."""
         pending, seen = [node], {node}

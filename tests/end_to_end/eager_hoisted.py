@@ -3,33 +3,39 @@
     x <- x + A_a(x); ...; x <- x + A_b(x)          then          x <- x + F_a(x) + ... + F_b(x)
     wide: x <- x + A_a(x) + ... + A_b(x)
 
-Nothing here uses fxfusion. A layer's attention is what its FFN's norm reads; its FFN is what the layer adds to its
-input while its attention is a stub. So the layers' own code runs, with their own masks, scales and caches.
+Nothing here uses fxfusion. A layer's attention is what its FFN, or the norm before it, reads; its FFN is what the layer
+adds to its input while its attention is a stub. So the layers' own code runs, with their own masks, scales and caches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.end_to_end.families import Family, Stub, first_tensor, layers_of
+from tests.end_to_end.families import Family, Stub, first_tensor, layers_of, shared_norm
 
 
 @contextmanager
 def hoisted(
-    model: nn.Module, family: Family, windows: Sequence[Sequence[int]], *, wide: bool = False
+    model: nn.Module,
+    family: Family,
+    windows: Sequence[Sequence[int]],
+    *,
+    wide: bool = False,
+    last_norm: bool = False,
 ) -> Iterator[nn.Module]:
-    """The model, which computes its hoisted form inside. `wide`: the attentions of a window read one stream too."""
+    """The model, which computes its hoisted form inside. `wide`: the attentions of a window read one stream too;
+    `last_norm`: its FFNs read that through the norm of the last."""
     container: Any = model.get_submodule(family.layers)
     layers = layers_of(model, family)
     try:
         for window in windows:
             members = [layers[number] for number in window]
-            worker = container[window[0]] = HoistedLayers(members, family, wide)
+            worker = container[window[0]] = HoistedLayers(members, family, wide, last_norm)
             for number in window[1:]:
                 container[number] = Passed(layers[number], worker)
         yield model
@@ -67,32 +73,32 @@ class Passed(_Named):
 class HoistedLayers(_Named):
     """All the attentions of a window, then all its FFNs."""
 
-    def __init__(self, layers: Sequence[nn.Module], family: Family, wide: bool) -> None:
+    def __init__(self, layers: Sequence[nn.Module], family: Family, wide: bool, last_norm: bool) -> None:
         super().__init__(layers[0])
-        self.layers, self.family, self.wide = list(layers), family, wide
-        self.returns_tuple = False
+        self.layers, self.family = list(layers), family
+        self.wide, self.last_norm, self.returns_tuple = wide, last_norm, False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        stream = args[0] if args else kwargs["hidden_states"]
+        entry = stream = args[0] if args else kwargs["hidden_states"]
         output: Any = None
-        entry = stream
         for layer in self.layers:
             read = entry if self.wide else stream
             after, output = self._attended(layer, read, args, kwargs)
-            stream = stream + (after - read)
+            stream = stream + (after - read) if self.wide else after
         total = stream
-        for layer in self.layers:
-            with _stubbed(layer, self.family):
-                alone = first_tensor(_call(layer, stream, args, kwargs))
-            total = total + (alone - stream)
+        with shared_norm(self.layers, self.family.ffn_norm) if self.last_norm else nullcontext():
+            for layer in self.layers:
+                with _stubbed(layer, self.family):
+                    alone = first_tensor(_call(layer, stream, args, kwargs))
+                total = total + (alone - stream)
         self.returns_tuple = not isinstance(output, Tensor)
         return total if isinstance(output, Tensor) else (total, *output[1:])
 
     def _attended(self, layer: nn.Module, stream: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Any]:
-        """The stream after the layer's attention: what the norm of its FFN reads."""
+        """The stream after the layer's attention: what its FFN, or the norm before it, reads."""
         seen: list[Tensor] = []
-        norm = layer.get_submodule(self.family.ffn_norm)
-        handle = norm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        reader = layer.get_submodule(self.family.ffn_norm or "mlp")
+        handle = reader.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         try:
             output = _call(layer, stream, args, kwargs)
         finally:
@@ -107,10 +113,12 @@ def _call(layer: nn.Module, stream: Tensor, args: Any, kwargs: Any) -> Any:
 @contextmanager
 def _stubbed(layer: nn.Module, family: Family) -> Iterator[None]:
     paths = [path for path in family.mixers if any(name == path for name, _ in layer.named_modules())]
-    own = [(path, layer.get_submodule(path)) for path in paths]
+    own = [(path, layer.get_submodule(path)) for path in (*paths, *family.norms)]
     try:
-        for path, _ in own:
+        for path in paths:
             layer.set_submodule(path, Stub(family.stub, family.arity))
+        for path in family.norms:
+            layer.set_submodule(path, nn.Identity())  # some are behind the attention, and read its stub
         yield
     finally:
         for path, module in own:

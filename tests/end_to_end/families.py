@@ -198,7 +198,7 @@ def in_parallel(
             stack.enter_context(_hook(layer.register_forward_pre_hook(before, with_kwargs=True)))
             stack.enter_context(_hook(layer.register_forward_hook(sum_of.leave)))
         if last_norm:
-            stack.enter_context(_shared_norm(layers[0 if leading else 1 :], family.ffn_norm))
+            stack.enter_context(shared_norm(layers[0 if leading else 1 :], family.ffn_norm))
         yield model
     assert (sum_of.passes, sum_of.count) == (family.passes, 0), "a layer did not run exactly once a pass"
 
@@ -250,7 +250,8 @@ def _hook(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _shared_norm(layers: Sequence[nn.Module], path: str) -> Iterator[None]:
+def shared_norm(layers: Sequence[nn.Module], path: str) -> Iterator[None]:
+    """Every layer has the last one's norm inside. `path`: of the norm in a layer."""
     own = [layer.get_submodule(path) for layer in layers]
     try:
         for layer in layers:

@@ -158,6 +158,8 @@ def test_a_first_layer_without_attention_is_refused() -> None:
         ("llama", {"groups": [[3, 4]], "hoist": True}, PlanError, "layer 4 does not exist|4 holds no FFN"),
         ("cohere", {"groups": [[1, 2]], "hoist": True}, PlanError, r"window \[1, 2\]: none of them"),
         ("opt", {"groups": [[1, 2]], "hoist": True}, SurgeryError, "the FFN of layer 1 is no module of its own"),
+        ("olmo2", {"groups": [[1, 2]], "hoist": True}, SurgeryError, r"model.layers.2.mlp: a norm stands on the FFN's"),
+        ("gemma2", {"groups": [[1, 2]], "hoist": True}, SurgeryError, r"layers.2.mlp: a norm .* torch.compile\("),
     ],
 )
 def test_what_is_refused_leaves_the_model_alone(

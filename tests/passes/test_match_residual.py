@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfusion.errors import RefusalCode
+from fxfusion.graph import ops
 from tests.helpers import (
     Attention,
     Custom,
@@ -395,6 +396,31 @@ def test_a_parallel_block_with_attention_is_refused_and_named() -> None:
     found = match(model, tokens(), how="symbolic")
     assert not found.ffns and found.mixers
     refusal_with(found.refusals, RefusalCode.OTHER_ACTIVATION, "parallel block with a mixer")
+
+
+class Cached(nn.Module):
+    """Attention whose keys reach it through a cache that they are written into, from the stream itself."""
+
+    def __init__(self, made_inside: bool) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.register_buffer("cache", torch.zeros(2, 5, 8, dtype=torch.float64))
+        self.made_inside = made_inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2.0
+        query = self.query(y)
+        cache = torch.zeros_like(x) if self.made_inside else self.cache
+        cache.index_copy_(1, torch.arange(x.shape[1]), self.key(y))
+        return y + F.scaled_dot_product_attention(query, cache, cache)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_what_a_mixer_writes_into_its_cache_belongs_to_it(made_inside: bool) -> None:
+    (mixer,) = match(randomise(Cached(made_inside)), tokens()).mixers
+    assert [ops.op_name(node) for node in mixer.nodes].count("linear") == 2
+    assert "index_copy" in [ops.op_name(node) for node in mixer.nodes]
+    assert any(node.name.startswith("arange") for node in mixer.nodes)
 
 
 def test_attention_between_feed_forwards_is_a_mixer_and_ends_the_chain() -> None:

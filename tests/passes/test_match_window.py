@@ -16,15 +16,30 @@ from fxfusion.passes.ffn import Window
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.match_window import WindowMatcher
 from fxfusion.plan_group import PlannedGroup
-from tests.helpers import Attention, Block, Gated, Rms, Stack, capture, facts_of, normalise, randomise, tokens
+from fxfusion.policy import NormMode
+from tests.helpers import (
+    Attention,
+    Block,
+    Gated,
+    Rms,
+    Stack,
+    assert_exact,
+    capture,
+    error_of,
+    facts_of,
+    normalise,
+    randomise,
+    tokens,
+)
+from tests.passes.test_check_group import GainInside
 from tests.passes.test_find_chains import Layer
 from tests.passes.test_hoist_mixers import decoder
 
 
-def match(model: nn.Module, *members: int | str) -> Window | Refusal:
+def match(model: nn.Module, *members: int | str, norm: NormMode = "fold") -> Window | Refusal:
     facts = facts_of(normalise(capture(model, tokens())))
     names = PlannedGroup(members, "hoist")
-    found = WindowMatcher(match_residual(facts, {}), facts, "fold").match([names])
+    found = WindowMatcher(match_residual(facts, {}), facts, norm).match([names])
     return found.windows[0] if found.windows else found.refusals[names]
 
 
@@ -98,6 +113,39 @@ def test_what_cannot_move_is_refused_with_its_layers(layer: Any, members: tuple[
     layers = [Layer(True) if layer is None or number != 2 else layer() for number in range(4)]
     found = match(randomise(Stack(layers)), *members)
     assert isinstance(found, Refusal) and message in found.message
+
+
+class Unproved(Layer):
+    """The weight of its FFN's norm is no gain, so it cannot be folded."""
+
+    def __init__(self) -> None:
+        super().__init__(True)
+        self.mlp = Block(GainInside(), Gated())
+
+
+@pytest.mark.parametrize("norm", ["fold", "last"])
+def test_a_window_moves_only_where_its_norms_fit(norm: NormMode) -> None:
+    found = match(randomise(Stack([Unproved() for _ in range(3)])), 1, 2, norm=norm)
+    if norm == "fold":
+        assert isinstance(found, Refusal) and "window [1, 2]: layers.2.mlp.ffn" in found.message
+        assert "not proved to be a gain" in found.message
+        return
+    assert isinstance(found, Window) and [mixer.layer for mixer in found.mixers] == ["layers.2"]
+
+
+def test_the_last_norm_serves_the_window() -> None:
+    model, x = randomise(Stack([Unproved() for _ in range(3)])), tokens()
+    captured = capture(model, x)
+    policy = {"windows": [[1, 2]], "norm": "last"}
+    fused, report = fuse_graph(captured.module, captured.inputs, policy=policy, verify="numeric")
+    assert [group.moved for group in report.groups] == [("layers.2",)]
+    first, one, two = model.layers
+    stream = two.attention(one.attention(first(x)))
+    wanted = stream + sum(layer.mlp.ffn(two.mlp.norm(stream)) for layer in (one, two))
+    own = stream + sum(layer.mlp.ffn(layer.mlp.norm(stream)) for layer in (one, two))
+    (found,) = fused(*captured.inputs)
+    assert_exact(found, wanted, torch.float64)
+    assert error_of(own, wanted) > 1e-2, "the comparison can fail"
 
 
 class Watched(nn.Module):

@@ -72,6 +72,19 @@ def test_alias_root_goes_through_views_and_writes_but_not_through_sums() -> None
     assert found.alias_root(nodes["mul"]) is nodes["mul"]
 
 
+def test_writes_of_a_value_and_of_its_views() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        y, other = x * 2, x * 3
+        y[0].copy_(other[1])
+        other.add_(1)
+        return y.view(-1).mul_(2).sum() + other.sum() + y.neg()
+
+    found, nodes = facts(body)
+    assert [node.name for node in found.writes_of(nodes["mul"])] == ["copy_", "mul_"]
+    assert [node.name for node in found.writes_of(nodes["mul_1"])] == ["add_"]
+    assert found.writes_of(nodes["x"]) == ()
+
+
 def test_slices() -> None:
     found, nodes = facts(lambda m, x: (y := x * 2) + (y * m.v + x).sin() * y.size(0))
     cut = found.slice_between(nodes["mul_2"], nodes["mul"])
