@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fxfusion.cli.screen import Screen
 
@@ -23,8 +23,20 @@ def show(screen: Screen, found: Sequence[tuple[str, Simulation]]) -> None:
     screen.line(f"{first.name} on {device}, {work.precision}, batch {work.batch}, {what} {work.context}")
     columns = [_rows(one) for _, one in found]
     screen.table(("", *(name for name, _ in found)), [(name, *(each[name] for each in columns)) for name in columns[0]])
+    for window in found[-1][1].to_dict()["windows"]:
+        screen.line(_window_text(window))
     if len(found) > 1:
         screen.line(f"{first.latency_ms / found[-1][1].latency_ms:.3f}x as fast")
+
+
+def _window_text(window: Mapping[str, Any]) -> str:
+    """`window 4-5 (hoist): 3 sublayers instead of 4, 3 all-reduces instead of 4`"""
+    layers = window["layers"]
+    shown = f"window {layers[0]}-{layers[-1]} ({window['mixers']}): "
+    shown += f"{window['sublayers']} sublayers instead of {window['sublayers_before']}"
+    if window["all_reduces"]:
+        shown += f", {window['all_reduces']} all-reduces instead of {window['all_reduces_before']}"
+    return shown
 
 
 def _rows(one: Simulation) -> dict[str, str]:

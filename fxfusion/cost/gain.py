@@ -15,7 +15,7 @@ from typing import Any
 
 from fxfusion.cost.hardware import Hardware
 from fxfusion.cost.kernels import Workload
-from fxfusion.cost.sublayers import Ffn, Step, Sublayer
+from fxfusion.cost.sublayers import Attention, Ffn, Step, Sublayer
 from fxfusion.cost.timing import step_time
 from fxfusion.errors import OptionError
 
@@ -151,8 +151,12 @@ def scaled(step: Step, scale: float) -> Step:
 def _scaled(part: Sublayer, scale: float) -> Sublayer:
     if isinstance(part, Ffn):
         return replace(part, width=_round(part.width * scale, _GRAIN))
+    return _scaled_attention(part, scale)
+
+
+def _scaled_attention(part: Attention, scale: float) -> Attention:
     heads = _round(part.heads * scale, min(part.kv_heads, part.heads))
-    return replace(part, heads=heads)
+    return replace(part, heads=heads, beside=tuple(_scaled_attention(kind, scale) for kind in part.beside))
 
 
 def _round(value: float, grain: int) -> int:

@@ -123,11 +123,13 @@ def kernels_of(part: Sublayer, hidden: int, work: Workload) -> Iterator[Kernel]:
         yield Kernel(name="activation", bytes=work.tokens * (matrices + 1) * width * work.size)
         yield gemm("down", width, hidden, work)
         return
-    heads, kv_heads = local_heads(part, work.tp)
-    queries, keys = heads * part.head_dim, kv_heads * part.head_dim
+    sizes = [(kind, *local_channels(kind, work.tp)) for kind in part.kinds]
+    queries, keys = sum(own for _, own, _ in sizes), sum(own for _, _, own in sizes)
     yield gemm("qkv", hidden, queries + 2 * keys, work)
-    yield Kernel(name="rotate and write cache", bytes=2 * work.tokens * (queries + 2 * keys) * work.size)
-    yield _attention(part, queries, keys, work)
+    for kind, own_queries, own_keys in sizes:
+        made = own_queries + 2 * own_keys
+        yield Kernel(name="rotate and write cache", bytes=2 * work.tokens * made * work.size)
+        yield _attention(kind, own_queries, own_keys, work)
     yield gemm("out", queries, hidden, work)
 
 
@@ -164,6 +166,12 @@ def local_heads(part: Attention, tp: int) -> tuple[int, int]:
     if tp % part.kv_heads:
         raise OptionError(f"{shown} {part.kv_heads} key-value heads, and tp {tp} is no multiple of them")
     return heads, 1
+
+
+def local_channels(part: Attention, tp: int) -> tuple[int, int]:
+    """Channels of the queries, and of the keys (as many as of the values), of one kind on one device."""
+    heads, kv_heads = local_heads(part, tp)
+    return heads * part.head_dim, kv_heads * part.head_dim
 
 
 def _share(whole: int, parts: int, what: str) -> int:

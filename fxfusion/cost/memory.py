@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxfusion.cost.kernels import Workload, local_heads
+from fxfusion.cost.kernels import Workload, local_channels
 from fxfusion.cost.sublayers import Ffn, Step, Sublayer
 
 
@@ -26,8 +26,8 @@ def sublayer_bytes(part: Sublayer, hidden: int, work: Workload) -> float:
     norm = hidden * work.size
     if isinstance(part, Ffn):
         return norm + (3 if part.gated else 2) * hidden * part.width / work.tp * work.weight_size
-    heads, kv_heads = local_heads(part, work.tp)
-    return norm + 2 * hidden * (heads + kv_heads) * part.head_dim * work.weight_size
+    channels = sum(sum(local_channels(kind, work.tp)) for kind in part.kinds)
+    return norm + 2 * hidden * channels * work.weight_size
 
 
 def step_bytes(step: Step, work: Workload) -> Bytes:
@@ -39,9 +39,9 @@ def step_bytes(step: Step, work: Workload) -> Bytes:
     tables = vocabulary * step.hidden * work.size * (1 if step.tied else 1 + 1 / work.tp)
     weights = sum(sublayer_bytes(part, step.hidden, work) for part in step.sublayers) + step.hidden * work.size
     cache = 0.0
-    for part in step.attentions:
-        kept = work.context if part.window is None else min(part.window, work.context)
-        cache += work.batch * kept * 2 * local_heads(part, work.tp)[1] * part.head_dim * work.kv_size
+    for kind in (kind for part in step.attentions for kind in part.kinds):
+        kept = work.context if kind.window is None else min(kind.window, work.context)
+        cache += work.batch * kept * 2 * local_channels(kind, work.tp)[1] * work.kv_size
     widest = max((_inner(part, work) for part in step.sublayers), default=0.0)
     activations = (work.tokens * (2 * step.hidden + widest) + work.batch * vocabulary) * work.size
     return Bytes(weights=weights + tables, cache=cache, activations=activations)
@@ -51,5 +51,4 @@ def _inner(part: Sublayer, work: Workload) -> float:
     """Channels of one token inside a sublayer."""
     if isinstance(part, Ffn):
         return (3 if part.gated else 2) * part.width / work.tp
-    heads, kv_heads = local_heads(part, work.tp)
-    return (2 * heads + 2 * kv_heads) * part.head_dim
+    return 2 * sum(sum(local_channels(kind, work.tp)) for kind in part.kinds)

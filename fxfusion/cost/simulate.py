@@ -12,7 +12,7 @@ from fxfusion.cost.kernels import Phase, Workload
 from fxfusion.cost.layer_table import LayerTable
 from fxfusion.cost.memory import Bytes, step_bytes
 from fxfusion.cost.read_table import read_table
-from fxfusion.cost.sublayers import Step, arrange
+from fxfusion.cost.sublayers import MovedWindow, Step, arrange
 from fxfusion.cost.timing import Seconds, step_time
 from fxfusion.errors import OptionError
 from fxfusion.plan import FusionPlan
@@ -25,8 +25,8 @@ class Simulation:
     """One step of a model: a token of each sequence (decode), or all their prompts (prefill).
 
     `seconds`: where the time goes. `bytes`: of one device. `kernels`, `all_reduces`: of one step on one device.
-    `attentions`, `ffns`: one behind the other. `price`: of one device for an hour. `quality`: as measured, where the
-    plan carries it.
+    `attentions`, `ffns`: one behind the other. `windows`: groups whose mixers moved. `price`: of one device for an
+    hour. `quality`: as measured, where the plan carries it.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Simulation:
     all_reduces: int
     attentions: int
     ffns: int
+    windows: tuple[MovedWindow, ...] = ()
     price: float | None = None
     quality: Mapping[str, Any] | None = None
 
@@ -89,12 +90,25 @@ class Simulation:
             "kernels": self.kernels,
             "attentions": self.attentions,
             "ffns": self.ffns,
+            "windows": [self._window(window) for window in self.windows],
             "breakdown_ms": {name: value * 1e3 for name, value in asdict(self.seconds).items()},
             "price_per_hour": self.price,
             "cost_per_million_tokens": self.cost_per_million_tokens,
             "quality": None if self.quality is None else dict(self.quality),
         }
         return found
+
+    def _window(self, window: MovedWindow) -> dict[str, Any]:
+        """A window as plain data; one device alone has nobody to sum with."""
+        shared = self.work.tp > 1
+        return {
+            "layers": list(window.layers),
+            "mixers": window.mixers,
+            "sublayers_before": window.before,
+            "sublayers": window.after,
+            "all_reduces_before": window.before if shared else 0,
+            "all_reduces": window.after if shared else 0,
+        }
 
 
 def simulate(
@@ -160,6 +174,7 @@ def simulate_step(
         all_reduces=timed.all_reduces,
         attentions=len(step.attentions),
         ffns=len(step.ffns),
+        windows=step.windows,
         price=device.price if price is None else price,
         quality=quality,
     )

@@ -28,7 +28,8 @@ _LAST_NUMBER = re.compile(r".*\.(\d+)(?:\.|$)")
 class Attention:
     """Attention of `layers`, its heads side by side. `merged`: how many attentions read this one stream.
 
-    `window`: tokens that it reaches back, None: all.
+    `window`: tokens that it reaches back, None: all. `beside`: attentions of another kind (window, size of heads) that
+    read the same stream: one GEMM begins them all, and one ends them.
     """
 
     heads: int
@@ -36,7 +37,13 @@ class Attention:
     head_dim: int
     window: int | None = None
     merged: int = 1
+    beside: tuple[Attention, ...] = ()
     layers: tuple[int, ...] = field(default=(), compare=False)
+
+    @property
+    def kinds(self) -> tuple[Attention, ...]:
+        """This one and those beside it: an attention kernel for each."""
+        return (self, *self.beside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +60,32 @@ Sublayer = Attention | Ffn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MovedWindow:
+    """Layers whose mixers go before their FFNs. `before`, `after`: sublayers of them, as they were and as they are.
+
+    Under tensor parallelism each is one all-reduce: 2n for n layers, n + 1 where the mixers are hoisted, 2 where they
+    are wide.
+    """
+
+    layers: tuple[int, ...]
+    mixers: MixerMode
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """All that one forward pass computes: the sublayers in order, and what stands around them."""
+    """All that one forward pass computes: the sublayers in order, and what stands around them.
+
+    `windows`: the groups whose mixers moved.
+    """
 
     name: str
     hidden: int
     vocabulary: int | None
     tied: bool
     sublayers: tuple[Sublayer, ...]
+    windows: tuple[MovedWindow, ...] = ()
 
     @property
     def attentions(self) -> tuple[Attention, ...]:
@@ -87,14 +112,14 @@ def arrange(
     _check_layers(table, [*dropped, *(layer for group in wanted for layer in group.layers)])
     _check_apart(wanted)
     parts = _parts(table, frozenset(dropped), dict(unfuse or {}))
-    for group in wanted:
-        _fuse(parts, group)
+    windows = [_fuse(parts, group) for group in wanted]
     return Step(
         name=table.name,
         hidden=table.hidden_size,
         vocabulary=table.vocab_size,
         tied=table.tie_word_embeddings,
         sublayers=tuple(part for layer in parts for part in layer),
+        windows=tuple(window for window in windows if window is not None),
     )
 
 
@@ -181,7 +206,7 @@ def _attention(table: LayerTable, number: int) -> Attention:
     return Attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, window=layer.window, layers=(number,))
 
 
-def _fuse(parts: list[list[Sublayer]], group: _Group) -> None:
+def _fuse(parts: list[list[Sublayer]], group: _Group) -> MovedWindow | None:
     """Puts the group's FFN where its first member stood, and the mixers of a window before it."""
     first, last = group.layers[0], group.layers[-1]
     span = [(layer, part) for layer in range(first, last + 1) for part in parts[layer]]
@@ -202,6 +227,9 @@ def _fuse(parts: list[list[Sublayer]], group: _Group) -> None:
     for layer in range(first, last + 1):
         parts[layer] = []
     parts[first] = [*(_merged(mixers) if group.mixers == "wide" else mixers), wide]
+    if not between:
+        return None  # it has no mixers that move
+    return MovedWindow(layers=group.layers, mixers=group.mixers, before=len(span), after=len(parts[first]))
 
 
 def _members(span: Sequence[tuple[int, Sublayer]], group: _Group) -> list[Ffn]:
@@ -219,11 +247,11 @@ def _members(span: Sequence[tuple[int, Sublayer]], group: _Group) -> list[Ffn]:
 
 
 def _merged(mixers: Sequence[Attention]) -> list[Attention]:
-    """Attentions that read one stream: their heads side by side, where they are alike."""
+    """Attentions that read one stream, as one sublayer: heads side by side where they are alike, else in kinds."""
     found: dict[tuple[int, int | None], list[Attention]] = {}
     for part in mixers:
         found.setdefault((part.head_dim, part.window), []).append(part)
-    return [
+    kinds = [
         replace(
             alike[0],
             heads=sum(part.heads for part in alike),
@@ -233,3 +261,5 @@ def _merged(mixers: Sequence[Attention]) -> list[Attention]:
         )
         for alike in found.values()
     ]
+    layers = tuple(layer for part in mixers for layer in part.layers)
+    return [replace(kinds[0], beside=tuple(kinds[1:]), layers=layers)] if kinds else []

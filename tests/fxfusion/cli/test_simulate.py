@@ -34,6 +34,20 @@ def test_groups_are_shown_beside_the_model_as_it_is(run: Run) -> None:
     assert "as it is" in shown and "fused" in shown and "cost of a million tokens" in shown and "x as fast" in shown
 
 
+def test_windows_are_shown_with_what_they_save(run: Run, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    groups = [{"members": [4, 5], "mixers": "hoist"}, {"members": [6, 7, 8], "mixers": "wide"}]
+    FusionPlan(groups=groups).save(plan)
+    args = ["simulate", "llama-3.3-70b", *H100, "--plan", plan]
+    found = run(*args, "--json").json
+    assert found["before"]["all_reduces"] - found["all_reduces"] == (4 - 3) + (6 - 2)
+    shown = run(*args).out
+    assert "window 4-5 (hoist): 3 sublayers instead of 4, 3 all-reduces instead of 4" in shown
+    assert "window 6-8 (wide): 2 sublayers instead of 6, 2 all-reduces instead of 6" in shown
+    alone = run("simulate", "llama-3.3-70b", "--hardware", "h200", "--plan", plan).out
+    assert "window 4-5 (hoist): 3 sublayers instead of 4\n" in alone and "window" not in run(*args[:-2]).out
+
+
 def test_a_folder_a_plan_and_a_hardware_file(run: Run, model: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     FusionPlan(dropped_attention=[1, 2], groups=[[1, 2]]).save(plan)

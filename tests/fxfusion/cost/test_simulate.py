@@ -117,6 +117,24 @@ def test_what_a_window_of_layers_saves() -> None:
     assert separate.bytes.cache == hoisted.bytes.cache == wide.bytes.cache
 
 
+@pytest.mark.parametrize(("mixers", "expected"), [("hoist", 2 * 3), ("wide", 2 * 2)])
+def test_all_reduces_of_a_plan_with_windows(mixers: str, expected: int) -> None:
+    """n attentions and one FFN where they are hoisted, one and one where they are wide, 2n without a window."""
+    layers = [Layer(has_mixer=True, ffn_width=512, window=100 if number == 1 else None) for number in range(5)]
+    model = table("A512").model_copy(update={"layers": tuple(layers)})
+    plan = FusionPlan(groups=[{"members": window, "mixers": mixers} for window in ([0, 1], [2, 3])])
+    before, found = simulate(model, tp=2), simulate(model, tp=2, plan=plan)
+    assert before.all_reduces == 2 * 5 and before.windows == ()
+    assert found.all_reduces == expected + 2
+    shown = found.to_dict()["windows"]
+    assert [(one["layers"], one["mixers"]) for one in shown] == [([0, 1], mixers), ([2, 3], mixers)]
+    assert [one["all_reduces_before"] - one["all_reduces"] for one in shown] == [(8 - expected) // 2] * 2
+    alone = simulate(model, plan=plan)
+    assert alone.all_reduces == 0 and {one["all_reduces"] for one in alone.to_dict()["windows"]} == {0}
+    assert found.seconds.all_reduce < before.seconds.all_reduce
+    assert (found.bytes.cache, before.bytes.cache) == (before.bytes.cache, before.bytes.cache)
+
+
 def test_it_can_be_printed_as_json() -> None:
     found = simulate(table(), hardware="h200", tp=2, precision="fp8", price=2.0).to_dict()
     assert json.loads(json.dumps(found)) == found

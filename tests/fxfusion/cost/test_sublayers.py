@@ -10,7 +10,7 @@ from fxfusion.cost.layer_table import Layer, LayerTable
 from fxfusion.cost.sublayers import Attention, Ffn, Step, arrange, equal_parts
 from fxfusion.errors import OptionError
 from fxfusion.plan import FusionPlan
-from fxfusion.plan_group import PlannedGroup
+from fxfusion.plan_group import MixerMode, PlannedGroup
 
 
 def table(text: str, **fields: Any) -> LayerTable:
@@ -28,7 +28,8 @@ def shown(step: Step) -> str:
     words = []
     for part in step.sublayers:
         if isinstance(part, Attention):
-            words.append("A" if part.merged == 1 else f"A{part.merged}")
+            merged = sum(kind.merged for kind in part.kinds)
+            words.append("A" if merged == 1 else f"A{merged}")
         else:
             words.append(str(part.width) if part.members == 1 else f"[{part.width}]")
     return " ".join(words)
@@ -68,11 +69,34 @@ def test_merged_attentions_lie_side_by_side() -> None:
     assert step.attentions[0].layers == step.ffns[0].layers == (0, 1)
 
 
-def test_attentions_that_differ_are_not_merged() -> None:
+def test_attentions_that_differ_are_one_sublayer_of_two_kinds() -> None:
     layers = [Layer(has_mixer=True, ffn_width=4, window=window) for window in (None, 32, 32)]
     mixed = table("A4").model_copy(update={"layers": tuple(layers)})
     step = arrange(mixed, groups=[PlannedGroup((0, 1, 2), "wide")])
-    assert [(part.merged, part.window) for part in step.attentions] == [(1, None), (2, 32)]
+    assert shown(step) == "A3 [12]" and step.attentions[0].layers == (0, 1, 2)
+    assert [(kind.merged, kind.window) for kind in step.attentions[0].kinds] == [(1, None), (2, 32)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize(("mixers", "after"), [("hoist", lambda n: n + 1), ("wide", lambda n: 2)])
+def test_a_window_has_fewer_sublayers_than_its_layers(count: int, mixers: MixerMode, after: Any) -> None:
+    plan = FusionPlan(groups=[{"members": list(range(1, 1 + count)), "mixers": mixers}])
+    decoder = table(" ".join(["A4"] * (count + 2)))
+    step = arrange(decoder, plan)
+    (window,) = step.windows
+    assert (window.mixers, window.before, window.after) == (mixers, 2 * count, after(count))
+    assert window.layers == tuple(range(1, 1 + count))
+    saved = len(arrange(decoder).sublayers) - len(step.sublayers)
+    assert saved == window.before - window.after > 0
+
+
+def test_only_groups_whose_mixers_move_are_windows() -> None:
+    plan = FusionPlan(dropped_attention=[1], groups=[[0, 1], {"members": [2, 3], "mixers": "hoist"}])
+    step = arrange(table("A4 A4 A4 A4"), plan)
+    assert [window.layers for window in step.windows] == [(2, 3)]
+    assert arrange(table("A4 A4")).windows == ()
+    nothing = arrange(table("A4 4"), groups=[PlannedGroup((0, 1), "hoist")])
+    assert shown(nothing) == "A [8]" and nothing.windows == (), "the attention stands before its FFNs already"
 
 
 def test_sizes() -> None:
