@@ -44,6 +44,7 @@ from fxfusion.passes.parallelise import Parallelise
 from fxfusion.passes.parallelise_mixers import ParalleliseMixers
 from fxfusion.passes.plan_groups import plan_by_plan, plan_by_policy
 from fxfusion.passes.prepack_weights import PrepackWeights
+from fxfusion.passes.specialise_numbers import SpecialiseNumbers
 from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
 from fxfusion.report import FusionReport, GraphReport
@@ -98,7 +99,8 @@ def fuse_captured(
     """
     work = captured.copy()
     history = History(check=verify != "off")
-    run_passes(work.module, normalising_passes(work.weights), history)
+    numbers = SpecialiseNumbers()
+    run_passes(work.module, (numbers, *normalising_passes(work.weights)), history)
     order = {node.name: place for place, node in enumerate(work.module.graph.nodes)}  # before anything moves
     found = with_forms(hoist_and_analyse(work, choice, history), choice, compiled_for or Setting())
     blocks = blocks_before(found.matches, found.groups, order)
@@ -110,6 +112,7 @@ def fuse_captured(
     if found.groups:
         lowered = found if compiled_for else _portable(found)
         packs, proofs = _rewrite(work, lowered, history, verify, lift_into)
+        numbers.guard()
         after, fused_blocks = work.module, blocks_after(blocks, groups)
     _log(found)
     report = GraphReport(

@@ -73,6 +73,22 @@ def is_module_state(node: fx.Node) -> bool:
     return "_parameters[" in source.name or "_buffers[" in source.name
 
 
+def module_number(node: fx.Node) -> tuple[torch.SymFloat, float] | None:
+    """A float that Dynamo, at work now, read off a module and made an input of the graph, and what it is.
+
+    `node` reads it from its input, a tensor of no axes.
+    """
+    if node.op != "call_method" or node.target != "item" or TracingContext.try_get() is None:
+        return None
+    source = placeholder_source(node.all_input_nodes[0])
+    if source is None or "NN_MODULE" not in source.guard_source.name or is_module_state(node.all_input_nodes[0]):
+        return None
+    number = node.meta.get("example_value")
+    if not isinstance(number, torch.SymFloat) or number.node.hint is None:
+        return None
+    return number, float(number.node.hint)
+
+
 def is_fsdp_managed(node: fx.Node) -> bool:
     """Whether Dynamo found the placeholder's value in a module that FSDP manages."""
     source = placeholder_source(node)

@@ -30,6 +30,7 @@ TESTED = {
     "is_module_state",
     "lazy_graph_module",
     "mark_static_weight",
+    "module_number",
     "onednn_linear",
     "onednn_memory",
     "onednn_pack",
@@ -96,6 +97,28 @@ def test_module_state_is_told_from_inputs(captured: tuple[fx.GraphModule, list[A
     plain = fx.symbolic_trace(nn.Linear(2, 2))
     assert private.placeholder_source(placeholders(plain)[0]) is None
     assert not private.is_module_state(placeholders(plain)[0])
+
+
+def test_numbers_of_modules_are_told_from_those_of_the_caller() -> None:
+    class Scaled(nn.Module):
+        scale = 0.5
+
+        def forward(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+            return x * self.scale * factor
+
+    found: list[Any] = []
+
+    def collect(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.extend((node, private.module_number(node)) for node in gm.graph.nodes)
+        return gm.forward
+
+    private.reset_dynamo()
+    torch.compile(Scaled(), backend=collect, dynamic=True)(tokens(), 1.5)
+    (node, number) = next(pair for pair in found if pair[1] is not None)
+    assert node.target == "item" and number is not None and number[1] == 0.5
+    assert isinstance(number[0], torch.SymFloat)
+    assert sum(node.target == "item" for node, _ in found) == 2 and sum(pair[1] is not None for pair in found) == 1
+    assert private.module_number(node) is None, "no compile is at work any more"
 
 
 def test_fsdp_is_recognised_by_the_source(captured: tuple[fx.GraphModule, list[Any]]) -> None:

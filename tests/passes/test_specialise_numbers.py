@@ -1,0 +1,131 @@
+"""specialise_numbers: numbers of modules are literals under `dynamic=True` too, and never stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfusion
+from fxfusion import ffn_fusion, last_reports
+from fxfusion.capture import capture_dynamo
+from fxfusion.graph import ops
+from fxfusion.passes.specialise_numbers import SpecialiseNumbers
+from tests.helpers import History, Rms, Stack, assert_exact, error_of, graph_text, parallel_form, run_passes, tokens
+from tests.helpers import stack as stack_of
+from tests.passes.output_norms import post_parallel, post_stack
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+BUILDS: dict[str, tuple[Callable[[], Stack], Callable[[Any, Tensor], Tensor], str]] = {
+    "wide": (lambda: stack_of(count=3), parallel_form, "concatenated"),
+    "grouped": (lambda: post_stack(norm=Rms), post_parallel, "grouped"),
+    "grouped, scaled": (lambda: post_stack(nn.LayerNorm, nn.RMSNorm, scale=0.4), post_parallel, "grouped"),
+}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_dynamic_graphs_are_fused_and_never_stale(build: tuple[Any, Any, str]) -> None:
+    make, parallel, form = build
+    model: Any = make()
+    options = {"compiler": "aot_eager", "strict": True, "verify": "numeric"}
+    call = torch.compile(model, backend=ffn_fusion, dynamic=True, options=options)
+    for seq in (5, 9, 3):
+        x = tokens(seq=seq)
+        assert_exact(call(x), parallel(model, x), torch.float64)
+        assert error_of(call(x), model(x)) > 1e-3
+    assert [(group.form, len(group.members)) for group in last_reports()[-1].groups] == [(form, 3)]
+    before = len([report for report in last_reports() if report.groups])
+    norms = [part for part in model.modules() if hasattr(part, "eps")]
+    for norm in norms:  # of all, so that the members still fit
+        norm.eps = 0.5
+    fresh = parallel(model, x)
+    assert_exact(call(x), fresh, torch.float64)
+    assert len([report for report in last_reports() if report.groups]) > before, "it must be compiled anew"
+    for norm in norms:
+        norm.eps = 0.25
+    assert error_of(parallel(model, x), fresh) > 1e-3, "the number does not matter: the comparison shows nothing"
+    assert_exact(call(x), parallel(model, x), torch.float64)
+
+
+def test_members_whose_numbers_differ_are_refused_by_their_numbers() -> None:
+    model = post_stack(norm=Rms)
+    model.layers[1].output.eps = 0.5
+    call = torch.compile(model, backend=ffn_fusion, dynamic=True, options={"compiler": "eager"})
+    x = tokens()
+    assert_exact(call(x), model(x), torch.float64)
+    report = last_reports()[-1]
+    assert not report.groups
+    assert any(found.code.value == "different_literal" and "0.5" in found.message for found in report.refusals)
+
+
+class Tempered(nn.Module):
+    """A number of the module, and one that the caller passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = stack_of(count=2)
+        self.temperature = 0.7
+
+    def forward(self, x: Tensor, scale: float) -> Tensor:
+        return self.inner(x) * self.temperature * scale
+
+
+def test_numbers_of_the_caller_stay_inputs() -> None:
+    model, x, texts, changed = Tempered(), tokens(), [], []
+
+    def look(gm: Any, inputs: list[Any]) -> Any:
+        work = capture_dynamo(gm, inputs).copy()
+        numbers, history = SpecialiseNumbers(), History()
+        texts.append(graph_text(work))
+        run_passes(work.module, [numbers], history)
+        texts.append(graph_text(work))
+        left = [node for node in work.module.graph.nodes if ops.op_name(node) == "item"]
+        changed.append((history.records[-1].changed, len(numbers.numbers), len(left)))
+        again = History()
+        run_passes(work.module, [SpecialiseNumbers()], again)
+        assert again.records[-1].changed == 0, "twice is once"
+        return gm.forward
+
+    torch.compile(model, backend=look, dynamic=True)(x, 1.5)
+    assert changed == [(3, 3, 1)] and "0.7" in texts[1] and "0.7" not in texts[0]
+
+
+def test_a_graph_without_them_is_left_alone() -> None:
+    """And nothing is written out where no compile is at work that could take a guard."""
+    found: list[Any] = []
+
+    def keep(gm: Any, inputs: list[Any]) -> Any:
+        found.append(capture_dynamo(gm, inputs))
+        return gm.forward
+
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        torch.compile(Tempered(), backend=keep, dynamic=dynamic)(tokens(), 1.5)
+        work = found[-1].copy()
+        text, history = graph_text(work), History()
+        run_passes(work.module, [SpecialiseNumbers()], history)
+        assert history.records[-1].changed == 0 and graph_text(work) == text
+    assert SpecialiseNumbers.exact and "item" in text
+
+
+def test_nothing_is_guarded_where_nothing_is_fused() -> None:
+    model = Tempered()
+    model.inner = stack_of(count=1)
+    call = torch.compile(model, backend=ffn_fusion, dynamic=True, options={"compiler": "eager"})
+    x = tokens()
+    before = fxfusion.last_reports()
+    for temperature in (0.7, 0.8, 0.9):
+        model.temperature = temperature
+        assert_exact(call(x, 1.5), model(x, 1.5), torch.float64)
+    new = [report for report in fxfusion.last_reports() if not any(report is old for old in before)]
+    assert len(new) == 1 and not new[0].groups
