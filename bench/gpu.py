@@ -7,9 +7,9 @@
 Needs torch (2.11 or newer), transformers, networkx, tabulate and pydantic, and this checkout; no installation.
 
 Order: limits of the machine; decoding in chains of 8 on slices of a 70B, on Super-49B's narrow FFNs and on slices of
-a 405B, under CUDA graphs, against unfused max-autotune; whole models; more tokens; then the whole grid in Inductor's
-default mode. Every form is checked against the form that it must equal before it is timed. The file is written after
-each part, and says what was left out.
+a 405B, under CUDA graphs, against unfused max-autotune; whole models, and windows of one that keeps its attention; more
+tokens; then the whole grid in Inductor's default mode. Every form is checked against the form that it must equal before
+it is timed. The file is written after each part, and says what was left out.
 
 Goals (issue 5), at 1 to 16 tokens under CUDA graphs: at least 1.10x over unfused max-autotune on the 70B slice, 1.5x
 on Super-49B's narrow FFNs, 0.90 of the bandwidth's limit on the 405B slice.
@@ -31,8 +31,10 @@ from bench.grid import columns, measure_cell
 from bench.limits import Limits, measure_limits
 from bench.record import Measurement
 from bench.shapes import SHAPES, SMALL, Cell, grid
-from bench.tables import ratio_table
+from bench.tables import by_kind, ratio_table
 from bench.whole_models import PAIRS, Case, Pair, measure_case
+from bench.window_speed import MODELS, WindowCase, measure_windows
+from bench.window_speed import columns as window_columns
 
 GRAPHS, AUTOTUNED = "reduce-overhead", "max-autotune"
 PREDICTIONS = {
@@ -47,7 +49,7 @@ PREDICTIONS = {
 class Part:
     """One thing to measure in some modes; `needs`: seconds that it takes at most."""
 
-    of: Cell | Case
+    of: Cell | Case | WindowCase
     modes: tuple[str, ...]
     needs: float
 
@@ -79,8 +81,11 @@ def whole(small: bool, gpu: bool) -> Iterator[Part]:
     context, prompt = (8, 16) if small else (512, 1024)
     for name in names:
         yield Part(Case(name, "decode", context, torch.bfloat16), modes, 75.0)
+    windowed, lengths = ("small", (2,)) if small else ("8B, 8 layers", (4,))
+    yield Part(WindowCase(Case(windowed, "decode", context, torch.bfloat16), lengths), modes, 75.0)
     for name in names:
         yield Part(Case(name, "prefill", prompt, torch.bfloat16), (), 60.0)
+    yield Part(WindowCase(Case(windowed, "prefill", prompt, torch.bfloat16), lengths), (), 60.0)
 
 
 class Runner:
@@ -92,10 +97,14 @@ class Runner:
 
     def measure(self, part: Part) -> Measurement:
         of = part.of
-        if isinstance(of, Cell):
+        if not isinstance(of, Case):
             self.held = None
             self._free()
+        if isinstance(of, Cell):
             found = measure_cell(of, self.device, self.limits, part.modes, rounds=self.rounds, threads=1)
+        elif isinstance(of, WindowCase):
+            model = MODELS[of.case.model].intact(of.case.dtype, self.device)
+            found = measure_windows(of, model, part.modes, rounds=self.rounds, threads=1)
         else:
             mode = part.modes[-1] if part.modes else "default"
             pair = self._pair(of)
@@ -154,12 +163,14 @@ def main() -> None:
 
 
 def summary(measurements: list[Measurement]) -> str:
-    """One table for chains, one for whole models, with the ratios that each has."""
-    texts = []
-    for kind in ("members", "phase"):
-        found = [one for one in measurements if kind in one.place]
-        texts.append(ratio_table(found, columns(found) if kind == "members" else [(f"{a}/{b}", b) for a, b in PAIRS]))
-    return "\n\n".join(texts)
+    """A table for each kind, with the ratios that it has."""
+    found = by_kind(measurements)
+    heads = {
+        "chains": columns(found["chains"]),
+        "models": [(f"{a}/{b}", b) for a, b in PAIRS],
+        "windows": window_columns(found["windows"]),
+    }
+    return "\n\n".join(ratio_table(kind, heads[name]) for name, kind in found.items() if kind)
 
 
 if __name__ == "__main__":

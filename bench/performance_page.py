@@ -7,9 +7,11 @@ A test compares the page with what this makes of the recorded files. Sentences t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.performance_compiler import guard, memory, scale
+from bench.performance_forms import grouped, windows
 from bench.performance_plots import figures
 from bench.performance_speed import chains, gpu, grid, whole_models
 from bench.record import RESULTS, Record
@@ -24,12 +26,16 @@ def main() -> None:
 
 def page() -> str:
     """The whole text."""
-    parts = [introduction(), chains(), grid(), whole_models(), gpu(), scale()]
-    optional = {"memory": memory, "check": guard}
-    for name, part in optional.items():
-        there = (RESULTS / f"{name}.json").exists()
-        parts.append(part() if there else f"## {name.capitalize()}\n\nNot recorded yet: `python -m bench.{name}`.")
+    parts = [introduction(), chains(), if_recorded("grouped_speed", grouped, "Norms on the FFN's output"), grid()]
+    parts += [whole_models(), if_recorded("window_speed", windows, "Windows"), gpu(), scale()]
+    parts += [if_recorded("memory", memory, "Memory"), if_recorded("check", guard, "Check")]
     return "\n\n".join(part.strip() for part in [*parts, reading()]) + "\n"
+
+
+def if_recorded(name: str, part: Callable[[], str], title: str) -> str:
+    """A benchmark's part of the page, or how it would be made."""
+    there = (RESULTS / f"{name}.json").exists()
+    return part() if there else f"## {title}\n\nNot recorded yet: `python -m bench.{name}`."
 
 
 def introduction() -> str:

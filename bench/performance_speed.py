@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.performance_words import columns, gain, left_out, where
 from bench.record import RESULTS, Record
-from bench.tables import bytes_, ratio_table, seconds, table
+from bench.tables import by_kind, bytes_, ratio_table, seconds, table
 
 
 def chains() -> str:
@@ -126,6 +126,6 @@ graphs, Triton's templates and GPU memory figures are untested. Predictions, wri
 `bench/gpu.py`.
 """
     record = Record.read("gpu")
-    chains_, models = ([one for one in record.measurements if key in one.place] for key in ("members", "phase"))
-    tables = [ratio_table(found, columns(found), markdown=True) for found in (chains_, models) if found]
+    kinds = by_kind(record.measurements).values()
+    tables = [ratio_table(found, columns(found), markdown=True) for found in kinds if found]
     return "\n\n".join([f"## GPU\n\n{where(record)} {left_out(record)}", *tables])

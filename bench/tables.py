@@ -51,3 +51,12 @@ def ratio_table(
         for one in found
     ]
     return table(rows, [*places, *(heading for _, heading in columns)], markdown=markdown)
+
+
+def by_kind(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    """What was measured of chains, of windows and of whole models."""
+    found: dict[str, list[Measurement]] = {"chains": [], "models": [], "windows": []}
+    for one in measurements:
+        kind = "chains" if "members" in one.place else "windows" if "windows" in one.place else "models"
+        found[kind].append(one)
+    return found

@@ -51,8 +51,8 @@ class Size:
         first = self.layers // 3
         return list(range(first, first + self.layers // 2))
 
-    def build(self, dtype: torch.dtype, device: str) -> Any:
-        """Random weights, without the attention of the run."""
+    def intact(self, dtype: torch.dtype, device: str) -> Any:
+        """Random weights, with all attention."""
         config = LlamaConfig(
             hidden_size=self.hidden,
             intermediate_size=self.width,
@@ -64,7 +64,11 @@ class Size:
         )
         with torch.device("meta"):
             model = LlamaForCausalLM(config).to(dtype)
-        return fxfusion.drop_attention(with_random_weights(model, device), self.run, check=False)
+        return with_random_weights(model, device)
+
+    def build(self, dtype: torch.dtype, device: str) -> Any:
+        """The same without the attention of the run."""
+        return fxfusion.drop_attention(self.intact(dtype, device), self.run, check=False)
 
 
 SIZES = {

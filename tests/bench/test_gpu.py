@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu import Part, parts
-from bench.record import Record
+from bench.gpu import Part, parts, summary
+from bench.record import Measurement, Record
+from bench.shapes import Cell
+from bench.tables import by_kind
 from bench.whole_models import Case
+from bench.window_speed import WindowCase
 
 # What may not be needed: the machine with the GPU has torch, transformers, networkx, tabulate and pydantic.
 RUN = """
@@ -33,7 +36,12 @@ def test_the_most_important_parts_come_first() -> None:
     assert all(part.place["mode"] == "max-autotune" and part.place["tokens"] == 1 for part in found[:3])
     assert [part.place["model"] for part in found if isinstance(part.of, Case)] == ["8B", "70B, 16 layers"] * 2
     assert len({tuple(part.place.items()) for part in found}) == len(found)
-    whole_grid = {tuple(part.of.place.items()) for part in found if not isinstance(part.of, Case)}
+    windows = [part.place for part in found if isinstance(part.of, WindowCase)]
+    assert [(one["phase"], one["windows"], one["mode"]) for one in windows] == [
+        ("decode", "4", "reduce-overhead"),
+        ("prefill", "4", "default"),
+    ]
+    whole_grid = {tuple(part.of.place.items()) for part in found if isinstance(part.of, Cell)}
     assert len(whole_grid) == 4 * 7 * 6 * 2, "lengths, shapes, tokens, types"
 
 
@@ -49,11 +57,17 @@ def test_it_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     done = run(path, "--parts", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     (first,) = Record.read(path).measurements
-    done = run(path, "--parts", "3", "--continue")
+    done = run(path, "--parts", "4", "--continue")
     assert done.returncode == 0, done.stderr[-3000:]
     found = Record.read(path)
-    assert found.measurements[0] == first and len(found.measurements) == 3 and found.complete
-    assert found.measurements[-1].place["phase"] == "decode"
+    assert found.measurements[0] == first and len(found.measurements) == 4 and found.complete
+    assert [one.place.get("phase") for one in found.measurements] == [None, None, "decode", "decode"]
+    windows = found.measurements[-1]
+    assert windows.place["windows"] == "2" and set(windows.ratios) == {
+        "intact/hoist 2",
+        "intact/wide 2",
+        "intact/intact again",
+    }
     assert set(first.ratios) >= {
         "unfused/fused",
         "surgery/fused",
@@ -69,6 +83,17 @@ def test_what_does_not_fit_into_the_time_is_named(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = Record.read(tmp_path / "gpu.json")
     assert not found.complete and len(found.left_out) == 2 and not found.measurements
+
+
+def test_each_kind_has_a_table_of_its_own() -> None:
+    times = {"unfused": [2.0], "fused": [1.0], "intact": [3.0], "hoist 2": [2.0]}
+    chain = Measurement.of({"shape": "70B / 8", "members": 8}, times, [("unfused", "fused")])
+    model = Measurement.of({"model": "8B", "phase": "decode"}, times, [("unfused", "fused")])
+    window = Measurement.of({"model": "8B", "phase": "decode", "windows": "2"}, times, [("intact", "hoist 2")])
+    kinds = by_kind([window, model, chain])
+    assert kinds == {"chains": [chain], "models": [model], "windows": [window]}
+    text = summary([window, model, chain])
+    assert "1.50x" in text and text.count("2.00x") == 2 and len(text.split("\n\n")) == 3
 
 
 def test_modes_of_one_cell_are_told_apart() -> None:
