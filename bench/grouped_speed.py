@@ -67,7 +67,8 @@ def candidates(hidden: int, width: int, dtype: torch.dtype) -> Mapping[str, Comp
 
 
 def check() -> None:
-    assert [group.form for group in last_reports()[-1].groups] == ["grouped"], "the chain was not fused"
+    forms = [group.form for group in last_reports()[-1].groups]
+    assert len(forms) == 1 and forms[0].startswith("grouped"), f"the chain was not fused: {forms}"
 
 
 def summarise(cells: Sequence[Measurement]) -> dict[str, Any]:
@@ -90,7 +91,7 @@ BENCH = ChainBench(
     candidates=candidates,
     check=check,
     summarise=summarise,
-    prediction="about even with the members in parallel where weights bound the time: only gate and up are joined",
+    prediction="1.2x to 1.5x over unfused where oneDNN's layout counts (bfloat16, or 32 tokens), 1.1x elsewhere",
     rounds=20,
 )
 

@@ -205,7 +205,7 @@ def _rewrite(
     run_passes(work.module, [Parallelise(groups)], history)
     numeric = verify == "numeric"
     parallel = [extract_region(group.members[0].stream, group.members[-1].add) for group in groups] if numeric else []
-    prepack = [PrepackWeights(groups)] if any(group.form == "prepacked" for group in groups) else []
+    prepack = [PrepackWeights(groups)] if any(group.is_prepacked for group in groups) else []
     run_passes(work.module, [Concatenate(groups), ConcatenateGrouped(groups), *prepack], history)
     proofs = _prove(work, groups, parallel) if numeric else ()
     if found.beside:

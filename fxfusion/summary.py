@@ -23,7 +23,8 @@ def summarise_chain(chain: Chain) -> ChainSummary:
 
 def summarise_group(group: Group) -> GroupSummary:
     members = tuple(summarise_member(ffn) for ffn in group.members)
-    size = 0 if group.form == "members" else sum(packed_bytes(member) for member in group.members)
+    bytes_of = member_bytes if group.is_prepacked else packed_bytes
+    size = 0 if group.form == "members" else sum(bytes_of(member) for member in group.members)
     window = group.window
     return GroupSummary(
         members=members,

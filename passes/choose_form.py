@@ -1,12 +1,14 @@
 """Choose the form in which a group's sum is computed: the one place with the rule, made from measurements.
 
-    concatenated   wide weights, F.linear                                memory: the group's weights again
-    prepacked      wide weights in oneDNN's layout, on huge pages        memory: the group's weights again
-    members        one by one on the original weights, in parallel form  memory: none
+    concatenated       wide weights, F.linear                                memory: the group's weights again
+    prepacked          wide weights in oneDNN's layout, on huge pages        memory: the group's weights again
+    members            one by one on the original weights, in parallel form  memory: none
+    grouped            norms on the members' outputs: gate and up are wide   memory: gate and up again
+    grouped_prepacked  the same, and the members' downs, in that layout      memory: the group's weights again
 
-All three are the parallel form up to rounding, so no result depends on the machine. Matches (no edit).
-Made from kernel timings and `python -m bench.chain_speed` on an AVX-512 processor, one thread; what was not
-measured keeps "concatenated", and its reason says so. Source: issue 5.
+All are the parallel form up to rounding, so no result depends on the machine. Matches (no edit).
+Made from kernel timings and `python -m bench.chain_speed` and `bench.grouped_speed` on AVX-512 processors, one thread;
+what was not measured keeps "concatenated" or "grouped", and its reason says so. Source: issues 5 and 7.
 """
 
 from __future__ import annotations
@@ -38,6 +40,11 @@ class Setting:
     request: FormRequest = "auto"
     training: bool = False
     autocast: bool = False
+
+
+# One rule serves groups with norms on their outputs: their gates and ups are wide as others' are, and GEMMs of the same
+# shapes (256 x 704 and 1024 x 2816, 1 to 128 tokens) were measured to gain and lose in the same places.
+_GROUPED: dict[Form, Form] = {"concatenated": "grouped", "prepacked": "grouped_prepacked", "members": "members"}
 
 
 def choose_forms(
@@ -84,12 +91,10 @@ def _is_left_alone(group: Group, profitable_only: bool) -> bool:
 
 def _with_form(group: Group, setting: Setting) -> Group:
     form, why = _rule(group, setting)
-    return replace(group, form=form, why=why)
+    return replace(group, form=_GROUPED[form] if group.is_grouped else form, why=why)
 
 
 def _rule(group: Group, setting: Setting) -> tuple[Form, str]:
-    if group.is_grouped:
-        return "grouped", ""  # norms on the members' outputs leave no choice
     no_layout = _why_no_layout(group, setting)
     if setting.request != "auto":
         if setting.request == "prepacked" and no_layout:

@@ -10,7 +10,8 @@ After:
 Exact: the same sum in the same order. The norm of a sum is not the sum of norms, so nothing behind the activation
 can be joined but the addition. Gains and shifts of the norms before the projections fold as in `concatenate`; with
 norm="last" all members read the last member's norm before the projections, and keep their own on the output.
-The down projections and output norms read the members' own weights, which need no copy.
+The output norms read the members' own weights, and so do the down projections unless oneDNN packs them; groups of form
+"members" stay as they are.
 Source: issue 7; arXiv 2503.18908, theorem 3.1, for the part before the down projections.
 """
 
@@ -39,13 +40,13 @@ class ConcatenateGrouped(Pass):
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.all = tuple(groups)
-        self.groups = [group for group in groups if group.is_grouped]
+        self.groups = [group for group in groups if group.is_grouped and group.form != "members"]
 
     def run(self, graph: fx.Graph) -> PassResult:
         ends = {node.meta[GROUP_TAG]: node for node in graph.nodes if GROUP_TAG in node.meta}
         fused = {self.all[index].members[-1].add: node for index, node in ends.items()}
         for index, group in enumerate(self.all):
-            if group.is_grouped:
+            if group in self.groups:
                 stream = group.members[0].stream
                 fused[group.members[-1].add] = _fuse(group, index, fused.get(stream, stream), self.name)
         erase_members(graph, self.groups)

@@ -24,7 +24,7 @@ from fxfusion.graph.isomorphism import Structure
 from fxfusion.plan import PlannedGroup
 
 Role = Literal["gain", "shift", "fixed"]
-Form = Literal["concatenated", "prepacked", "members", "grouped"]
+Form = Literal["concatenated", "prepacked", "members", "grouped", "grouped_prepacked"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +141,11 @@ class Group:
     @property
     def is_grouped(self) -> bool:
         return bool(self.members[0].output)
+
+    @property
+    def is_prepacked(self) -> bool:
+        """Whether its weights are in oneDNN's layout."""
+        return self.form in ("prepacked", "grouped_prepacked")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -78,8 +78,9 @@ class WeightPacker:
         return self._packed(self._cat(parts, 1))
 
     def own_down(self, member: FfnNode) -> tuple[fx.Node, fx.Node | None]:
-        """One member's weight `[hidden, width]` and bias, as they are: nothing to pack."""
-        return self._as_out_in(member.down), member.down.bias
+        """One member's weight `[hidden, width]` and bias: as they are, or a weight of the pack for another layout."""
+        weight = self._as_out_in(member.down)
+        return self._packed(self._cat([weight], 0)) if self.group.is_prepacked else weight, member.down.bias
 
     def down_bias(self) -> fx.Node | None:
         """`[hidden]`: the sum of the members' biases and shifts, or None where there are none."""

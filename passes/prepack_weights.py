@@ -6,8 +6,8 @@ After:
     W = cat((W1, W2));  P = pack_weight(W, tokens)                 P tagged instead, same shape, other order of bytes
     h = packed_linear(n, P, b)
 
-Exact: the same products, summed by another kernel. Only for groups of form "prepacked"; runs before
-`lift_weights`, so that packing happens once and the dense wide weight is not kept.
+Exact: the same products, summed by another kernel. Only for groups of form "prepacked" or "grouped_prepacked"; runs
+before `lift_weights`, so that packing happens once and the dense wide weight is not kept.
 Source: issue 5 (the fastest form of the wide FFN); `python -m bench.chain_speed` measures it.
 """
 
@@ -42,7 +42,7 @@ class PrepackWeights(Pass):
             if not isinstance(weight, fx.Node) or PACK_TAG not in weight.meta:
                 continue
             group = self.groups[weight.meta[PACK_TAG]]
-            if group.form == "prepacked":
+            if group.is_prepacked:
                 self._prepack(linear, weight, tokens_to_pack_for(group))
                 changed += 1
         return PassResult(changed)

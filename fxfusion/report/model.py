@@ -60,8 +60,9 @@ class GroupSummary:
 
     `why`: the reason for the form, which says how the backend computes their sum (`passes/choose_form.py`).
     `mixers`: what the plan or policy says of the mixers between the members (`"none"`, `"hoist"`, `"wide"`);
-    `moved`: layers of the mixers that go before FFNs for the group's sake. `form`: `"concatenated"`,
-    `"prepacked"`, `"members"`, or `"grouped"` where each member keeps its own down projection and the norm behind it.
+    `moved`: layers of the mixers that go before FFNs for the group's sake. `form`: `"concatenated"`, `"prepacked"`,
+    `"members"`, or, where each member keeps its own down projection and the norm behind it, `"grouped"` or
+    `"grouped_prepacked"`.
     """
 
     members: tuple[MemberSummary, ...]

@@ -15,7 +15,8 @@ import fxfusion
 from fxfusion.packing import live_packs
 from fxfusion.prepacked import _by_address
 from tests.fxfusion.test_packing import _assign, _copy, _data, _data_twice, _load, _mul
-from tests.helpers import assert_exact, parallel_form, stack, tokens
+from tests.helpers import Rms, assert_exact, parallel_form, stack, tokens
+from tests.passes.output_norms import post_parallel, post_stack
 
 FORMS = ("concatenated", "prepacked", "members")
 
@@ -62,6 +63,33 @@ def test_never_stale(form: str, change: Any) -> None:
         assert not torch.allclose(before, after, rtol=1e-3)
         assert_exact(run(x), after, torch.float32)
     assert form_used() == form
+
+
+GROUPED = {"concatenated": "grouped", "prepacked": "grouped_prepacked", "members": "members"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_norms_on_outputs_in_every_form(form: str) -> None:
+    """The parallel form at every length, never stale; gradients where they are recorded."""
+    model = post_stack(norm=Rms).float()
+    run = compiled(model, form, "aot_eager")
+    with torch.no_grad():
+        for length in (1, 3, 40, 9):
+            x = tokens(seq=length).float()
+            assert_exact(run(x), post_parallel(model, x), torch.float32)
+        assert form_used() == GROUPED[form]
+        before = run(x)
+        for name in ("output.weight", "ffn.down.weight", "ffn.gate.weight", "norm.weight"):
+            model.layers[1].get_parameter(name).mul_(1.5)
+            assert not torch.allclose(before, post_parallel(model, x), rtol=1e-3)
+            assert_exact(run(x), post_parallel(model, x), torch.float32)
+    other = copy.deepcopy(model)
+    run(x).square().mean().backward()
+    post_parallel(other, x).square().mean().backward()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert one.grad is not None and two.grad is not None
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6)
+    assert form_used() == ("members" if form == "members" else "grouped")
 
 
 @pytest.mark.parametrize("form", ["concatenated", "members"])

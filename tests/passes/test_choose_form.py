@@ -17,7 +17,8 @@ from fxfusion.passes.ffn import Group, Window
 from fxfusion.pipeline import analyse
 from fxfusion.plan_group import PlannedGroup
 from fxfusion.policy import FusionPolicy
-from tests.helpers import HIDDEN, capture, stack, tokens
+from tests.helpers import HIDDEN, Rms, capture, stack, tokens
+from tests.passes.output_norms import post_stack
 
 
 def group_of(dtype: torch.dtype = torch.float32, seq: int = 4) -> Group:
@@ -65,6 +66,44 @@ def test_where_oneDNN_cannot_be_used(
 ) -> None:
     found, words = chosen(group_of(dtype, seq), **setting)
     assert found == form and why in words
+
+
+def grouped_of(dtype: torch.dtype = torch.float32, seq: int = 4) -> Group:
+    model, x = post_stack(norm=Rms).to(dtype), tokens(seq=seq).to(dtype)
+    (group,) = analyse(capture(model, x), FusionPolicy()).groups
+    assert group.is_grouped
+    return group
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(
+    ("dtype", "seq", "setting", "form", "why"),
+    [
+        (torch.bfloat16, 64, {}, "grouped_prepacked", "fastest for bfloat16"),
+        (torch.float32, 1, {}, "grouped_prepacked", "fastest for float32"),
+        (torch.float32, 64, {"training": True}, "members", "float32 GEMMs of 16 tokens"),
+        (torch.float32, 1, {"autocast": True}, "grouped", "autocast is on"),
+        (torch.bfloat16, 64, {"training": True}, "grouped", "packed weights have no gradient"),
+        (torch.bfloat16, 64, {"request": "concatenated"}, "grouped", "asked for"),
+        (torch.bfloat16, 64, {"request": "prepacked"}, "grouped_prepacked", "asked for"),
+        (torch.bfloat16, 64, {"request": "prepacked", "training": True}, "grouped", "prepacked was asked for, but"),
+        (torch.bfloat16, 64, {"request": "members"}, "members", "asked for"),
+    ],
+)
+def test_norms_on_outputs_follow_the_same_rule(
+    dtype: torch.dtype, seq: int, setting: dict[str, Any], form: str, why: str
+) -> None:
+    found, words = chosen(grouped_of(dtype, seq), **setting)
+    assert found == form and why in words
+
+
+def test_small_groups_with_norms_on_outputs_are_grouped() -> None:
+    assert chosen(grouped_of()) == ("grouped", "small: fewer calls are all that counts")
+
+
+def test_a_group_with_norms_on_outputs_that_does_not_pay_is_left_alone() -> None:
+    groups, refusals = choose_forms([grouped_of()], Setting(request="members"), profitable_only=True)
+    assert groups == () and {refusal.code for refusal in refusals} == {RefusalCode.NOT_PROFITABLE}
 
 
 @pytest.mark.usefixtures("large")

@@ -13,7 +13,8 @@ from fxfusion.passes.choose_form import Setting
 from fxfusion.passes.prepack_weights import PrepackWeights
 from fxfusion.pipeline import Fused, fuse_captured
 from fxfusion.policy import FusionPolicy
-from tests.helpers import Plain, assert_exact, capture, parallel_form, stack, tokens
+from tests.helpers import Gated, Plain, Rms, assert_exact, capture, error_of, parallel_form, stack, tokens
+from tests.passes.output_norms import post_parallel, post_stack
 
 PACKED = torch.ops.fxfusion.packed_linear.default
 
@@ -41,6 +42,34 @@ def test_every_wide_linear_layer_is_packed_and_right(make: object) -> None:
         next(model.layers[1].ffn.parameters())[0, 0] += 1.0
     with pytest.raises(AssertionError):
         assert_exact(result, parallel_form(model, x), torch.float32)
+
+
+@pytest.mark.parametrize("ffn", [Gated, Plain], ids=["gated", "plain with biases"])
+def test_members_with_norms_on_their_outputs_have_their_own_downs_packed(ffn: type[nn.Module]) -> None:
+    model, x = post_stack(norm=Rms, ffn=ffn, widths=(12, 4, 20)).float(), tokens().float()
+    captured = capture(model, x)
+    found = fused(model, x, "prepacked")
+    assert targets(found) == [PACKED] * ((2 if ffn is Gated else 1) + 3) and len(found.packs) == 1
+    packed = found.packs[0].module(*[captured.values[name] for name in found.packs[0].sources])
+    result = found.module(*captured.inputs, *packed)[0]
+    assert_exact(result, post_parallel(model, x), torch.float32)
+    (group,) = found.report.groups
+    weights = sum(value.numel() for name, value in model.named_parameters() if value.dim() == 2 and "ffn" in name)
+    assert (group.form, group.packed_bytes) == ("grouped_prepacked", 4 * weights)
+    with torch.no_grad():
+        model.layers[1].output.weight[0] += 1.0
+    with pytest.raises(AssertionError):
+        assert_exact(result, post_parallel(model, x), torch.float32)
+
+
+def test_members_with_norms_on_their_outputs_one_by_one() -> None:
+    """In parallel form on their own weights: nothing is packed."""
+    model, x = post_stack(norm=Rms).float(), tokens().float()
+    captured = capture(model, x)
+    found = fused(model, x, "members")
+    assert targets(found) == [F.linear] * 9 and not found.packs and found.report.groups[0].packed_bytes == 0
+    assert_exact(found.module(*captured.inputs)[0], post_parallel(model, x), torch.float32)
+    assert error_of(model(x), post_parallel(model, x)) > 1e-3
 
 
 @pytest.mark.parametrize("form", ["concatenated", "members"])
