@@ -1,6 +1,6 @@
 """A decoder of 8 layers that keeps all its attention, with windows of 2 and of 4 layers: intact, hoisted, wide.
 
-    python -m bench.window_speed [--seconds 300] [--rounds 12] [--continue]
+    python -m bench.window_speed [--seconds 330] [--rounds 12] [--continue]
     python -m bench.window_speed --quick            tiny shapes: does it run? nothing is recorded
 
 Decoding one token with a static cache and reading a prompt of 128, float32 and bfloat16, on one thread; random weights.
@@ -160,7 +160,7 @@ def columns(found: Sequence[Measurement]) -> list[tuple[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300.0, help="no case is begun that would end after that")
+    parser.add_argument("--seconds", type=float, default=330.0, help="no case is begun that would end after that")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds, nothing recorded")
     parser.add_argument("--continue", dest="go_on", action="store_true", help="keep the cases of an earlier run")

@@ -100,7 +100,8 @@ def fuse_captured(
     work = captured.copy()
     history = History(check=verify != "off")
     numbers = SpecialiseNumbers()
-    run_passes(work.module, (numbers, *normalising_passes(work.weights)), history)
+    written_out = (numbers,) if numbers.are_in(work.module.graph) else ()
+    run_passes(work.module, (*written_out, *normalising_passes(work.weights)), history)
     order = {node.name: place for place, node in enumerate(work.module.graph.nodes)}  # before anything moves
     found = with_forms(hoist_and_analyse(work, choice, history), choice, compiled_for or Setting())
     blocks = blocks_before(found.matches, found.groups, order)

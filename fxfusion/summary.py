@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from fxfusion.graph import ops
+from fxfusion.passes.choose_form import packs_downs
 from fxfusion.passes.ffn import Chain, FfnNode, Group, Matches
 from fxfusion.report import Block, ChainSummary, GroupSummary, MemberSummary
 from fxfusion.torch_private import size_hint
@@ -23,7 +24,7 @@ def summarise_chain(chain: Chain) -> ChainSummary:
 
 def summarise_group(group: Group) -> GroupSummary:
     members = tuple(summarise_member(ffn) for ffn in group.members)
-    bytes_of = member_bytes if group.is_prepacked else packed_bytes
+    bytes_of = member_bytes if packs_downs(group) else packed_bytes
     size = 0 if group.form == "members" else sum(bytes_of(member) for member in group.members)
     window = group.window
     return GroupSummary(

@@ -4,7 +4,7 @@
     prepacked          wide weights in oneDNN's layout, on huge pages        memory: the group's weights again
     members            one by one on the original weights, in parallel form  memory: none
     grouped            norms on the members' outputs: gate and up are wide   memory: gate and up again
-    grouped_prepacked  the same, and the members' downs, in that layout      memory: the group's weights again
+    grouped_prepacked  the same in that layout, mostly their downs too       memory: the group's weights again
 
 All are the parallel form up to rounding, so no result depends on the machine. Matches (no edit).
 Made from kernel timings and `python -m bench.chain_speed` and `bench.grouped_speed` on AVX-512 processors, one thread;
@@ -76,6 +76,16 @@ def tokens_to_pack_for(group: Group) -> int:
     """
     from_memory = _dtype(group) == torch.float32 and weight_bytes(group) > CACHE
     return 1 if from_memory else 16
+
+
+def packs_downs(group: Group) -> bool:
+    """Whether the members' own down projections are in oneDNN's layout too, where a group's gate and up are.
+
+    Not in float32 from cache: 8 of them, 256 x 704, took 0.28 ms for one token instead of 0.13 (32 tokens: 1.03 instead
+    of 1.13). In bfloat16 and from memory they took 0.6 to 0.95 of the time.
+    """
+    in_cache = _dtype(group) == torch.float32 and weight_bytes(group) <= CACHE
+    return group.form == "grouped_prepacked" and not in_cache
 
 
 def weight_bytes(group: Group) -> int:

@@ -145,7 +145,8 @@ def mixes_tokens(node: fx.Node, facts: GraphFacts) -> bool:
 def _mixer(add: fx.Node, found: Slice, facts: GraphFacts) -> Mixer:
     """The branch, and what it computes only to write it into a cache that it reads: keys and values."""
     nodes, leaks = set(found.nodes), dict.fromkeys(found.leaks)
-    for cache in {facts.alias_root(node) for node in (*found.nodes, *found.leaks)} & facts.written:
+    read = {facts.alias_root(node) for node in (*found.nodes, *found.leaks)} if facts.written else set()
+    for cache in read & facts.written:
         for write in facts.writes_of(cache):
             if facts.order[found.stop] < facts.order[write] < facts.order[add]:
                 written = facts.slice_between(write, found.stop)

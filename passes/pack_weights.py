@@ -23,6 +23,7 @@ from torch import fx
 
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor
+from fxfusion.passes.choose_form import packs_downs
 from fxfusion.passes.ffn import FfnNode, Group, Linear
 
 PACK_TAG = "fxfusion_pack"
@@ -80,7 +81,7 @@ class WeightPacker:
     def own_down(self, member: FfnNode) -> tuple[fx.Node, fx.Node | None]:
         """One member's weight `[hidden, width]` and bias: as they are, or a weight of the pack for another layout."""
         weight = self._as_out_in(member.down)
-        return self._packed(self._cat([weight], 0)) if self.group.is_prepacked else weight, member.down.bias
+        return self._packed(self._cat([weight], 0)) if packs_downs(self.group) else weight, member.down.bias
 
     def down_bias(self) -> fx.Node | None:
         """`[hidden]`: the sum of the members' biases and shifts, or None where there are none."""

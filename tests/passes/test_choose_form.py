@@ -12,7 +12,7 @@ from torch import nn
 import fxfusion
 from fxfusion.errors import RefusalCode
 from fxfusion.passes import choose_form
-from fxfusion.passes.choose_form import Setting, choose_forms, tokens_to_pack_for
+from fxfusion.passes.choose_form import Setting, choose_forms, packs_downs, tokens_to_pack_for
 from fxfusion.passes.ffn import Group, Window
 from fxfusion.pipeline import analyse
 from fxfusion.plan_group import PlannedGroup
@@ -95,6 +95,14 @@ def test_norms_on_outputs_follow_the_same_rule(
 ) -> None:
     found, words = chosen(grouped_of(dtype, seq), **setting)
     assert found == form and why in words
+
+
+def test_which_downs_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, single = (replace(grouped_of(dtype), form="grouped_prepacked") for dtype in (torch.bfloat16, torch.float32))
+    assert packs_downs(half) and not packs_downs(single)
+    assert not packs_downs(grouped_of(torch.bfloat16)) and not packs_downs(replace(half, form="members"))
+    monkeypatch.setattr(choose_form, "CACHE", 0)
+    assert packs_downs(single)
 
 
 def test_small_groups_with_norms_on_outputs_are_grouped() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
+from fxfusion.passes import choose_form
 from fxfusion.passes.choose_form import Setting
 from fxfusion.passes.prepack_weights import PrepackWeights
 from fxfusion.pipeline import Fused, fuse_captured
@@ -44,17 +45,26 @@ def test_every_wide_linear_layer_is_packed_and_right(make: object) -> None:
         assert_exact(result, parallel_form(model, x), torch.float32)
 
 
+@pytest.mark.parametrize("in_cache", [False, True])
 @pytest.mark.parametrize("ffn", [Gated, Plain], ids=["gated", "plain with biases"])
-def test_members_with_norms_on_their_outputs_have_their_own_downs_packed(ffn: type[nn.Module]) -> None:
+def test_members_with_norms_on_their_outputs(
+    ffn: type[nn.Module], in_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their own down projections are packed too, unless they are float32 and in cache."""
+    if not in_cache:
+        monkeypatch.setattr(choose_form, "CACHE", 0)
     model, x = post_stack(norm=Rms, ffn=ffn, widths=(12, 4, 20)).float(), tokens().float()
     captured = capture(model, x)
     found = fused(model, x, "prepacked")
-    assert targets(found) == [PACKED] * ((2 if ffn is Gated else 1) + 3) and len(found.packs) == 1
+    downs = [F.linear if in_cache else PACKED] * 3
+    assert targets(found) == [PACKED] * (2 if ffn is Gated else 1) + downs and len(found.packs) == 1
     packed = found.packs[0].module(*[captured.values[name] for name in found.packs[0].sources])
     result = found.module(*captured.inputs, *packed)[0]
     assert_exact(result, post_parallel(model, x), torch.float32)
     (group,) = found.report.groups
-    weights = sum(value.numel() for name, value in model.named_parameters() if value.dim() == 2 and "ffn" in name)
+    left = ("down", "fc2") if in_cache else ()
+    matrices = [name for name, value in model.named_parameters() if value.dim() == 2]
+    weights = sum(model.get_parameter(name).numel() for name in matrices if not any(part in name for part in left))
     assert (group.form, group.packed_bytes) == ("grouped_prepacked", 4 * weights)
     with torch.no_grad():
         model.layers[1].output.weight[0] += 1.0
