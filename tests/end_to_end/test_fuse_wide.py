@@ -129,6 +129,29 @@ def test_cached_decoding(name: str, kind: str) -> None:
     assert len(used) == 2 and used[0].keys.shape[1] > 1, "one slot for each block, with all its heads"
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_attentions_that_slide_together(kind: str) -> None:
+    """The block's slot of the cache is one of their kind, though the layers before it are of another."""
+    types = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    given = {"layer_types": types, "sliding_window": 4, "use_sliding_window": True, "num_key_value_heads": 1}
+    family = family_named("qwen2")
+    model: Any = intact(family, use_cache=True, **given)
+    ids = token_ids(length=10)
+    with hoisted(model, family, WINDOWS, wide=True):
+        wanted = decoded(model, ids, new_cache(kind, model, 10))
+    with pytest.raises(SurgeryError, match=r"layers \[1, 2\] cannot be joined .* compute differently"):
+        fxfusion.fuse(model, wide([1, 2]))
+    fxfusion.fuse(model, PLAN)
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+    cache = new_cache(kind, model, 10)
+    assert relative(decoded(model, ids, cache), wanted) <= 1e-6
+    assert [layer.is_sliding for layer in cache.layers] == [False, True] and cache.layers[1].keys.shape[2] <= 4
+    for number in (0, 1):
+        model.model.layers[number].self_attn.sliding_window = None
+    model.config.layer_types = ["full_attention"] * 2
+    assert relative(decoded(model, ids, new_cache(kind, model, 10)), wanted) > RED, "ten tokens show the window"
+
+
 def test_generation() -> None:
     model: Any = fxfusion.fuse(intact(family_named("qwen3"), use_cache=True), PLAN)
     ids = token_ids()[:1, :4]

@@ -27,10 +27,8 @@ def check_group(recipe: GroupRecipe, tensors: Mapping[str, Tensor]) -> None:
         if home.transposed:
             raise SurgeryError(f"{home.weight} is quantised and stored transposed: {FUSE_FIRST}")
         if not is_down and (recipe.home.with_role("gain") or recipe.home.with_role("shift")):
-            raise SurgeryError(
-                f"{home.weight} is quantised, so the norm's gain cannot be folded into it: use norm='last', or "
-                f"{FUSE_FIRST}"
-            )
+            instead = FUSE_FIRST if recipe.heads else f"use norm='last', or {FUSE_FIRST}"  # attentions always fold
+            raise SurgeryError(f"{home.weight} is quantised, so the norm's gain cannot be folded into it: {instead}")
         if is_down and any(recipe.scale(m, tensors, tensors[m.down.weight]) is not None for m in recipe.members):
             raise SurgeryError(f"{home.weight} is quantised, so no scale can be folded into it: {FUSE_FIRST}")
         block = common_block([tensors[name] for name in names], _edges(recipe) if is_down else ())
