@@ -99,9 +99,7 @@ def fuse_captured(
     """
     work = captured.copy()
     history = History(check=verify != "off")
-    numbers = SpecialiseNumbers()
-    written_out = (numbers,) if numbers.are_in(work.module.graph) else ()
-    run_passes(work.module, (*written_out, *normalising_passes(work.weights)), history)
+    numbers = _normalise(work, history)
     order = {node.name: place for place, node in enumerate(work.module.graph.nodes)}  # before anything moves
     found = with_forms(hoist_and_analyse(work, choice, history), choice, compiled_for or Setting())
     blocks = blocks_before(found.matches, found.groups, order)
@@ -130,6 +128,14 @@ def fuse_captured(
         nodes_after=len(after.graph.nodes),
     )
     return Fused(module=after, packs=packs, report=report)
+
+
+def _normalise(work: CapturedGraph, history: History) -> SpecialiseNumbers:
+    """Exact clean-up; what is returned guards the numbers that were written out, if any."""
+    numbers = SpecialiseNumbers()
+    written_out = (numbers,) if numbers.are_in(work.module.graph) else ()
+    run_passes(work.module, (*written_out, *normalising_passes(work.weights)), history)
+    return numbers
 
 
 def normalising_passes(weights: frozenset[str]) -> tuple[Pass, ...]:
