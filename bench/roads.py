@@ -66,8 +66,7 @@ class Study:
         return RoadSearch(Screen(self.chooser, tuple(roads), max_window=5, costs=self.costs), price, self.chooser)
 
     def row(self, plan: FusionPlan, refit: bool = True) -> dict[str, Any]:
-        """A plan on held-out text: as it is, and after a refit on the calibration text, without wide blocks."""
-        refit = refit and all(group.mixers != "wide" for group in plan.groups)
+        """A plan on held-out text: as it is, and after a refit on the calibration text."""
         facts = {
             "plan": {"groups": [group.to_data() for group in plan.groups], "dropped": list(plan.dropped_attention)},
             "depth": depth_price(self.judge.ffns).of(plan),

@@ -44,9 +44,9 @@ def introduction(results: Mapping[str, Any]) -> str:
 Made by `make results` (`python -m bench.roads`) on the reference model, all 12 attentions intact. In a window of
 layers the attention between the FFNs is dropped, hoisted (it goes first, one after another) or made wide (it goes
 first, all reading one input); then the FFNs become one. "Mixed" plans take each window's road from all three, where
-that is surely better on the text that they are chosen on. Plans with wide blocks are shown without a refit. Here
-windows are chosen on 2,048 calibration tokens by their loss as they are (`fxfusion plan --after-refit` judges by the
-loss after a refit); refits take {text["refit"] * text["tokens"]:,} calibration tokens, and losses are measured on
+that is surely better on the text that they are chosen on. Here windows are chosen on 2,048 calibration tokens by
+their loss as they are (`fxfusion plan --after-refit` judges by the loss after a refit); refits take
+{text["refit"] * text["tokens"]:,} calibration tokens, and losses are measured on
 {text["heldout"] * text["tokens"]:,} held-out tokens: nats per token above the intact model on the same tokens, with a
 95 % bootstrap interval over sequences."""
 
@@ -87,30 +87,23 @@ def latency_section(found: Sequence[Mapping[str, Any]]) -> str:
     roads = ("drop", "hoist", "wide")
     for row in found:
         cells = [f"{row['saved']:.0%}", f"{row['most_ms']:.3f}"]
-        cells += ["-" if one is None else final(one) for one in (*(row[name] for name in roads), row["mixed"])]
-        reached = [final_value(row[name]) for name in roads if row[name] is not None]
+        cells += [
+            "-" if one is None else loss(one, "refitted") for one in (*(row[name] for name in roads), row["mixed"])
+        ]
+        reached = [value(row[name], "refitted") for name in roads if row[name] is not None]
         if reached and row["mixed"] is not None:
             compared += 1
-            never_above += final_value(row["mixed"]) <= min(reached)
+            never_above += value(row["mixed"], "refitted") <= min(reached)
         rows.append([*cells, "-" if row["mixed"] is None else plan_words(row["mixed"])])
     return f"""## Loss at equal predicted latency
 
 What one decoded token takes on eight H100 with tensor parallelism, predicted as above. "-": the road does not get
-there. Losses after the refit; plans with wide blocks as they are (marked *).
+there. Losses after the refit.
 
 {table(["saved", "ms", *roads, "mixed", "the mixed plan"], rows)}
 
 On held-out text the mixed plan's loss is at most that of the best road alone in {never_above} of {compared} rows. Plans
 are chosen on the calibration text, as they are."""
-
-
-def final(row: Row) -> str:
-    """The loss after a refit, or as it is where there was none."""
-    return loss(row, "refitted") if row["refitted"] is not None else f"{loss(row, 'as_is')} *"
-
-
-def final_value(row: Row) -> float:
-    return value(row, "as_is" if row["refitted"] is None else "refitted")
 
 
 def cpu_section(found: Sequence[Mapping[str, Any]]) -> str:
