@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--refit", type=int, default=8, help="calibration batches of 8 x 256 tokens for refits")
     parser.add_argument("--heldout", type=int, default=4, help="held-out batches of 8 x 256 tokens")
     parser.add_argument("--second", type=Path, help="folder of a model of a second family (bench.reference.train)")
+    parser.add_argument("--only", choices=("cpu_latency",), help="measure this anew, and keep what the file has")
     options = parser.parse_args()
     study = Study(MODEL_FOLDER, "reference", options.refit, options.heldout)
     results: dict[str, Any] = {"text": {"refit": options.refit, "heldout": options.heldout, "tokens": 2048}}
@@ -230,7 +231,10 @@ def main() -> None:
         "cpu_latency": lambda: cpu_latency(study, results["fronts"]),
         "equal_latency": lambda: equal_latency(study),
     }
-    if options.second is not None:
+    if options.only is not None:
+        results = dict(Record.read("roads").results)
+        parts = {options.only: parts[options.only]}
+    elif options.second is not None:
         parts["second"] = lambda: second_family(options.second, options.refit, options.heldout)
     else:
         results |= known_second()
