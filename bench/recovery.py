@@ -55,7 +55,7 @@ class Cells:
             say(f"{name} ...", style="dim")
             made = make()
             now = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}  # another process may write
-            self.known = {**now, **self.known, name: made}
+            self.known = {**self.known, **now, name: made}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             scratch = self.path.with_suffix(".part")
             scratch.write_text(json.dumps(self.known, indent=1), encoding="utf-8")

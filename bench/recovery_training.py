@@ -1,10 +1,10 @@
 """What training gives back on the reference model, from the raw and from the refitted start: what `refit` saves.
 
-    python -m bench.recovery_training            (make results; about five minutes on one core)
+    python -m bench.recovery_training            (make results; about ten minutes on one core)
 
 Half of the attention is dropped, its FFNs are one. Both starts learn from the same batches in the same order, by
-`recover`: KL to the intact model, all weights. Measured on held-out text. Each start is kept in .fxfusion_results, so a
-run that was stopped goes on. Source: issue 6.
+`recover`: KL to the intact model, all weights, at two learning rates, as the better start wants the lower one.
+Measured on held-out text. Each run is kept in .fxfusion_results, so what was stopped goes on. Source: issue 6.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fxfusion.recovery.distil import Step
 from fxfusion.recovery.recover import RECORD
 
 STARTS = ("raw", "refitted")
-RATE, EVERY = 5e-4, 10
+RATES, EVERY = (5e-4, 1e-4), 10
 _BATCH, _SEQ = 4, 256  # of a step
 _DECIDES = 4  # batches, the last of the calibration text that is used
 
@@ -43,7 +43,7 @@ def start(study: Study, name: str, batches: int) -> tuple[Any, float]:
     return found, time.perf_counter() - started
 
 
-def trained(study: Study, name: str, steps: int, batches: int, cache: Path) -> dict[str, Any]:
+def trained(study: Study, name: str, rate: float, steps: int, batches: int, cache: Path) -> dict[str, Any]:
     """One start: quality before and after, the losses of every step, seconds."""
     model, seconds_start = start(study, name, batches)
     before = numbers(evaluate(model, study.heldout, study.model))
@@ -56,11 +56,12 @@ def trained(study: Study, name: str, steps: int, batches: int, cache: Path) -> d
         curve.append({"step": step.step, "kl": step.loss, "validation": step.validation})
 
     started = time.perf_counter()
-    chosen: dict[str, Any] = {"steps": steps, "every": EVERY, "learning_rate": RATE}
+    chosen: dict[str, Any] = {"steps": steps, "every": EVERY, "learning_rate": rate}
     recover(model, text[:-_DECIDES], study.model, validation=text[-_DECIDES:], **chosen, cache=cache, on_step=tell)
     seconds = time.perf_counter() - started
     return {
         "start": name,
+        "learning_rate": rate,
         "seconds_start": seconds_start,
         "before": before,
         "after": numbers(evaluate(model, study.heldout, study.model)),
@@ -81,14 +82,14 @@ def main() -> None:
     folder = CACHE / f"recovery_training_{options.steps}_{options.calibration}"
     cells = Cells(folder / "cells.json")
 
-    def make(name: str) -> Callable[[], dict[str, Any]]:
-        return lambda: trained(study, name, options.steps, options.calibration, folder / name)
+    def make(name: str, rate: float) -> Callable[[], dict[str, Any]]:
+        return lambda: trained(study, name, rate, options.steps, options.calibration, folder / f"{name}_{rate:g}")
 
-    rows = [cells.get(f"{name} start", make(name)) for name in STARTS]
+    rows = [cells.get(f"{name} start, rate {rate:g}", make(name, rate)) for name in STARTS for rate in RATES]
     dropped, groups = half_run(study)
     step = _BATCH * _SEQ
     text = {"tokens_per_step": step, "validation": _DECIDES * step, "refit": options.calibration * TOKENS_PER_BATCH}
-    results = {"dropped": dropped, "groups": groups, "text": text, "learning_rate": RATE, "rows": rows}
+    results = {"dropped": dropped, "groups": groups, "text": text, "rows": rows}
     say(f"recorded: {record('recovery_training', results).name}; written: {write_section(results)}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ def introduction(results: Mapping[str, Any]) -> str:
 
 Made by `python -m bench.recovery_training`. Attention dropped from {span(results["dropped"])}, FFNs fused
 {groups_of(results)}. `recover` trains all weights for {steps} steps of {text["tokens_per_step"]:,} tokens (KL to the
-intact model, AdamW, largest learning rate {results["learning_rate"]:g}); both starts see the same batches in the same
-order, and the refit saw {text["refit"]:,} tokens before. Loss above the intact model on held-out text, with a 95 %
-interval.
+intact model, AdamW); all runs see the same batches in the same order, and the refit saw {text["refit"]:,} tokens
+before. Loss above the intact model on held-out text, with a 95 % interval.
 
 ![KL on the text for validation against steps](figures/recovery_training.svg)"""
 
@@ -37,6 +36,7 @@ def start_table(results: Mapping[str, Any]) -> str:
     shown = [
         (
             row["start"],
+            f"{row['learning_rate']:g}",
             cell(row["before"]["loss_increase"]),
             cell(row["after"]["loss_increase"]),
             cell(row["before"]["kl"]),
@@ -48,6 +48,7 @@ def start_table(results: Mapping[str, Any]) -> str:
     ]
     header = [
         "start",
+        "largest learning rate",
         "loss before",
         "loss after",
         "KL before",
@@ -60,7 +61,7 @@ def start_table(results: Mapping[str, Any]) -> str:
 
 def comparison(results: Mapping[str, Any]) -> str:
     """What the refit is worth in steps, and what is left of it after training."""
-    raw, refitted = (next(row for row in results["rows"] if row["start"] == name) for name in ("raw", "refitted"))
+    raw, refitted = (best_of(results["rows"], name) for name in ("raw", "refitted"))
     goal = refitted["validation_before"]
     reached = [row["step"] for row in raw["curve"] if row["validation"] is not None and row["validation"] <= goal]
     steps = len(raw["curve"])
@@ -72,12 +73,19 @@ def comparison(results: Mapping[str, Any]) -> str:
     lead = value(raw["after"]) - value(refitted["after"])
     kept = "lower" if lead > 0 else "higher"
     return f"""{worth} (KL {goal:.3f} on the text for validation, had in {refitted["seconds_start"]:.0f} seconds). After
-{steps} steps from each, the refitted start's held-out loss is {abs(lead):.3f} nats {kept}."""
+{steps} steps from each, at the rate that did best on the text for validation ({raw["learning_rate"]:g} and
+{refitted["learning_rate"]:g}), the refitted start's held-out loss is {abs(lead):.3f} nats {kept}."""
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], start: str) -> Mapping[str, Any]:
+    """The run from a start that came to the least KL on the text for validation."""
+    own = [row for row in rows if row["start"] == start]
+    return min(own, key=lambda row: min(kl for _, kl in measured(row)))
 
 
 def plot_curves(results: Mapping[str, Any], path: Path) -> None:
     figure, axes = new_figure(x="steps", y="KL on the text for validation [nats per token]")
-    draw_lines(axes, {f"{row['start']} start": measured(row) for row in results["rows"]})
+    draw_lines(axes, {f"{row['start']} start, {row['learning_rate']:g}": measured(row) for row in results["rows"]})
     axes.set_ylim(bottom=0)
     axes.legend()
     save(figure, path)
