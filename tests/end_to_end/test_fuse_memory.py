@@ -56,7 +56,8 @@ def test_peak_is_the_model_and_the_widest_group(norm: str, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["weights"] >= 2e9
-    assert found["peak"] <= found["group"] + 0.01 * found["weights"], found  # what Python needs to look at the model
+    # What Python needs to look at the model, 20 to 30 MB; one member's weight more would be 67 MB.
+    assert found["peak"] <= found["group"] + 0.02 * found["weights"], found
     assert found["peak"] > 0.5 * found["group"], "the widest group cannot have been made in less"
     dropped = found["weights"] - found["left"]  # attention went
     assert found["after"] <= 0.02 * found["weights"] - dropped, found
