@@ -20,7 +20,7 @@ from bench.record import Measurement, record
 from bench.tables import bytes_, table
 
 PREDICTIONS = {
-    "backend": "peak: the groups' weights, and one wide weight twice while it is brought into oneDNN's layout",
+    "backend": "peak: the groups' weights, and one weight more while it is folded",
     "fuse": "peak: one group",
 }
 

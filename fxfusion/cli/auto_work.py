@@ -55,12 +55,12 @@ def make(run: Session, wish: Wish, output: Path, format: Format) -> dict[str, An
     show(run, result)
     _show_speed(run, result["speed"])
     perplexities = [float(each.perplexity) for each in quality.values()]
-    run.screen.line(beyond(chosen.budget.max_perplexity_increase, *perplexities) or "", "bold yellow")
+    run.screen.line(over_budget(chosen.budget.max_perplexity_increase, *perplexities) or "", "bold yellow")
     run.screen.line(f"written: {output} ({format.value}), plan: {run.folder.file(PLAN)}")
     return result
 
 
-def beyond(most: float | None, before: float, after: float) -> str | None:
+def over_budget(most: float | None, before: float, after: float) -> str | None:
     """What to say where held-out text does not keep the budget: it was kept on the text that plans are chosen by."""
     if most is None or after <= before * (1 + most):
         return None

@@ -22,6 +22,7 @@ from tests.end_to_end.eager_hoisted import hoisted, hoisted_by_hand
 from tests.end_to_end.eager_parallel import llama
 from tests.end_to_end.families import Family, layers_of, make_inputs, relative, run
 from tests.end_to_end.family_table import family_named
+from tests.end_to_end.test_fuse_families import check_tensors
 from tests.end_to_end.test_hoist_families import intact
 
 WINDOWS = [[0, 1], [2, 3]]
@@ -67,10 +68,7 @@ def test_a_wide_block_equals_the_wide_form_and_comes_apart_again(name: str) -> N
     assert [type(part) for part in layers_of(model, family)[0].modules()] == kinds_of(kinds, model, family)
     assert model.config.fxfusion["fused"]["groups"] == [{"members": w, "mixers": "wide"} for w in WINDOWS]
     assert model.config.fxfusion["fused"]["kept"] == [1, 3]
-    found = dict(unfused_tensors(model))
-    assert found.keys() == weights.keys()
-    for key, value in weights.items():
-        assert torch.allclose(found[key], value, rtol=1e-5, atol=1e-6), key
+    check_tensors(model, weights, exact=False)
 
     fxfusion.unfuse(model)
     assert relative(run(model, inputs), sequential) <= 1e-12

@@ -13,12 +13,12 @@ import fxfusion
 from fxfusion import FusionPlan
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
 from fxfusion.errors import CheckpointError, PlanError, SurgeryError
-from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
 from tests.end_to_end.caching import decoded, new_cache, token_ids
 from tests.end_to_end.eager_hoisted import hoisted, hoisted_by_hand
 from tests.end_to_end.eager_parallel import llama
 from tests.end_to_end.families import layers_of, make_inputs, relative, run
 from tests.end_to_end.family_table import family_named
+from tests.end_to_end.test_fuse_families import check_tensors
 from tests.end_to_end.test_hoist_families import intact
 
 PLAN = FusionPlan(groups=[[0, 1], [2, 3]], hoist=True)
@@ -55,10 +55,7 @@ def test_a_fused_window_equals_the_hoisted_form_and_comes_apart_again(name: str,
     assert model.config.fxfusion["fused"]["groups"] == [{"members": w, "mixers": "hoist"} for w in WINDOWS]
     large = [sum(value.numel() for value in layer.parameters()) for layer in layers_of(model, family)]
     assert large[0] == large[2] < large[1] == large[3], "inner layers keep their attention alone"
-    found = dict(unfused_tensors(model))
-    assert found.keys() == weights.keys()
-    for key, value in weights.items():
-        assert torch.allclose(found[key], value, rtol=1e-5, atol=1e-6), key
+    check_tensors(model, weights, exact=False)
 
     fxfusion.unfuse(model)
     assert relative(run(model, inputs), sequential) <= 1e-12

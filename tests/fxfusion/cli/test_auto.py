@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import fxfusion
-from fxfusion.cli.auto_work import beyond, divided
+from fxfusion.cli.auto_work import divided, over_budget
 from fxfusion.errors import OptionError
 from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.plan import FusionPlan
@@ -77,8 +77,8 @@ def test_text_is_held_out() -> None:
 
 
 def test_a_budget_that_held_out_text_does_not_keep_is_named() -> None:
-    assert beyond(None, 10.0, 20.0) is None and beyond(0.01, 10.0, 10.05) is None
-    assert "2.0% above the intact model's, more than the 1.0% asked for" in str(beyond(0.01, 10.0, 10.2))
+    assert over_budget(None, 10.0, 20.0) is None and over_budget(0.01, 10.0, 10.05) is None
+    assert "2.0% above the intact model's, more than the 1.0% asked for" in str(over_budget(0.01, 10.0, 10.2))
 
 
 def test_a_dry_run_measures_nothing(run: Run, args: list[object], tmp_path: Path) -> None:
