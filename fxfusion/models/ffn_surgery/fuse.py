@@ -228,11 +228,12 @@ class _Surgery:
 
     def _prove_heads(self, recipe: GroupRecipe, depth: DepthEditor, prove: Callable[[], object]) -> None:
         """Prove a group, and let a wide attention, where it has one, know its heads."""
-        for attention in self.recipe.parts_of(recipe)[1:]:
-            modules = self._modules(self.paths[attention.home.layer])
-            put_heads(attention, modules, self.model, prove)
+        _, *attention = self.recipe.parts_of(recipe)
+        if not attention:
+            prove()
             return
-        prove()
+        modules = self._modules(self.paths[attention[0].home.layer])
+        put_heads(attention[0], modules, self.model, prove)
 
     def _remember(self, depth: DepthEditor, stubs: FfnStubs) -> None:
         state = FusedState(
