@@ -67,7 +67,7 @@ class Record(BaseModel):
 
 
 class ModelFacts(Record):
-    """What tells a model from others, and stays when attention is dropped and FFNs are fused.
+    """What tells a model from others; all but `tensors` stays when attention is dropped and FFNs are fused.
 
     Made by `fxfusion.models.fingerprint.facts_of`. What is None is not compared.
     """
@@ -78,6 +78,9 @@ class ModelFacts(Record):
     vocabulary: _Count | None = Field(default=None, description="number of token embeddings")
     fingerprint: str | None = Field(default=None, description="hash over the parameters outside the decoder layers")
     weights: str | None = Field(default=None, description="hash over some of their values; a difference only warns")
+    tensors: str | None = Field(
+        default=None, description="hash over all names, shapes and dtypes, and one over every byte; see `weights`"
+    )
 
 
 class LayerScore(Record):

@@ -18,7 +18,6 @@ from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.planned import PlannedModel, analyse_without
 from fxfusion.analysis.quality import Batch, Estimate, Quality, evaluate, record_logits
 from fxfusion.analysis.quality_store import QualityStore, batches_digest
-from fxfusion.analysis.resume import model_key
 from fxfusion.errors import SurgeryError
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.adapters.wrappers import active_adapters
@@ -64,7 +63,7 @@ class PlanMeter:
         self.traced = model if isinstance(model, TracedModel) else TracedModel(model)
         self.identity: dict[str, Any] = {
             "model": facts_of(self.model).model_dump(mode="json"),
-            "weights": model_key(self.traced),  # facts tell models apart, not two trainings of one model
+            "without": list(self.traced.dropped_attention),
             "batches": batches_digest(self.batches),
         }
         self._store = QualityStore(None if cache is None else Path(cache) / "plans.json", self.identity)

@@ -11,43 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxfusion.errors import OptionError
+from fxfusion.models.fingerprint import tensors_digest
 from fxfusion.models.traced import TracedModel
-
-_SAMPLES = 4096  # values of each parameter that go into the digest as they are; all of them through their sum
 
 
 def model_key(traced: TracedModel) -> str:
-    """Digest over the names, shapes, types and values of all parameters and buffers, and what is left out.
+    """Digest over every byte of all parameters and buffers, and what attention is left out.
 
-    Reads every weight once, like a forward pass. A change of one weight changes the sum, if it is not below
-    the float64 rounding of it.
+    Reads every weight once. Raises `OptionError` where the model has no weights (meta device).
     """
-    model = traced.model
-    digest = hashlib.sha256(f"{type(model).__name__} without {traced.dropped_attention}".encode())
-    for name, value in sorted([*model.named_parameters(), *model.named_buffers()]):
-        digest.update(f"{name} {list(value.shape)} {value.dtype}".encode())
-        for part in _plain_parts(value.detach()):
-            flat = (torch.view_as_real(part) if part.is_complex() else part).reshape(-1)
-            if not flat.numel():
-                continue
-            sample = flat[:: flat.numel() // _SAMPLES | 1].contiguous().cpu()
-            digest.update(bytes(sample.view(torch.uint8).numpy()))
-            digest.update(repr(float(flat.sum(dtype=torch.float64))).encode())
-    return digest.hexdigest()[:16]
-
-
-def _plain_parts(value: Tensor) -> Iterator[Tensor]:
-    """The tensors that a subclass (a quantised weight, say) is made of; a plain tensor itself."""
-    if not hasattr(value, "__tensor_flatten__"):
-        yield value
-        return
-    names, _ = value.__tensor_flatten__()
-    for name in names:
-        yield from _plain_parts(getattr(value, name))
+    tensors = tensors_digest(traced.model)
+    if tensors is None:
+        raise OptionError(f"{type(traced.model).__name__} is on the meta device: there is nothing to measure")
+    return hashlib.sha256(f"{tensors} without {traced.dropped_attention}".encode()).hexdigest()[:16]
 
 
 def check_batches(stored: Sequence[str], given: Sequence[str], where: object) -> None:

@@ -64,11 +64,11 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         run = self.run
-        model = run.model  # first, since it checks the folder
+        _ = run.model  # first, since it checks the folder
         stored = run.folder.read(QUALITY) or {}
         self._kept = dict(stored.get("kept", {}))
         self._identity = {
-            "model": facts_of(model).model_dump(mode="json"),
+            "model": run.facts,
             "reference": None if self.baseline is None else facts_of(self.reference).model_dump(mode="json"),
             "dtype": run.dtype,
             "device": run.device.type,

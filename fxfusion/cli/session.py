@@ -58,6 +58,7 @@ class Session:
         self.common = common
         self.screen = Screen(quiet=common.as_json, notes_on_stderr=True)
         self.folder = ResultsFolder(common.results)
+        self.facts: dict[str, Any] = {}  # of the model, every bit of it included; known once it is loaded
 
     @cached_property
     def device(self) -> torch.device:
@@ -135,9 +136,9 @@ class Session:
             parameters = sum(weight.numel() for weight in model.parameters())
             return {"name": self.name, "parameters": parameters, "layers": describe(self.graph_without_weights)}
 
-        facts = facts_of(model).model_dump(mode="json")
-        with self.screen.busy("looking at the layers"):
-            self.folder.check_model({**facts, "dtype": str(model.dtype).removeprefix("torch.")}, describe_model)
+        with self.screen.busy("looking at the weights and layers"):
+            self.facts = facts_of(model).model_dump(mode="json")
+            self.folder.check_model({**self.facts, "dtype": str(model.dtype).removeprefix("torch.")}, describe_model)
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 The facts stay the same while layers lose their attention and FFNs become wider ones, so that a plan fits its model
 before, between and after. Parameters inside the decoder layers come and go with that, and lists over layers in
 the config follow them; what stays is the class, the number of layers, and all that stands outside the layers.
+Only `tensors` changes with every bit of the model: results of measurements are filed under it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from fxfusion.plan import FusionPlan, ModelFacts
 from fxfusion.plan_file import located
 
 _HEX_DIGITS = 16
-_SAMPLES = 4096  # values of each parameter that go into the digest of the weights
+_SAMPLES = 4096  # values of each parameter outside the layers that go into `weights`
+_CHUNK = 2**24  # values hashed at a time
 # Besides shapes: what else makes two configs of one class different models, whatever happens to the layers.
 _CONFIG_FACTS = ("num_attention_heads", "head_dim")
 
@@ -44,8 +46,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return path, layers
 
 
-def facts_of(model: nn.Module) -> ModelFacts:
-    """What a plan records of its model. Works on the meta device, where `weights` stays None.
+def facts_of(model: nn.Module, *, values: bool = True) -> ModelFacts:
+    """What a plan records of its model, and what results of it are filed under.
+
+    `values`: hash the weights too, every byte of them: about 1 s for each GB on one CPU core, and of a model elsewhere
+    its way to the CPU. Without, and on the meta device, `weights` and `tensors` stay None.
 
     Raises `PlanError` where no decoder layers are found.
     """
@@ -64,7 +69,8 @@ def facts_of(model: nn.Module) -> ModelFacts:
         hidden=hidden,
         vocabulary=vocabulary,
         fingerprint=_digest(json.dumps(described, sort_keys=True).encode()),
-        weights=_weights_digest(outside),
+        weights=_weights_digest(outside) if values else None,
+        tensors=tensors_digest(model) if values else None,
     )
 
 
@@ -73,16 +79,25 @@ def check_fits(plan: FusionPlan, model: nn.Module) -> None:
 
     Other weights in a model of the same build only warn: that a plan carries over is likely, and not certain.
     """
-    found = facts_of(model)
+    found = facts_of(model, values=plan.model is not None)
     if plan.model is not None:
         _refuse_other_facts(plan.model, found)
     problem = plan.unknown_layer(found.layers)
     if problem is not None:
         raise PlanError(f"plan: {located(*problem)}")
-    digests = {facts.weights for facts in (plan.model, found) if facts is not None and facts.weights is not None}
-    if len(digests) > 1:
+    if plan.model is not None and _has_other_weights(plan.model, found):
         message = "plan: model.weights differs: the plan was made with other weights of such a model; measure it anew"
         warnings.warn(message, stacklevel=2)
+
+
+def _has_other_weights(wanted: ModelFacts, found: ModelFacts) -> bool:
+    """By what stands outside the layers; where all names, shapes and dtypes are the same, by every tensor."""
+    if None not in (wanted.weights, found.weights) and wanted.weights != found.weights:
+        return True
+    if wanted.tensors is None or found.tensors is None:
+        return False
+    (before, _, one), (now, _, other) = wanted.tensors.partition(":"), found.tensors.partition(":")
+    return before == now and one != other
 
 
 def _refuse_other_facts(wanted: ModelFacts, found: ModelFacts) -> None:
@@ -163,6 +178,38 @@ def _weights_digest(parameters: Mapping[str, Tensor]) -> str | None:
         digest.update(name.encode())
         digest.update(bytes(sample.view(torch.uint8).tolist()))
     return digest.hexdigest()[:_HEX_DIGITS]
+
+
+def tensors_digest(model: nn.Module) -> str | None:
+    """`"<hash>:<hash>"`: over the class, and name, shape and dtype of every parameter and buffer; and over every byte
+    of them, also of those that quantised weights are made of. None where some are on the meta device.
+    """
+    named = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0])
+    build = [type(model).__name__, *(f"{name} {list(value.shape)} {value.dtype}" for name, value in named)]
+    digest = hashlib.sha256()
+    for part in (part for _, value in named for part in _plain_parts(value.detach())):
+        if part.is_meta:
+            return None
+        digest.update(f"{list(part.shape)} {part.dtype}".encode())
+        _add_bytes(digest, part)
+    return f"{_digest(json.dumps(build).encode())}:{digest.hexdigest()[:_HEX_DIGITS]}"
+
+
+def _plain_parts(value: Tensor) -> Iterator[Tensor]:
+    """The tensors that a subclass (a quantised weight, say) is made of; a plain tensor itself."""
+    if not hasattr(value, "__tensor_flatten__"):
+        yield value
+        return
+    names, _ = value.__tensor_flatten__()
+    for name in names:
+        yield from _plain_parts(getattr(value, name))
+
+
+def _add_bytes(digest: Any, value: Tensor) -> None:
+    """A piece at a time, so that a model elsewhere is never copied as a whole."""
+    flat = (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).resolve_neg().reshape(-1)
+    for piece in flat.split(_CHUNK) if flat.numel() else ():
+        digest.update(piece.contiguous().cpu().view(torch.uint8).numpy())
 
 
 def _digest(content: bytes) -> str:

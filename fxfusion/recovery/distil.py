@@ -170,7 +170,7 @@ class Distillation:
 
     def _reference_logits(self) -> Any:
         tokens = sum(batch.seen.numel() for batch in self.texts.decide)
-        vocabulary = facts_of(self.reference).vocabulary
+        vocabulary = facts_of(self.reference, values=False).vocabulary
         if vocabulary is None or tokens * vocabulary * self.student.dtype.itemsize > _RECORDED_BYTES:
             return self.reference
         return record_logits(self.reference, self.texts.decide_given)

@@ -176,7 +176,7 @@ def _facts(model: nn.Module, teacher: nn.Module, texts: Texts, training: Trainin
 
 def _check_text(teacher: nn.Module, before: Quality) -> None:
     """Raises `OptionError` for text that the reference cannot predict: there is nothing to learn from it."""
-    vocabulary = facts_of(teacher).vocabulary
+    vocabulary = facts_of(teacher, values=False).vocabulary
     assert before.loss_increase is not None
     if vocabulary is not None:
         check_loss(float(before.loss) - float(before.loss_increase), vocabulary)

@@ -99,7 +99,7 @@ def refit(
     known = check_penalties(penalties)
     texts = Texts.of(batches, validation)
     limit = limit_or_half(memory_limit, model_device(bare) or torch.device("cpu"))
-    vocabulary = facts_of(bare).vocabulary
+    vocabulary = facts_of(bare, values=False).vocabulary
     if vocabulary is not None and read_record(getattr(bare, "config", None)) is None:
         texts.check_language(bare, vocabulary)
     work = _Work(source=bare, plan=chosen, texts=texts, reference=reference, later=later, penalties=known, limit=limit)

@@ -50,7 +50,7 @@ class Screen:
         unnumbered = [str(name) for name in self.meter.members if not isinstance(name, int)]
         if unnumbered:
             raise PlanError(f"layers hold more than one FFN, such as {unnumbered[0]}: roads need one in each")
-        self.layers = facts_of(self.meter.model).layers
+        self.layers = facts_of(self.meter.model, values=False).layers
 
     @property
     def mixers(self) -> tuple[int, ...]:
