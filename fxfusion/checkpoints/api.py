@@ -86,7 +86,7 @@ def save_pretrained(
 def from_pretrained(
     directory: str | os.PathLike[str],
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     fused: bool = True,
     shards: int = 1,
@@ -95,11 +95,14 @@ def from_pretrained(
     """Load a model folder: a canonical one with its plan applied, a plain one of `transformers`, or nemotron-nas.
 
     The folder need not be trusted: no pickle is read and no code of it is run; names, shapes and sizes are checked
-    before memory is taken for them. Peak memory is the model and the widest group.
+    before memory is taken for them. Peak memory is the model and the widest group; where transformers stores a model
+    in another form than its modules have (experts one by one, say), it is what its own `from_pretrained` takes.
 
     Args:
         directory: the folder.
-        dtype: what floating-point tensors are cast to; None keeps them as they are stored.
+        dtype: what floating-point tensors are cast to, such as `torch.bfloat16` or `"bfloat16"`; None and `"auto"` keep
+            them as they are stored. Folders whose tensors transformers converts are read in one dtype, and a warning
+            says where that rounds.
         device: where the model goes.
         fused: apply the plan's groups; without, only the attention that it drops is dropped. A nemotron-nas folder
             that fxfusion wrote gives the model from before it was fused, of its own class: weights bit for bit with
@@ -114,7 +117,9 @@ def from_pretrained(
         CheckpointError: a file or tensor that is missing, cut off, left over, or not what the model expects, by name.
         PlanError: a plan that cannot be read, or is for another model.
         SurgeryError: the plan cannot be applied to this model.
+        OptionError: no such dtype.
     """
+    dtype = _read_dtype(dtype)
     folder = SafeFolder.of(directory)
     kind = folder.json(canonical_load.CONFIG).get("model_type")
     if not isinstance(kind, str):
@@ -128,3 +133,13 @@ def from_pretrained(
             f"{folder.path} has its channels in one order: fuse with shards={shards} before exporting"
         )
     return nemotron_load.load(directory, dtype=dtype, device=device, progress=progress)
+
+
+def _read_dtype(given: Any) -> torch.dtype | None:
+    """None: as stored. Raises `OptionError` for what is no floating-point dtype."""
+    if given is None or given == "auto":
+        return None
+    found = getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError(f"dtype: expected a floating-point torch.dtype, its name, 'auto' or None, got {given!r}")
+    return found

@@ -13,10 +13,12 @@ import logging
 import os
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from fxfusion.checkpoints.converted import changed_own, changes_stored, load_converted
 from fxfusion.checkpoints.empty_model import all_on_meta, config_of, empty_model, outline, real_empties
 from fxfusion.checkpoints.filling import Filling
 from fxfusion.checkpoints.model_tensors import own_tensors, stored_names
@@ -53,13 +55,16 @@ def load(
         plan = plan.replace(groups=())
     built = dtype or main_dtype(reader)
     intact = outline(config, built)
-    stored = stored_names(intact, reader)
-    dtypes = {name: value.dtype for name, value in own_tensors(intact).items()} if dtype is not None else {}
-    model = empty_model(copy.deepcopy(config), built)
-    done = plan is None or fuse_on_meta(model, plan, shards)
-    first = Filling(reader=reader, stored=stored, dtypes=dtypes, device=device if done else "cpu")
-    with byte_bar(progress, "Reading", first.nbytes(model)) as advance:
-        Filling(reader=reader, stored=stored, dtypes=dtypes, device=first.device, advance=advance).run(model)
+    stored = _names(intact, reader)
+    if stored is None:
+        model, done = load_converted(reader, intact, copy.deepcopy(config), built), plan is None
+    else:
+        model = empty_model(copy.deepcopy(config), built)
+        done = plan is None or fuse_on_meta(model, plan, shards)
+        dtypes = {name: value.dtype for name, value in own_tensors(intact).items()} if dtype is not None else {}
+        first = Filling(reader=reader, stored=stored, dtypes=dtypes, device=device if done else "cpu")
+        with byte_bar(progress, "Reading", first.nbytes(model)) as advance:
+            replace(first, advance=advance).run(model)
     if not done:
         fuse(model, plan, shards=shards)
     if plan is not None and plan.refit is not None:
@@ -69,6 +74,18 @@ def load(
     if generation is not None:
         model.generation_config = generation
     return model.to(device).eval()
+
+
+def _names(intact: Any, reader: CheckpointReader) -> dict[str, str] | None:
+    """As of `stored_names`; None where transformers stores such a model in another form, and the folder has that."""
+    try:
+        found = stored_names(intact, reader)
+    except CheckpointError:
+        if not changes_stored(intact):
+            raise
+        return None
+    changed = changed_own(intact)
+    return None if changed is not None and changed[1] else found
 
 
 def read_config(reader: CheckpointReader) -> Any:

@@ -10,6 +10,7 @@ the residual stream. That is proved before the folder takes its place.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from fxfusion.checkpoints import disk
 from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN
+from fxfusion.checkpoints.converted import changed_own
 from fxfusion.checkpoints.dropped_attention import layer_number, prove_zeros
 from fxfusion.checkpoints.empty_model import outline
 from fxfusion.checkpoints.folder import replacing
@@ -109,6 +111,7 @@ class CanonicalTensors:
         if type(intact) is not type(model):
             raise CheckpointError(f"{type(model).__name__} is not what its config builds ({type(intact).__name__})")
         _check_ties(model, intact)
+        _check_names(intact)
         dtypes = _dtypes(model)
         wanted = own_tensors(intact)
         unknown = dtypes.keys() - wanted.keys()
@@ -162,6 +165,21 @@ def _check_plain(model: Any) -> None:
             "with fused=False first, where its folder keeps its members"
         )
     check_plain(model)
+
+
+def _check_names(intact: Any) -> None:
+    """Raises or warns where transformers would read tensors in another way than they are written."""
+    changed = changed_own(intact)
+    if changed is None:
+        return
+    name, is_converted = changed
+    if is_converted:
+        raise CheckpointError(f"{name}: transformers stores it in another layout than the model has, by one name")
+    warnings.warn(
+        f"plain transformers will not load the folder, since it takes {name} for another tensor; "
+        "fxfusion.from_pretrained does",
+        stacklevel=5,
+    )
 
 
 def _check_ties(model: Any, intact: Any) -> None:

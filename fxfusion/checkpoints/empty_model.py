@@ -19,8 +19,11 @@ from fxfusion.errors import CheckpointError
 _MAX_BUFFER_BYTES = 2**32
 
 
-# Settings by which a config names code: classes in the folder, kernels on the hub.
-_NAMES_CODE = ("auto_map", "attn_implementation", "experts_implementation", "use_kernels", "kernel_config")
+# Settings by which a config names code, or other files: classes in the folder, kernels on the hub, patches of classes.
+_NAMES_CODE = (
+    *("auto_map", "attn_implementation", "experts_implementation", "use_kernels", "kernel_config"),
+    *("fusion_config", "transformers_weights", "distributed_config"),
+)
 
 
 def config_of(data: Mapping[str, Any], where: object) -> Any:
@@ -65,11 +68,16 @@ def outline(config: Any, dtype: torch.dtype | None = None) -> Any:
 
 def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
     """The same with real buffers, in eval mode. Raises `CheckpointError`, also where these would be too large."""
-    size = sum(value.nbytes for value in outline(config, dtype).buffers())
-    if size > _MAX_BUFFER_BYTES:
-        raise CheckpointError(f"the config asks for buffers of {size} bytes, more than {_MAX_BUFFER_BYTES}")
+    check_buffers(outline(config, dtype))
     with _meta_parameters():
         return _build(config, dtype).eval()
+
+
+def check_buffers(model: nn.Module) -> None:
+    """Raises `CheckpointError` where those of a model on the meta device would be too large."""
+    size = sum(value.nbytes for value in model.buffers())
+    if size > _MAX_BUFFER_BYTES:
+        raise CheckpointError(f"the config asks for buffers of {size} bytes, more than {_MAX_BUFFER_BYTES}")
 
 
 @contextmanager
