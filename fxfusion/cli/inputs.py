@@ -25,14 +25,26 @@ from transformers.utils import logging as transformers_logging
 
 from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.texts import batches_from_text
+from fxfusion.checkpoints.nemotron_nas import load as nemotron
+from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.cli.options import check_folder
-from fxfusion.errors import FxFusionError, OptionError
+from fxfusion.errors import CheckpointError, FxFusionError, OptionError
 
 _PROBE = 8  # tokens
 
 
+def is_nemotron(folder: Path) -> bool:
+    """Whether a folder is in the nemotron-nas layout, whose classes are ours: those of the folder are never run."""
+    try:
+        return bool(SafeFolder.of(folder).json(nemotron.CONFIG).get("model_type") == nemotron.MODEL_TYPE)
+    except CheckpointError:  # whoever reads the file says what is wrong with it
+        return False
+
+
 def load_config(folder: Path) -> Any:
     check_folder(folder)
+    if is_nemotron(folder):
+        return nemotron.read_config(SafeFolder.of(folder))
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
@@ -42,7 +54,8 @@ def load_config(folder: Path) -> Any:
 def causal_config(folder: Path) -> Any:
     """The config of a causal language model, with no use for a key-value cache."""
     config = load_config(folder)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or is_nemotron(folder)
+    if not known or getattr(config, "is_encoder_decoder", False):
         raise FxFusionError(
             f"{folder}: a model of type {config.model_type!r} is no causal language model; nothing here can measure it"
         )
@@ -54,6 +67,8 @@ def build_without_weights(folder: Path) -> PreTrainedModel:
     """The model of a config on the meta device, in eval mode, without a key-value cache. Need not be causal."""
     config = load_config(folder)
     config.use_cache = False
+    if is_nemotron(folder):
+        return nemotron.outline_of(SafeFolder.of(folder), config)
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     builder: Any = AutoModelForCausalLM if causal else AutoModel
     with torch.device("meta"):
@@ -86,17 +101,32 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     """
     config = causal_config(folder)
     wanted: Any = dtype if dtype != "auto" else ("float32" if device.type == "cpu" else "auto")
+    model = _load_nemotron(folder, device, wanted) if is_nemotron(folder) else _load(folder, config, device, wanted)
+    try:
+        require_causal(model, torch.arange(_PROBE)[None] % vocabulary(config))
+    except ValueError as error:
+        raise FxFusionError(f"{folder}: {error}") from None
+    return model
+
+
+def _load_nemotron(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+    model = nemotron.load(folder, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
+    model.config.use_cache = False
+    return model
+
+
+def _load(folder: Path, config: Any, device: torch.device, dtype: str) -> PreTrainedModel:
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=wanted,
+                dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-            model: PreTrainedModel = loaded[0]
+            model: PreTrainedModel = loaded[0].eval()
             model.to(device)  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise FxFusionError(f"{folder}: the model cannot be loaded: {_reason(error)}") from error
@@ -108,11 +138,6 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise FxFusionError(f"{folder}: the weights of {absent[0]}{more} are missing or of another shape")
-    model.eval()
-    try:
-        require_causal(model, torch.arange(_PROBE)[None] % vocabulary(config))
-    except ValueError as error:
-        raise FxFusionError(f"{folder}: {error}") from None
     return model
 
 

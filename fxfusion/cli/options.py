@@ -159,10 +159,15 @@ def check_apart(folder: Path, out: Path) -> None:
 
 
 def check_intact(folder: Path) -> None:
-    """Plain transformers would load a folder of a changed model, too, but not as that model."""
+    """Plain transformers would load a canonical folder of a changed model, too, but not as that model. A nemotron-nas
+    folder holds what it is.
+    """
     from fxfusion.checkpoints.canonical_load import PLAN, read_plan
     from fxfusion.checkpoints.reading import SafeFolder
+    from fxfusion.cli.inputs import is_nemotron
 
+    if is_nemotron(folder):
+        return
     known = read_plan(SafeFolder.of(folder))
     if known is not None and (known.groups or known.dropped_attention or known.refit):
         was = "refitted" if known.refit else "fused, or lost attention,"

@@ -65,10 +65,10 @@ def load(
     return finish(decoder)
 
 
-def outline_of(folder: SafeFolder) -> DeciLMForCausalLM:
+def outline_of(folder: SafeFolder, config: DeciLMConfig | None = None) -> DeciLMForCausalLM:
     """The model of a folder without weights, from its config alone, on the meta device."""
     with _naming(folder, "cannot be built"):
-        return empty_decoder(read_config(folder))
+        return empty_decoder(config or read_config(folder))
 
 
 def read_config(folder: SafeFolder) -> DeciLMConfig:
