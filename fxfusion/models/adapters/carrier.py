@@ -18,8 +18,9 @@ from torch import nn
 from fxfusion.errors import SurgeryError
 from fxfusion.models.adapters.carry import Carried, carry
 from fxfusion.models.adapters.follow import follow
-from fxfusion.models.adapters.wrappers import MERGE_FIRST, Wrapper, find_wrappers, merge, take_off
+from fxfusion.models.adapters.wrappers import MERGE_FIRST, Wrapper, find_wrappers, merge, take_off, unshare
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
+from fxfusion.models.fingerprint import decoder_layers
 
 AdapterMode = Literal["carry", "merge"]
 
@@ -32,24 +33,30 @@ class Adapters:
     outer: nn.Module
     model: nn.Module
     wrappers: Mapping[str, Wrapper]
+    mode: AdapterMode = "carry"
     renamed: Callable[[str], str | None] = str
     carried: dict[str, Carried] = field(default_factory=dict)
     merged: bool = False
 
     @classmethod
     def taken_off(cls, outer: nn.Module, model: nn.Module, mode: AdapterMode, undo: ExitStack) -> Adapters:
-        """`undo` puts them on again. Raises `SurgeryError` where they cannot be merged, if that is asked for."""
+        """`undo` puts them on again. Raises `SurgeryError` for another mode, and for what cannot be carried at all."""
         if mode not in ("carry", "merge"):
             raise SurgeryError(f"adapters must be 'carry' or 'merge', not {mode!r}")
         found = find_wrappers(model)
-        if mode == "merge":
-            merge(found, undo)
-            return cls(outer=outer, model=model, wrappers={}, merged=bool(found))
-        for name, config in getattr(model, "peft_config", {}).items() if found else ():
+        for name, config in _configs(model).items() if found and mode == "carry" else ():
             if getattr(config, "layer_replication", None):
                 raise SurgeryError(f"adapter {name!r} repeats layers (layer_replication): {MERGE_FIRST}")
         take_off(found, undo)
-        return cls(outer=outer, model=model, wrappers={wrapper.path: wrapper for wrapper in found})
+        return cls(outer=outer, model=model, wrappers={wrapper.path: wrapper for wrapper in found}, mode=mode)
+
+    def merge(self, undo: ExitStack) -> None:
+        """Where that was asked for: add them to the weights. `undo` gives the weights back, bit for bit."""
+        if self.mode == "merge":
+            if any(getattr(config, "layer_replication", None) for config in _configs(self.model).values()):
+                unshare(decoder_layers(self.model)[1], undo)
+            merge(self.model, list(self.wrappers.values()), undo)
+            self.merged, self.wrappers = bool(self.wrappers), {}
 
     def read(self, recipe: FuseRecipe, check: bool) -> None:
         """Find what the wide layers of a recipe get. Raises `SurgeryError` where it cannot be exact."""
@@ -81,6 +88,12 @@ class Adapters:
             for path in self.wrappers:
                 if name.startswith(f"{path}."):
                     raise SurgeryError(f"{path} has an adapter, {what}: merge it first (`merge_and_unload`)")
+
+
+def _configs(model: nn.Module) -> Mapping[str, Any]:
+    """PEFT's, by the adapter's name."""
+    found: Mapping[str, Any] = getattr(model, "peft_config", {})
+    return found
 
 
 def _tensor(model: nn.Module, name: str) -> Any:

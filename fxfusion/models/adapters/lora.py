@@ -76,7 +76,7 @@ def _wide_projection(recipe: GroupRecipe, number: int, updates: Updates, tensors
         if shifts and bias is None:
             raise SurgeryError(
                 f"{member.projections[number].weight}: its norm has a bias, which the adapter cannot take up: "
-                "train adapters with lora_bias=True, use norm='last', or merge them (adapters='merge')"
+                "fuse with norm='last' or with adapters='merge', or train adapters with lora_bias=True"
             )
         moved = sum((a @ shift.to(a.dtype) for shift in shifts), start=a.new_zeros(a.shape[0]))
         for constant in member.with_role("gain"):

@@ -7,7 +7,8 @@ After:   gate_proj: Linear                                               the wra
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from fxfusion.errors import SurgeryError
+from fxfusion.models.ffn_surgery.snapshot import plain_attributes
 
-MERGE_FIRST = "merge the adapters first (`merge_and_unload`), or fuse with adapters='merge'"
+MERGE_FIRST = "fuse with adapters='merge'"
 
 
 @dataclass(slots=True)
@@ -75,32 +77,79 @@ def take_off(wrappers: list[Wrapper], undo: ExitStack) -> None:
         undo.callback(wrapper.put_on)
 
 
-def merge(wrappers: list[Wrapper], undo: ExitStack) -> None:
-    """Add what the active adapters learned to the weights of the inner modules, and take the wrappers off.
+def merge(model: nn.Module, wrappers: list[Wrapper], undo: ExitStack) -> None:
+    """Add what the active adapters learned to the weights of the inner modules; the wrappers are off the model.
 
-    `undo` subtracts it again, which gives the weights back to rounding. Raises `SurgeryError` where an adapter
-    cannot be merged.
+    Weights that other modules share become the inner module's own first, so that nothing is added to them twice.
+    `undo` puts the very tensors from before back: nothing is subtracted. Until it is let go, what is merged into is in
+    memory twice. Raises `SurgeryError` where an adapter cannot be merged.
     """
+    shared = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     for wrapper in wrappers:
-        if wrapper.tunes:
-            try:
+        if wrapper.module.disable_adapters:
+            continue
+        _keep(wrapper, undo)
+        for module in wrapper.inner.modules():
+            _own_values(module, shared)
+        try:
+            if wrapper.tunes:
+                _give_bias(wrapper)
                 wrapper.module.merge(safe_merge=True)
-            except (ValueError, NotImplementedError) as error:
-                raise SurgeryError(f"{wrapper.path}: its adapter cannot be merged: {error}") from error
-            undo.callback(wrapper.module.unmerge)
+            else:
+                found = wrapper.module.unload_and_optionally_merge_module(
+                    merge=True, safe_merge=True, adapter_names=None
+                )
+                wrapper.holder._modules[wrapper.name] = found
+        except Exception as error:  # whatever this kind of adapter cannot do
+            kind = type(wrapper.module).__name__
+            raise SurgeryError(f"{wrapper.path}: its adapter ({kind}) cannot be merged: {error}") from error
+
+
+def unshare(layers: nn.Module, undo: ExitStack) -> None:
+    """Give layers that PEFT repeated (`layer_replication`) weights of their own, which fusing needs."""
+    known = set[int]()
+    for module in layers.modules():
+        for name, value in module._parameters.items():
+            if value is not None and id(value) in known:
+                undo.callback(module._parameters.__setitem__, name, value)
+                module._parameters[name] = nn.Parameter(value.data.clone(), requires_grad=value.requires_grad)
+            known.add(id(value))
+
+
+def _keep(wrapper: Wrapper, undo: ExitStack) -> None:
+    """Have `undo` put back what merging changes: tensors, and what the wrapper notes of it."""
+    undo.callback(wrapper.holder._modules.__setitem__, wrapper.name, wrapper.inner)
+    for module in dict.fromkeys((*wrapper.inner.modules(), *wrapper.module.modules())):
+        undo.callback(_restore, module, dict(module._parameters), dict(module._buffers), plain_attributes(module))
+        for value in module._parameters.values():
+            if value is not None:
+                undo.callback(setattr, value, "data", value.data)
+
+
+def _restore(module: nn.Module, parameters: Any, buffers: Any, attributes: dict[str, Any]) -> None:
+    module._parameters.clear()
+    module._parameters.update(parameters)
+    module._buffers.clear()
+    module._buffers.update(buffers)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def _own_values(module: nn.Module, shared: Mapping[int, int]) -> None:
+    """Copies for merging to write into; a new parameter where another module has this one, too."""
+    for name, value in module._parameters.items():
+        if value is None:
+            continue
+        if shared[id(value)] > 1:
+            module._parameters[name] = nn.Parameter(value.data.clone(), requires_grad=value.requires_grad)
         else:
-            wrapper.inner = _active_part(wrapper)
-    take_off([wrapper for wrapper in wrappers if wrapper.tunes], undo)
-    for wrapper in wrappers:
-        if not wrapper.tunes:
-            undo.callback(wrapper.holder._modules.__setitem__, wrapper.name, wrapper.module)
-            wrapper.take_off()
+            value.data = value.data.clone()
 
 
-def _active_part(wrapper: Wrapper) -> nn.Module:
-    """Of a module that was trained beside its original: the one that the model uses."""
-    trained = getattr(wrapper.module, "modules_to_save", None)
-    if not isinstance(trained, nn.ModuleDict):
-        raise SurgeryError(f"{wrapper.path}: {type(wrapper.module).__name__} cannot be merged here: {MERGE_FIRST}")
-    names = [name for name in wrapper.module.active_adapters if name in trained]
-    return trained[names[0]] if names and not wrapper.module.disable_adapters else wrapper.inner
+def _give_bias(wrapper: Wrapper) -> None:
+    """An adapter with a bias needs one to be added to."""
+    layer, inner = wrapper.module, wrapper.inner
+    names = [name for name in layer.active_adapters if getattr(layer, "lora_bias", {}).get(name)]
+    if names and isinstance(inner, nn.Linear) and inner.bias is None:
+        zeros = inner.weight.data.new_zeros(inner.out_features)
+        inner.bias = nn.Parameter(zeros, requires_grad=inner.weight.requires_grad)

@@ -65,7 +65,8 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
             for tensor parallelism over as many devices. 1: one member after the other. Results do not depend on it.
         adapters: "carry": LoRA adapters of the members become one of the wide FFN, exactly; those of other layers stay,
             those of dropped attention go. Their dropout, in training, is then drawn once for a group. "merge": the
-            active adapters go into the weights, of whatever kind they are.
+            active adapters go into the weights, of whatever kind they are, and those weights are in memory twice until
+            all is proved.
 
     Returns:
         The same model; where adapters were merged, the one inside of PEFT's. Peak memory is the model and the widest
@@ -85,6 +86,7 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
     with ExitStack() as undo:
         taken = Adapters.taken_off(model, bare, adapters, undo)
         check_fits(chosen, bare)
+        taken.merge(undo)
         surgery = _prepare(bare, chosen, check, shards, undo)
         gc.collect()  # graphs are full of cycles, and hold the members' weights
         taken.read(surgery.recipe, check)
