@@ -185,13 +185,14 @@ class FusionPlan(Record):
         fields = self.model_dump(mode="json", exclude_none=True)
         return {"version": fields.pop("version"), **fields}
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the plan as YAML (as JSON where the name ends in .json); `load` gives an equal plan back.
 
-        The file is complete or, where that fails, what it was before. Raises `PlanError`.
+        The file is complete or, where that fails, what it was before. A plan that was written here is replaced while
+        nobody edited it; another file only with `overwrite`. Raises `PlanError`.
         """
         explained = [f"  {name}: {field.description}" for name, field in FusionPlan.model_fields.items()]
-        plan_file.write(path, self.to_dict(), header="\n".join([_HEADER, *explained]))
+        plan_file.write(path, self.to_dict(), header="\n".join([_HEADER, *explained]), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FusionPlan:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import textwrap
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxfusion.errors import PlanError
+from fxfusion.files import replacing
 
 if TYPE_CHECKING:
     from yaml import Node, SafeDumper, ScalarNode
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 
 Place = tuple[int | str, ...]
 
+KIND = "plan"
 MAX_BYTES = 2**20
 MAX_DEPTH = 16
 MAX_VALUES = 20_000  # the parser needs a second or two for so many
@@ -174,31 +173,16 @@ def _line(part: Node | Event) -> int:
     return 1 if part.start_mark is None else part.start_mark.line + 1
 
 
-def write(path: str | os.PathLike[str], data: Mapping[str, Any], header: str = "") -> None:
+def write(path: str | os.PathLike[str], data: Mapping[str, Any], header: str = "", overwrite: bool = False) -> None:
     """Write fields as YAML, or as JSON (without the header) where the name ends in .json.
 
-    The text goes to a file beside the target, which then takes the target's place: a full disk or a killed
-    process leaves the target as it was. Raises `PlanError`.
+    The file is whole or, where that fails, what it was before; one that is no plan as it was written here stays, unless
+    with `overwrite`. Raises `PlanError`.
     """
     as_json = os.fspath(path).lower().endswith(".json")
     text = json.dumps(data, indent=1) + "\n" if as_json else to_yaml(data, header)
-    try:
-        content = text.encode("utf-8")
-        target = Path(os.path.realpath(path))  # a link stays a link
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-        try:
-            with open(beside, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if target.exists():
-                shutil.copymode(target, beside)
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PlanError(f"{os.fspath(path)}: cannot be written (nothing was changed): {reason}") from error
+    with replacing(path, KIND, overwrite=overwrite, error=PlanError) as beside:
+        beside.write_text(text, encoding="utf-8", newline="\n")
 
 
 def to_yaml(data: Mapping[str, Any], header: str = "") -> str:

@@ -20,8 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fxfusion.analysis.resume import check_batches, check_facts, read_json, write_json, write_tensors
+from fxfusion.analysis.resume import check_batches, check_facts, read_json, remove_others, write_json, write_tensors
 from fxfusion.errors import OptionError
+from fxfusion.files import adopt
 
 FORMAT = 1
 
@@ -57,7 +58,11 @@ class MatrixState:
         check_batches(known, batches, path)
         if len(known) > len(batches):
             raise OptionError(f"{path} holds the sums over {len(known)} batches, more than the {len(batches)} given")
-        return cls(path, given, known, _read_tensors(path / str(stored.get("tensors")), str(stored.get("digest"))))
+        tensors = path / Path(str(stored.get("tensors"))).name
+        sums = _read_tensors(tensors, str(stored.get("digest")))
+        for file in (path / "state.json", tensors):
+            adopt(file)
+        return cls(path, given, known, sums)
 
     @property
     def done(self) -> int:
@@ -74,9 +79,7 @@ class MatrixState:
         write_tensors(tensors, self.sums)
         pair = {"tensors": tensors.name, "digest": _digest(tensors)}
         write_json(self.folder / "state.json", {**self.facts, **pair, "batches": self.batches})
-        for old in self.folder.glob("sums_*.safetensors"):
-            if old != tensors:
-                old.unlink()
+        remove_others("sums_*.safetensors", tensors)
 
 
 def save_matrix(folder: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fxfusion.analysis.dependency import DependencyMatrix
-from fxfusion.analysis.resume import replacing
 from fxfusion.errors import OptionError
+from fxfusion.files import replacing
 
 LOWEST, HIGHEST = 2.0**-9, 2.0**-1
 
@@ -22,12 +22,14 @@ _UNMEASURED = "#f0f0f0"
 _MARK = "#7a4fa3"
 
 
-def heat_map(matrix: DependencyMatrix, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+def heat_map(
+    matrix: DependencyMatrix, path: str | os.PathLike[str], *, title: str | None = None, overwrite: bool = False
+) -> Path:
     """Draw the matrix into a .png or .svg file; returns its path.
 
     Layers without attention get a violet square on the diagonal. What lies on or below it is grey. Values
     beyond the scale take the colour of its end. Raises `OptionError` for another suffix, or where the file
-    cannot be written (an old file then stays).
+    cannot be written: an old file then stays, as one does that is no heat map of ours, unless with `overwrite`.
     """
     target = Path(path)
     if target.suffix.lower() not in _SUFFIXES:
@@ -38,7 +40,7 @@ def heat_map(matrix: DependencyMatrix, path: str | os.PathLike[str], *, title: s
     with rc_context({"svg.hashsalt": "fxfusion", "font.family": "DejaVu Sans"}):
         figure = _draw(matrix, title)
         dated = {"Date": None} if target.suffix.lower() == ".svg" else {}
-        with replacing(target) as scratch:
+        with replacing(target, "heat map", overwrite=overwrite) as scratch:
             figure.savefig(scratch, format=target.suffix[1:].lower(), metadata=dated)
     return target
 

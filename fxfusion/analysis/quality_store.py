@@ -15,6 +15,7 @@ from fxfusion.analysis.batches import Batch
 from fxfusion.analysis.quality import Estimate, Quality
 from fxfusion.analysis.resume import read_json, write_json
 from fxfusion.errors import FxFusionError
+from fxfusion.files import adopt
 
 
 class QualityStore:
@@ -25,13 +26,14 @@ class QualityStore:
         self.identity = dict(identity)
         self.known: dict[str, dict[str, Any]] = {}
         stored = None if self.path is None else read_json(self.path, "measured qualities")
-        if stored is None:
+        if stored is None or self.path is None:
             return
         if stored.get("identity") != self.identity:
             raise FxFusionError(
                 f"{self.path} holds measurements of another model or text (or of an older fxfusion); use another folder"
             )
         self.known = stored["plans"]
+        adopt(self.path)
 
     def get(self, key: str) -> Quality | None:
         found = self.known.get(key)

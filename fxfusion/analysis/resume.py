@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from fxfusion.errors import OptionError
+from fxfusion.files import is_ours, replacing
 from fxfusion.models.fingerprint import tensors_digest
 from fxfusion.models.traced import TracedModel
+
+MEASURED = "measurements"
 
 
 def model_key(traced: TracedModel) -> str:
@@ -60,9 +61,10 @@ def read_json(path: Path, what: str) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Replace a file by this object; it is whole at every moment. Raises `OptionError`, with the old file in place."""
+    """Replace a file of ours by this object; it is whole at every moment. Raises `OptionError`, with the old file in
+    place."""
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    with replacing(path) as scratch:
+    with replacing(path, MEASURED) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
@@ -71,29 +73,15 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
     content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-    with replacing(path) as scratch:
+    with replacing(path, MEASURED) as scratch:
         scratch.write_bytes(content)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside the target to write to, which then takes the target's place.
-
-    A full disk or a killed process leaves the target as it was. Raises `OptionError`.
-    """
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        with open(scratch, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(scratch, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OptionError(f"{path} cannot be written (nothing was changed): {reason}") from error
-    finally:
-        if scratch.exists():
-            scratch.unlink()
+def remove_others(pattern: str, kept: Path) -> None:
+    """Remove earlier files of ours beside this one."""
+    for old in kept.parent.glob(pattern):
+        if old != kept and is_ours(old, MEASURED):
+            old.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 from fxfusion.analysis.resume import check_batches, check_facts, read_json, write_json
 from fxfusion.errors import OptionError
+from fxfusion.files import adopt
 
 Address = tuple[str, tuple[int, ...], int | None]
 """What was measured, without the attention of which layers, for which layer (None: for the whole model)."""
@@ -57,6 +58,8 @@ class ScoreCache:
                 raise OptionError(f"{self.path} is no cache of attention scores, or was damaged; delete it")
             check_batches(known, batches, self.path)
             self._values = values
+        if stored is not None:
+            adopt(self.path)
         longest = known if len(known) > len(batches) else batches
         self._header = facts | {"batches": list(longest)}
 

@@ -17,6 +17,7 @@ from torch import nn
 from fxfusion.checkpoints import canonical_load, canonical_save
 from fxfusion.checkpoints.card import Card, card_text
 from fxfusion.checkpoints.companions import Companions
+from fxfusion.checkpoints.folder import check_replaceable
 from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.nemotron_nas.members import load_unfused
@@ -42,12 +43,13 @@ def save_pretrained(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     card: Card | Mapping[str, Any] | None = None,
     progress: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Write a model folder: all of it, or nothing. Without `plan`, the model is not changed.
 
     Args:
         model: a causal language model of `transformers`: intact, without some attention, or fused, on any device.
-        directory: a new or empty folder, or a checkpoint, which is replaced as a whole.
+        directory: a new or empty folder, or one that fxfusion wrote and nobody changed since, which is replaced.
         format: `"canonical"` keeps the original tensors and puts the plan beside them; `"nemotron-nas"` writes the
             fused layers for engines that know DeciLM models, which only Llama-like models are.
         plan: fuse the model by it, in place, as `fuse` does. A canonical folder then has the members' weights bit for
@@ -58,6 +60,7 @@ def save_pretrained(
         card: what README.md should say beside base model, licence and plan: fields of `Card`, such as
             `{"quality": {"perplexity": 21.4}, "engines": ["vLLM 0.32"]}`.
         progress: show a progress bar (needs `rich`).
+        overwrite: replace a folder by others, with all that is in it.
 
     Raises:
         PlanError: the plan is for another model, or names what cannot be one group.
@@ -69,12 +72,18 @@ def save_pretrained(
     """
     if format not in FORMATS:
         raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    check_replaceable(directory, overwrite=overwrite)
     chosen = None if plan is None else FusionPlan.resolve(plan)
     bare = bare_model(model)
     companions = Companions.of(bare, tokenizer)
     text = card_text(bare, chosen or plan_of(bare), format, card)
     where = Path(directory)
-    more: dict[str, Any] = {"max_shard_size": max_shard_size, "progress": progress, "card": text}
+    more: dict[str, Any] = {
+        "max_shard_size": max_shard_size,
+        "progress": progress,
+        "card": text,
+        "overwrite": overwrite,
+    }
     if format == "canonical":
         canonical_save.save(bare, where, plan=chosen, tokenizer=companions, **more)
         return

@@ -48,6 +48,7 @@ def save(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: bool = False,
     card: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Arguments and errors as of `fxfusion.save_pretrained`; `card` is the content of README.md."""
     bare: Any = bare_model(model)
@@ -55,7 +56,7 @@ def save(
     missing = next((name for name, value in own_tensors(bare).items() if value.is_meta), None)
     if missing is not None:
         raise CheckpointError(f"{missing} is on the meta device: there is nothing to write")
-    with ExitStack() as undo, replacing(directory) as folder:
+    with ExitStack() as undo, replacing(directory, overwrite=overwrite) as folder:
         if plan is not None:
             _drop(bare, plan, undo)
         tensors = CanonicalTensors.of(bare, plan)

@@ -12,50 +12,61 @@ writes, so that the next one can tell what a dead process left behind, and remov
 from __future__ import annotations
 
 import errno
-import fcntl
+import json
 import os
 import re
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fxfusion.checkpoints import disk
 from fxfusion.errors import CheckpointError
+from fxfusion.files import RECORD, PathLike, check_apart, mark, read_record
 
-# What checkpoints of transformers, and ours, consist of. A folder with anything else is not replaced.
-_CHECKPOINT_FILE = re.compile(
-    r"(config|generation_config|preprocessor_config|processor_config|quantization_config)\.json"
-    r"|.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?"
-    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|merges|chat_template)\.(json|txt|jinja)"
-    r"|.*\.(model|tiktoken)|fxfusion_[a-z_]*\.(yaml|json|st)|(configuration|modeling|block_config)[a-z_0-9]*\.py"
-    r"|README\.md|LICENSE.*|NOTICE.*|USE_POLICY\.md|\.gitattributes|__pycache__|additional_chat_templates|\.cache"
-)
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_KIND = "model folder"
+# In a folder that is being written; the same is in the record of a whole one.
+_WRITING = ".fxfusion_writing.json"
 
 
 @contextmanager
-def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(directory: PathLike, *, overwrite: bool = False, reads: Iterable[PathLike] = ()) -> Iterator[Path]:
     """A new, empty folder to fill, which then takes the place of `directory` in one step.
 
     An error or a killed process leaves `directory` as it was; what is left beside it goes with the next write.
-    `directory` may be missing, empty, a link to a folder, or a checkpoint, of which nothing is kept: not the
-    README.md either. A folder that holds anything else is refused, as it would be lost.
+    `directory` may be missing, empty, a link to a folder, or a folder that was written here and has not changed since,
+    by its own record (`fxfusion.files`); nothing of it is kept.
+
+    Args:
+        overwrite: replace a folder with anything in it.
+        reads: folders and files that are read for this one, which it may not take away.
 
     Raises:
         CheckpointError: `directory` is something else, or it cannot be written (a full disk, say).
     """
-    target = _target(directory)
+    target = _target(directory, overwrite, reads)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(target)
-        fresh = _beside(target, "partial")
+        name = uuid.uuid4().hex[:8]
+        fresh, old = (target.with_name(f".{target.name}.{name}.{ending}") for ending in ("partial", "old"))
+        about = {"of": target.name, "beside": [fresh.name, old.name]}
         disk.make_folder(fresh)
         with _locked(fresh):
             try:
+                disk.write_file(fresh / _WRITING, json.dumps(about) + "\n")
                 yield fresh
+                _record(fresh, about)
+                disk.remove(fresh / _WRITING)
                 _sync_all(fresh)
-                _put_in_place(fresh, target)
+                _put_in_place(fresh, target, old)
             finally:
                 _discard(fresh)
     except OSError as error:
@@ -68,12 +79,12 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
         raise CheckpointError(f"{directory} is written, but the disk does not confirm it: {reason}") from error
 
 
-def check_replaceable(directory: str | os.PathLike[str]) -> None:
+def check_replaceable(directory: PathLike, *, overwrite: bool = False, reads: Iterable[PathLike] = ()) -> None:
     """Raises `CheckpointError` where `replacing` would, before hours of work go into what it is to hold."""
-    _target(directory)
+    _target(directory, overwrite, reads)
 
 
-def existing(directory: str | os.PathLike[str]) -> Path:
+def existing(directory: PathLike) -> Path:
     """The folder to read for `directory`, put back in its place where a write stopped half-way.
 
     Raises `CheckpointError` where there is no folder.
@@ -83,7 +94,7 @@ def existing(directory: str | os.PathLike[str]) -> Path:
         return target
     if target.exists():
         raise CheckpointError(f"{directory} is a file, not a checkpoint folder")
-    old = _left_over(Path(os.path.realpath(target)), "old")
+    old = _ours(Path(os.path.realpath(target)), "old")
     if not old:
         raise CheckpointError(f"{directory} does not exist")
     try:
@@ -95,32 +106,66 @@ def existing(directory: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _target(directory: str | os.PathLike[str]) -> Path:
+def _target(directory: PathLike, overwrite: bool, reads: Iterable[PathLike]) -> Path:
     """The folder itself, where a link leads to it; checked to be one that may be replaced."""
     target = Path(os.path.realpath(directory))
     if not target.name:
         raise CheckpointError(f"{directory} is no name for a checkpoint folder")
+    check_apart(target, reads, CheckpointError)
     if not target.exists():
         return target
     if not target.is_dir():
         raise CheckpointError(f"{directory} is a file: choose another folder")
-    names = sorted(entry.name for entry in target.iterdir())
-    foreign = [name for name in names if not _CHECKPOINT_FILE.fullmatch(name)]
-    if foreign or (names and "config.json" not in names):
-        what = f"it holds {foreign[0]}" if foreign else "it has no config.json"
+    other = _first_of_others(target)
+    if other is None:
+        return target
+    if not overwrite:
         raise CheckpointError(
-            f"{directory} is not replaced, since it is more than a checkpoint or none at all: {what}; "
-            "choose another folder, or move what is in it"
+            f"{directory} is not replaced, since it is not as fxfusion wrote it: {other}; choose another folder, move "
+            "what is in it, or give --overwrite (overwrite=True)"
         )
+    for kept in (Path.home(), Path.cwd()):
+        if kept.resolve().is_relative_to(target):
+            raise CheckpointError(f"{directory} is or holds {kept}: choose another folder")
     return target
 
 
-def _put_in_place(fresh: Path, target: Path) -> None:
+def _first_of_others(folder: Path) -> str | None:
+    """What in a folder is not as an earlier write left it, by the folder's record; None where all is as it was."""
+    record = read_record(folder)["files"]
+    known = {parent.as_posix() for name in record for parent in PurePosixPath(name).parents}
+    for path, folders, names in os.walk(folder):
+        for name in sorted([*names, *folders]):
+            found = Path(path, name)
+            relative = found.relative_to(folder).as_posix()
+            if relative == RECORD or (relative in known and found.is_dir() and not found.is_symlink()):
+                continue
+            entry = record.get(relative)
+            if entry is None or entry["kind"] != _KIND or found.is_symlink() or not found.is_file():
+                return f"it holds {relative}, which is by others"
+            if mark(found) not in entry["marks"]:
+                return f"{relative} was changed since"
+    return None
+
+
+def _record(folder: Path, about: dict[str, Any]) -> None:
+    """Write down what is in a folder, so that a later write knows it again."""
+    found = {}
+    for path, _, names in os.walk(folder):
+        for name in sorted(names):
+            file = Path(path, name)
+            if file.relative_to(folder).as_posix() not in (RECORD, _WRITING):  # that of single files, if there is one
+                found[file.relative_to(folder).as_posix()] = {"kind": _KIND, "marks": [mark(file)]}
+    if (folder / RECORD).exists():
+        disk.remove(folder / RECORD)
+    disk.write_file(folder / RECORD, json.dumps({**about, "files": found}, indent=1) + "\n")
+
+
+def _put_in_place(fresh: Path, target: Path, old: Path) -> None:
     """The new folder under the name of the old one; what was there is then `fresh`, or gone."""
     if not target.exists():
         disk.rename(fresh, target)
     elif not disk.exchange(fresh, target):
-        old = _beside(target, "old")
         disk.rename(target, old)
         try:
             disk.rename(fresh, target)
@@ -133,11 +178,38 @@ def _put_in_place(fresh: Path, target: Path) -> None:
 def _clean_up(target: Path) -> None:
     """Finish or remove what dead processes left beside the target."""
     if not target.exists():
-        for old in _left_over(target, "old")[:1]:
+        for old in _ours(target, "old")[:1]:
             disk.rename(old, target)
-    for path in (*_left_over(target, "partial"), *_left_over(target, "old")):
+    for path in (*_ours(target, "partial"), *_ours(target, "old")):
         if not _is_locked(path):
             _discard(path)
+
+
+def _ours(target: Path, ending: str) -> list[Path]:
+    """What a write of this folder left beside it, by what it says itself, or what the folder that replaced it says.
+
+    What died as the first thing in it was written has nothing in it that could be lost.
+    """
+    found = [path for kind in ("partial", "old") for path in _left_over(target, kind)]
+    said = {name for path in (target, *found) for name in _beside_of(path, target)}
+    return [
+        path
+        for path in found
+        if path.name.endswith(f".{ending}")
+        and (path.name in said or (ending == "partial" and {one.name for one in path.iterdir()} <= {_WRITING}))
+    ]
+
+
+def _beside_of(path: Path, target: Path) -> list[str]:
+    """The names that a write of the target took, by what it noted in this folder."""
+    for name in (RECORD, _WRITING):
+        try:
+            found = json.loads((path / name).read_text("utf-8"))
+            if found["of"] == target.name:
+                return [str(each) for each in found["beside"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return []
 
 
 def _discard(path: Path) -> None:
@@ -157,10 +229,6 @@ def _sync_all(folder: Path) -> None:
         disk.sync(Path(path))
 
 
-def _beside(target: Path, ending: str) -> Path:
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.{ending}")
-
-
 def _left_over(target: Path, ending: str) -> list[Path]:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.{ending}")
     if not target.parent.is_dir():
@@ -171,6 +239,9 @@ def _left_over(target: Path, ending: str) -> list[Path]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds a lock on the folder, under whatever name, until the process lets go of it or dies."""
+    if fcntl is None:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -180,6 +251,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _is_locked(folder: Path) -> bool:
+    """True also where the system cannot tell: then what a dead process left stays."""
+    if fcntl is None:
+        return True
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

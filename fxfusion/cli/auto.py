@@ -10,7 +10,7 @@ import typer
 
 from fxfusion.cli import options
 from fxfusion.cli.conversion import Format
-from fxfusion.cli.options import check_apart, check_folder, read, read_share
+from fxfusion.cli.options import check_folder, read, read_share
 from fxfusion.cli.plan import Perplexity, TargetDepth, Wish, work
 from fxfusion.cli.results_folder import PLAN
 from fxfusion.cli.road_options import RoadChoice
@@ -21,7 +21,7 @@ _SEQUENCES = 256  # a refit wants some 50,000 tokens
 
 Output = Annotated[
     Path | None,
-    typer.Option("--output", metavar="DIR", help="Where the fused model goes; it replaces a checkpoint there."),
+    typer.Option("--output", metavar="DIR", help="Where the fused model goes; it replaces one that fxfusion wrote."),
 ]
 FormatOption = Annotated[
     Format,
@@ -48,7 +48,8 @@ def command(
     check_folder(run.common.model_dir)
     if output is None:
         raise OptionError("--output: name the folder that the fused model goes to")
-    check_apart(run.common.model_dir, output)
+    run.check_output(output)
+    run.check_writes(PLAN)
     run.require_text()
     share = read(max_perplexity_increase, partial(read_share, option="--max-perplexity-increase"))
     wish = Wish(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fxfusion.analysis.quality import Quality, evaluate, record_logits
-from fxfusion.checkpoints.folder import check_replaceable
 from fxfusion.cli import evaluation_tables, timing
 from fxfusion.cli.conversion import Format
 from fxfusion.cli.refit import write_refitted
@@ -32,7 +31,6 @@ _ROUNDS = 12
 
 def make(run: Session, wish: Wish, output: Path, format: Format) -> dict[str, Any]:
     """All of it; what `--json` prints."""
-    check_replaceable(output)
     text, held_out = divided(run.batches)
     chosen = choose_plan(run, wish, text)
     result: dict[str, Any] = {**chosen.to_dict(), "text": run.text_facts, "output": None}
@@ -40,7 +38,7 @@ def make(run: Session, wish: Wish, output: Path, format: Format) -> dict[str, An
         show(run, result)
         run.screen.line("no window of layers is within the budget: nothing is written", "bold red")
         return result
-    chosen.plan.save(run.folder.file(PLAN))
+    chosen.plan.save(run.folder.file(PLAN), overwrite=run.common.overwrite)
     key = digest([contents(chosen.plan), run.text_facts])
     fused = refit(
         run.model, chosen.plan, text, cache=run.folder.file(f"refit_{key}"), progress=run.screen.notes.is_terminal

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from fxfusion.cli.options import AsJson, Device, DType, check_folder
+from fxfusion.cli.options import AsJson, Device, DType, Overwrite, check_folder
 from fxfusion.cli.screen import Screen
 from fxfusion.cli.session import stdout_for_json, stopping_cleanly
 
@@ -38,7 +38,7 @@ class Format(str, Enum):
 
 
 OutDir = Annotated[
-    Path, typer.Argument(metavar="OUT_DIR", help="Where the new folder goes; it replaces a checkpoint there.")
+    Path, typer.Argument(metavar="OUT_DIR", help="Where the new folder goes; it replaces one that fxfusion wrote.")
 ]
 StoredDType = Annotated[DType, typer.Option("--dtype", help="auto: as the weights are stored.")]
 Plan = Annotated[Path | None, typer.Option("--plan", help="A plan file, such as plan.yaml.", show_default=False)]
@@ -53,6 +53,7 @@ class Conversion:
     device: Device = "cpu"
     dtype: StoredDType = DType.auto
     as_json: AsJson = False
+    overwrite: Overwrite = False
 
     @cached_property
     def screen(self) -> Screen:

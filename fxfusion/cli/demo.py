@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxfusion.cli import reference
+from fxfusion.cli.options import Overwrite
 from fxfusion.cli.screen import Screen
 from fxfusion.errors import OptionError
+from fxfusion.files import check_file
 
 if TYPE_CHECKING:
     from fxfusion.cli.steps import Settings
@@ -39,17 +41,21 @@ def command(
     compiler: Compiler = "inductor",
     sequences: Sequences = 48,
     rounds: Rounds = 40,
+    overwrite: Overwrite = False,
 ) -> None:
     """Take a trained model through the whole of fxfusion: find, fuse, prove, measure (under 3 minutes)."""
     if compiler not in ("inductor", "aot_eager", "eager"):
         raise OptionError(f"--compiler: expected inductor, aot_eager or eager, got {compiler!r}")
     folder = reference.find_folder(model)
+    check_file(html, "report", overwrite=overwrite, reads=[folder])
     started = time.perf_counter()
     screen = Screen(quiet=as_json)
     screen.line("Loading PyTorch ...", "dim")
     from fxfusion.cli.steps import Settings
 
-    settings = Settings(folder=folder, html=html, compiler=compiler, sequences=sequences, rounds=rounds)
+    settings = Settings(
+        folder=folder, html=html, overwrite=overwrite, compiler=compiler, sequences=sequences, rounds=rounds
+    )
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         result = run(settings, screen)
     result["seconds"] = time.perf_counter() - started

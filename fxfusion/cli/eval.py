@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxfusion.cli.options import Compiler, PlanFile, check_folder
-from fxfusion.cli.results_folder import PLAN, QUALITY
+from fxfusion.cli.results_folder import COMPILED, MODEL, PLAN, QUALITY
 from fxfusion.cli.session import Session, Work, measuring
 from fxfusion.errors import OptionError
 
@@ -75,6 +75,7 @@ def command(
     chosen = _read_plan(run, plan)
     for folder in filter(None, (run.common.model_dir, baseline)):
         check_folder(folder)
+    run.check_writes(MODEL, QUALITY, COMPILED, reads=[plan, baseline])
     if speed and not chosen.groups:
         raise OptionError("--speed: there is nothing fused to time; give a --plan with groups")
     if run.common.dry_run:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxfusion.cli.options import AsJson, PlanFile, check_folder, read_layers
-from fxfusion.cli.results_folder import replacing
+from fxfusion.cli.options import AsJson, Overwrite, PlanFile, check_folder, read_layers
 from fxfusion.cli.session import stdout_for_json
 from fxfusion.errors import OptionError
+from fxfusion.files import check_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +53,7 @@ def command(
     as_json: AsJson = False,
     seq: Seq = 16,
     batch: Batch = 1,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show which FFNs of a model would be fused, and why others would not.
 
@@ -64,11 +65,12 @@ def command(
     given = [name for name, value in (("--policy", policy), ("--plan", plan), ("--plan-group", groups)) if value]
     if len(given) > 1:
         raise OptionError(f"{given[0]} and {given[1]} were both given; a plan names its groups itself")
+    if html is not None:
+        check_file(html, "report", overwrite=overwrite, reads=[model_dir, *([] if plan is None else [plan])])
     with stdout_for_json(as_json):
         report = explain_config(model_dir, chosen, read_plan(plan, groups), seq, batch)
         if html is not None:
-            with replacing(html) as beside:
-                report.to_html(beside, title=f"fxfusion report: {model_dir.resolve().name}")
+            report.to_html(html, title=f"fxfusion report: {model_dir.resolve().name}", overwrite=overwrite)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

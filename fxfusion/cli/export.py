@@ -17,7 +17,7 @@ from fxfusion.cli.conversion import (
     say_engines,
     show,
 )
-from fxfusion.cli.options import ModelDir, check_apart, check_folder
+from fxfusion.cli.options import ModelDir, check_folder, check_output
 
 
 @converting
@@ -36,7 +36,7 @@ def command(
     prints config and tensor index (all of it under --json); no weights are read, so any size is quick.
     """
     check_folder(model_dir)
-    check_apart(model_dir, out_dir)
+    check_output(out_dir, run.overwrite, model_dir, plan, results)
     from fxfusion.plan import FusionPlan
 
     chosen = None if plan is None else FusionPlan.load(plan)
@@ -56,8 +56,8 @@ def command(
         with run.screen.busy("fusing"):
             fuse(model, chosen)
     after, card = facts(model, plan_of(model)), card_of(results, plan_of(model))
-    progress = run.screen.notes.is_terminal
-    save_pretrained(model, out_dir, "nemotron-nas", max_shard_size=max_shard_size, card=card, progress=progress)
+    more: dict[str, Any] = {"progress": run.screen.notes.is_terminal, "overwrite": run.overwrite}
+    save_pretrained(model, out_dir, "nemotron-nas", max_shard_size=max_shard_size, card=card, **more)
     show(run.screen, "exported", after)
     engines = engines_that_load(SafeFolder.of(out_dir).json("config.json"))
     say_engines(run.screen, engines)

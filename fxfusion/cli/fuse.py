@@ -9,7 +9,7 @@ import typer
 
 from fxfusion.cli.card import Measured, card_of
 from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, Plan, ShardSize, converting, facts, show
-from fxfusion.cli.options import ModelDir, check_apart, check_folder, show_layers, show_members
+from fxfusion.cli.options import ModelDir, check_folder, check_output, show_layers, show_members
 from fxfusion.cli.session import Session
 from fxfusion.errors import OptionError
 
@@ -41,7 +41,7 @@ def command(
         raise OptionError("--plan: give the plan file that says what to fuse (`fxfusion plan` makes one)")
     chosen = FusionPlan.load(plan)
     check_folder(model_dir)
-    check_apart(model_dir, out_dir)
+    check_output(out_dir, run.overwrite, model_dir, plan, results)
     result = {"model": str(model_dir), "out": str(out_dir), "format": format.value, "dry_run": dry_run}
     card = card_of(results, chosen)
     say_plan(run, chosen)
@@ -49,7 +49,14 @@ def command(
         from fxfusion.cli.dry_run import fused_without_weights
 
         return result | fused_without_weights(run, model_dir, chosen, format, max_shard_size)
-    return result | _write(run, model_dir, out_dir, chosen, format, {"max_shard_size": max_shard_size, "card": card})
+    return result | _write(
+        run,
+        model_dir,
+        out_dir,
+        chosen,
+        format,
+        {"max_shard_size": max_shard_size, "card": card, "overwrite": run.overwrite},
+    )
 
 
 def _write(

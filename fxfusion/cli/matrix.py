@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from fxfusion.cli.options import DropAttention, Unit, check_folder, read_layers
-from fxfusion.cli.results_folder import replacing
 from fxfusion.cli.session import Known, Session, Work, measuring
 
 UnitOption = Annotated[Unit, typer.Option("--unit", help="ffn: of the FFNs alone; block: of whole decoder layers.")]
@@ -26,6 +25,7 @@ def command(run: Session, unit: UnitOption = Unit.ffn, drop_attention: DropAtten
     dropped = [] if drop_attention is None else read_layers(drop_attention, "--drop-attention")
     folder = run.folder.matrix(unit.value, dropped)
     pictures = [folder / f"heat_map{suffix}" for suffix in _FORMATS]
+    run.check_writes(*((picture, "heat map") for picture in pictures))
     if run.common.dry_run:
         known: Known = "begun" if folder.exists() else ""
         passes = 1 + len(run.graph_without_weights.blocks.layers)
@@ -39,8 +39,7 @@ def command(run: Session, unit: UnitOption = Unit.ffn, drop_attention: DropAtten
     )
     matrix.save(folder)
     for path in pictures:
-        with replacing(path) as beside:
-            heat_map(matrix, beside)
+        heat_map(matrix, path, overwrite=run.common.overwrite)
     _show(run, matrix)
     run.screen.line(f"\nwritten: {', '.join(map(str, [folder, *pictures]))}", "dim")
     found: dict[str, Any] = matrix.to_dict()

@@ -82,6 +82,11 @@ Results = Annotated[Path, typer.Option(help="Folder where everything measured is
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what is known already.")]
 
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace files or folders that fxfusion did not write, or that changed since."),
+]
+
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan file, such as plan.yaml.", show_default=False)]
 DropAttention = Annotated[
     str | None,
@@ -123,6 +128,7 @@ class Common:
     results: Results = Path("fxfusion_results")
     as_json: AsJson = False
     dry_run: DryRun = False
+    overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,10 +158,13 @@ def check_folder(folder: Path) -> None:
         raise FxFusionError(f"{folder}: {what}; give the local folder of a model (nothing is downloaded)")
 
 
-def check_apart(folder: Path, out: Path) -> None:
-    """Raises `OptionError` where a command would write over the folder that it reads."""
-    if folder.resolve() == out.resolve():
-        raise OptionError(f"OUT_DIR is the model's own folder, {folder}: it would be lost; name another one")
+def check_output(out: Path, overwrite: bool, *reads: Path | None) -> None:
+    """Raises where a model folder cannot go there, before long work: over what is read, or over what is not ours."""
+    from fxfusion.checkpoints.folder import check_replaceable
+    from fxfusion.files import check_apart
+
+    check_apart(out, [read for read in reads if read is not None], OptionError)
+    check_replaceable(out, overwrite=overwrite)
 
 
 def check_intact(folder: Path) -> None:

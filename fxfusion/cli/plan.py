@@ -11,7 +11,7 @@ import typer
 
 from fxfusion.cli import options, road_options
 from fxfusion.cli.options import Method, read, read_drop, read_layers, read_share
-from fxfusion.cli.results_folder import COMPILED, PLAN, PLANS
+from fxfusion.cli.results_folder import COMPILED, MODEL, PLAN, PLANS
 from fxfusion.cli.road_options import Preset, Road, RoadChoice
 from fxfusion.cli.score import work as score_work
 from fxfusion.cli.session import Session, Work, measuring
@@ -139,6 +139,7 @@ def command(
     options.check_folder(run.common.model_dir)
     run.require_text()
     target = out or run.folder.file(PLAN)
+    run.check_writes(MODEL, PLAN, COMPILED, (target, "plan"))
     if run.common.dry_run:
         return run.plan_dry_run(work(run, wish), [target, COMPILED, PLANS])
     return _make(run, wish, target)

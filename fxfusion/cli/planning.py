@@ -69,7 +69,7 @@ def what_becomes(meter: PlanMeter, plan: FusionPlan) -> FusionReport:
 def _keep(run: Session, plan: FusionPlan, report: FusionReport, target: Path) -> None:
     """The plan where it was asked for, and in the results folder with what belongs to it."""
     for path in dict.fromkeys((target, run.folder.file(PLAN))):
-        plan.save(path)
+        plan.save(path, overwrite=run.common.overwrite)
     run.folder.write(COMPILED, report.to_dict())
     folder = run.folder.matrix("ffn", plan.dropped_attention)
     if folder.is_dir():  # the sums are there, measured on the way: the page shows the matrix

@@ -60,13 +60,11 @@ def command(
     for folder in (run.common.model_dir, reference):
         check_folder(folder)
     run.require_text()
+    run.check_output(output, reference)
     intact = Session(replace(run.common, model_dir=reference))
     if run.common.dry_run:
         what = f"{steps} steps, forward and backward, of {run.common.model_dir}"
         return intact.plan_dry_run([Work(what)], [output, FOLDER])
-    from fxfusion.checkpoints.folder import check_replaceable
-
-    check_replaceable(output)
     chosen: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "lora": lora, "every": every}
     chosen |= {"seed": run.common.seed, "precision": precision.value, "gradient_checkpointing": gradient_checkpointing}
     return _recover(run, intact, output, chosen)
@@ -94,7 +92,8 @@ def _recover(run: Session, intact: Session, output: Path, chosen: dict[str, Any]
         raise FxFusionError("nothing was better than the start on the text for validation, so nothing is written")
     form: Any = "nemotron-nas" if model.config.model_type == MODEL_TYPE else "canonical"
     card = {"notes": f"Distilled from the intact model over {found['steps']} steps (KL on {found['tokens']:,} tokens)."}
-    save_pretrained(model, output, form, tokenizer=intact.tokenizer_if_any, card=card, progress=shown)
+    more: dict[str, Any] = {"progress": shown, "overwrite": run.common.overwrite}
+    save_pretrained(model, output, form, tokenizer=intact.tokenizer_if_any, card=card, **more)
     rows = [(name, f"{found[f'{name}_before']:.4f}", f"{found[f'{name}_after']:.4f}") for name in ("kl", "loss")]
     run.screen.table(("on the text for validation [nats per token]", "before", "after"), rows)
     run.screen.line(f"written: {output}")

@@ -10,7 +10,7 @@ import typer
 
 from fxfusion.cli.conversion import Format, OutDir, Plan, ShardSize
 from fxfusion.cli.fuse import FormatOption, say_plan
-from fxfusion.cli.options import check_apart, check_intact, read_bytes, show_layers
+from fxfusion.cli.options import check_intact, read_bytes, show_layers
 from fxfusion.cli.results_folder import contents, digest
 from fxfusion.cli.session import Session, Work, measuring_with
 from fxfusion.errors import OptionError
@@ -76,7 +76,7 @@ def command(
         raise OptionError("--plan: give the plan file that says what to drop and to fuse (`fxfusion plan` makes one)")
     chosen = FusionPlan.load(plan)
     check_intact(run.common.model_dir)
-    check_apart(run.common.model_dir, out_dir)
+    run.check_output(out_dir, plan, *(validation or ()))
     limit = None if memory_limit is None else read_bytes(memory_limit, "--memory-limit")
     run.require_text()
     result = {
@@ -174,4 +174,5 @@ def write_refitted(
             card=card,
             max_shard_size=max_shard_size,
             progress=loud,
+            overwrite=run.common.overwrite,
         )

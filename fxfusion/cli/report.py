@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fxfusion.cli.options import AsJson, Results
+from fxfusion.cli.options import AsJson, Overwrite, Results
 from fxfusion.cli.results_folder import PAGE, ResultsFolder
 from fxfusion.cli.session import stdout_for_json
 from fxfusion.errors import FxFusionError
@@ -22,6 +22,7 @@ def command(
     out: Out = None,
     title: Title = "fxfusion results",
     as_json: AsJson = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write one HTML page of all results: layers, dependency, plan, refusals, quality, speed.
 
@@ -34,7 +35,7 @@ def command(
         from fxfusion.report.results_page import write_results_page
 
         found = collect(ResultsFolder(results))
-        path = write_results_page(found, out or results / PAGE, title)
+        path = write_results_page(found, out or results / PAGE, title, overwrite=overwrite)
     if as_json:
         print(json.dumps({"page": str(path), "results": found.to_dict()}, indent=2, allow_nan=False))
     else:

@@ -20,27 +20,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxfusion.errors import FxFusionError
+from fxfusion.files import replacing
 
 if TYPE_CHECKING:
     from fxfusion.plan import FusionPlan
 
 MODEL, PLAN, COMPILED, QUALITY = "model.json", "plan.yaml", "compiled.json", "quality.json"
 SWEEP, SWEEP_TABLE, SWEEP_PLOT, PAGE = "sweep.json", "sweep.csv", "sweep.svg", "report.html"
+_KINDS = {PLAN: "plan", SWEEP_TABLE: "sweep", SWEEP_PLOT: "sweep", PAGE: "results page"}
 PLANS, MEASURED, MATRIX_FACTS = "plans.json", "scores.json", "matrix.json"
 
 
 class ResultsFolder:
     """Paths and JSON files in one folder. The folder itself is made by the first write."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        self.path, self.overwrite = path, overwrite
 
     def file(self, name: str) -> Path:
         return self.path / name
@@ -66,7 +66,7 @@ class ResultsFolder:
     def write(self, name: str, data: Mapping[str, Any]) -> Path:
         """Raises `FxFusionError` where it cannot be written; the old file is then still there."""
         text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-        with replacing(self.file(name)) as beside:
+        with replacing(self.file(name), kind_of(name), overwrite=self.overwrite, error=FxFusionError) as beside:
             beside.write_text(text, encoding="utf-8")
         return self.file(name)
 
@@ -105,28 +105,13 @@ class ResultsFolder:
         return [layer["number"] for layer in layers if layer["has_mixer"]]
 
 
+def kind_of(name: str) -> str:
+    """What a file in the folder is, for `fxfusion.files`."""
+    return _KINDS.get(name, "file of results")
+
+
 def broken(path: Path, why: str) -> FxFusionError:
     return FxFusionError(f"{path} is broken ({why}): remove it, and run the command again")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, in the same folder and with the same suffix; `path` is replaced when all of it is there.
-
-    Raises `FxFusionError` where that fails; nothing is left behind then.
-    """
-    beside = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield beside
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise FxFusionError(f"{path}: cannot be written (nothing was changed): {error.strerror or error}") from error
 
 
 def digest(value: Any) -> str:

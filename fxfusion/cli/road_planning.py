@@ -94,7 +94,7 @@ def make(run: Session, wish: Wish, target: Path) -> dict[str, Any]:
 
     chosen = choose_plan(run, wish, run.batches)
     for path in dict.fromkeys((target, run.folder.file(PLAN))):
-        chosen.plan.save(path)
+        chosen.plan.save(path, overwrite=run.common.overwrite)
     with run.screen.busy("measuring the plan"):
         result = {**chosen.to_dict(), "file": str(target), "text": run.text_facts}
         run.folder.write(COMPILED, what_becomes(chosen.search.judge, chosen.plan).to_dict())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxfusion.cli.options import Method, MethodOption, check_folder
-from fxfusion.cli.results_folder import MEASURED
+from fxfusion.cli.results_folder import MEASURED, MODEL
 from fxfusion.cli.session import Known, Session, Work, measuring
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def command(run: Session, method: MethodOption = Method.loss, greedy: Greedy = F
     check_folder(run.common.model_dir)
     run.require_text()
     result = run.folder.scores(method.value, greedy)
+    run.check_writes(MODEL, result)
     if run.common.dry_run:
         return run.plan_dry_run([work(run, method.value, greedy)], [result])
 

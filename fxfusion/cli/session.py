@@ -19,10 +19,11 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from fxfusion.cli.options import Common, check_intact
-from fxfusion.cli.results_folder import ResultsFolder, digest
+from fxfusion.cli.options import Common, check_intact, check_output
+from fxfusion.cli.results_folder import ResultsFolder, digest, kind_of
 from fxfusion.cli.screen import Screen
 from fxfusion.errors import FxFusionError, OptionError
+from fxfusion.files import check_apart, check_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +58,7 @@ class Session:
     def __init__(self, common: Common) -> None:
         self.common = common
         self.screen = Screen(quiet=common.as_json, notes_on_stderr=True)
-        self.folder = ResultsFolder(common.results)
+        self.folder = ResultsFolder(common.results, common.overwrite)
         self.facts: dict[str, Any] = {}  # of the model, every bit of it included; known once it is loaded
 
     @cached_property
@@ -171,6 +172,21 @@ class Session:
             "tokens": sum(map(len, rows)),
             "digest": digest(rows),
         }
+
+    def check_writes(self, *files: str | tuple[Path, str], reads: Sequence[Path | None] = ()) -> None:
+        """Raises `OptionError` where a file could not be written, before long work: over what is read, or not ours.
+
+        `files`: those in the results folder by name, others by path and kind. `reads`: beside model and text.
+        """
+        known = [self.common.model_dir, *(self.common.text or ()), *(read for read in reads if read is not None)]
+        for file in files:
+            path, kind = (self.folder.file(file), kind_of(file)) if isinstance(file, str) else file
+            check_file(path, kind, overwrite=self.common.overwrite, reads=known)
+
+    def check_output(self, out: Path, *reads: Path | None) -> None:
+        """The same for a folder of a model."""
+        check_output(out, self.common.overwrite, self.common.model_dir, *(self.common.text or ()), *reads)
+        check_apart(out, [self.common.results])
 
     def require_text(self) -> None:
         """Raises `OptionError` where no text was named, or one that is not there."""

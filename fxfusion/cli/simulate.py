@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fxfusion.cli import road_options
-from fxfusion.cli.options import AsJson, PlanFile, read_layers
+from fxfusion.cli.options import AsJson, Overwrite, PlanFile, read_layers
 from fxfusion.cli.screen import Screen
 from fxfusion.cli.session import stdout_for_json, stopping_cleanly
 from fxfusion.cli.simulated import show, show_gains, show_hardware, show_placements
 from fxfusion.errors import OptionError
+from fxfusion.files import check_file
 
 if TYPE_CHECKING:
     from fxfusion.cost import LayerTable, Simulation, Step
@@ -102,6 +103,7 @@ def command(
     calibrate: Calibrate = None,
     device: Annotated[str, typer.Option("--device", help="What --calibrate measures: cpu, cuda, cuda:1.")] = "cpu",
     as_json: AsJson = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Predict one step of a model: latency, tokens per second, memory, price; fused first where groups are named.
 
@@ -111,8 +113,11 @@ def command(
     with stopping_cleanly("nothing was written"), stdout_for_json(as_json):
         screen = Screen(quiet=as_json, notes_on_stderr=True)
         _check_modes(placement, sweep, output, calibrate)
+        if output is not None:
+            reads = [read for read in (model, hardware, plan) if read is not None and Path(read).exists()]
+            check_file(output, "gains", overwrite=overwrite, reads=reads)
         if calibrate is not None:
-            result = _calibrate(screen, calibrate, device)
+            result = _calibrate(screen, calibrate, device, overwrite)
         else:
             work = {"tp": tp, "precision": precision, "batch": batch, "context": context, "phase": phase.value}
             request = Request(
@@ -124,7 +129,7 @@ def command(
                 groups=[read_layers(text, "--group") for text in group or []],
                 plan=_plan(plan),
             )
-            result = _answer(screen, request, placement, sweep, output)
+            result = _answer(screen, request, placement, sweep, output, overwrite)
     if as_json:
         print(json.dumps(result, indent=2, allow_nan=False))
 
@@ -185,10 +190,12 @@ def _check_modes(placement: bool, sweep: bool, output: Path | None, calibrate: P
         raise OptionError("--output: only --sweep writes a file")
 
 
-def _answer(screen: Screen, request: Request, placement: bool, sweep: bool, output: Path | None) -> dict[str, Any]:
+def _answer(
+    screen: Screen, request: Request, placement: bool, sweep: bool, output: Path | None, overwrite: bool
+) -> dict[str, Any]:
     if placement:
         return _placement(screen, request)
-    return _sweep(screen, request, output) if sweep else _simulate(screen, request)
+    return _sweep(screen, request, output, overwrite) if sweep else _simulate(screen, request)
 
 
 def _simulate(screen: Screen, request: Request) -> dict[str, Any]:
@@ -214,7 +221,7 @@ def _placement(screen: Screen, request: Request) -> dict[str, Any]:
     return {"model": step.name, "hardware": device.name, **found.to_dict()}
 
 
-def _sweep(screen: Screen, request: Request, output: Path | None) -> dict[str, Any]:
+def _sweep(screen: Screen, request: Request, output: Path | None, overwrite: bool) -> dict[str, Any]:
     from fxfusion.cost import Hardware, Workload
     from fxfusion.cost.gain import gains
 
@@ -222,19 +229,20 @@ def _sweep(screen: Screen, request: Request, output: Path | None) -> dict[str, A
     found = gains(before, after, Workload(**request.work), Hardware.of(request.hardware))
     show_gains(screen, found)
     if output is not None:
-        found.save(output)
+        found.save(output, overwrite=overwrite)
         screen.line(f"written: {output}", "dim")
     return found.to_dict()
 
 
-def _calibrate(screen: Screen, path: Path, device: str) -> dict[str, Any]:
+def _calibrate(screen: Screen, path: Path, device: str, overwrite: bool) -> dict[str, Any]:
     if path.suffix.lower() != ".json":
         raise OptionError(f"--calibrate {path}: expected a name that ends in .json")
+    check_file(path, "hardware file", overwrite=overwrite)
     from fxfusion.cost import calibrate
 
     with screen.busy(f"measuring {device}"):
         found = calibrate(device)
-    found.save(path)
+    found.save(path, overwrite=overwrite)
     show_hardware(screen, found)
     screen.line(f"written: {path}; use it as --hardware {path}", "dim")
     return found.to_dict()

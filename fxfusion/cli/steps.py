@@ -42,6 +42,7 @@ class Settings:
 
     folder: Path
     html: Path
+    overwrite: bool
     compiler: str
     sequences: int
     rounds: int
@@ -204,7 +205,7 @@ def _time(subject: Subject, settings: Settings, tokens: int) -> dict[str, Any]:
 def write_report(subject: Subject, settings: Settings, screen: Screen) -> None:
     screen.step(7, "Look at it", "A map of the model before and after, with every refusal and every pass.")
     assert subject.report is not None
-    path = subject.report.to_html(settings.html, title="fxfusion demo").resolve()
+    path = subject.report.to_html(settings.html, title="fxfusion demo", overwrite=settings.overwrite).resolve()
     subject.result["html"] = str(path)
     subject.result["report"] = subject.report.to_dict()
     screen.line(f"open {path}")

@@ -10,7 +10,7 @@ import typer
 from fxfusion.cli import options, road_options
 from fxfusion.cli.options import Method, check_folder, read, read_layers, show_layers, show_members
 from fxfusion.cli.plan import tried_work
-from fxfusion.cli.results_folder import PLANS, SWEEP, SWEEP_PLOT, SWEEP_TABLE, replacing
+from fxfusion.cli.results_folder import MODEL, PLANS, SWEEP, SWEEP_PLOT, SWEEP_TABLE
 from fxfusion.cli.score import work as score_work
 from fxfusion.cli.session import Session, Work, measuring
 from fxfusion.errors import OptionError
@@ -48,6 +48,7 @@ def command(
     run.require_text()
     numbers = read(drops, partial(read_layers, option="--drops"))
     groups = limits.arguments()
+    run.check_writes(MODEL, SWEEP, SWEEP_TABLE, SWEEP_PLOT)
     if hardware is None and (tp, precision) != (1, "bf16"):
         raise OptionError("--tp, --precision: name the --hardware that latency is predicted for")
     if run.common.dry_run:
@@ -89,8 +90,7 @@ def _work(run: Session, method: str) -> list[Work]:
 def _save(run: Session, found: Sweep) -> None:
     run.folder.write(SWEEP, {"text": run.text_facts, **found.to_dict()})
     for name, write in ((SWEEP_TABLE, found.to_csv), (SWEEP_PLOT, found.plot)):
-        with replacing(run.folder.file(name)) as beside:
-            write(beside)
+        write(run.folder.file(name), overwrite=run.common.overwrite)
 
 
 def _show(run: Session, found: Sweep) -> None:

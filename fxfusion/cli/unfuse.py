@@ -6,7 +6,7 @@ from typing import Any
 
 from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, ShardSize, converting, facts, show
 from fxfusion.cli.fuse import say_plan
-from fxfusion.cli.options import ModelDir, check_apart, check_folder
+from fxfusion.cli.options import ModelDir, check_folder, check_output
 from fxfusion.errors import FxFusionError
 
 
@@ -24,7 +24,7 @@ def command(
     bit where norms were not folded, to rounding where they were. Dropped attention stays dropped: its weights are gone.
     """
     check_folder(model_dir)
-    check_apart(model_dir, out_dir)
+    check_output(out_dir, run.overwrite, model_dir)
     from fxfusion.checkpoints.canonical_load import PLAN, read_plan
     from fxfusion.checkpoints.reading import SafeFolder
 
@@ -45,7 +45,12 @@ def command(
     model = run.load(model_dir, fused=False)
     after = facts(model, plan_of(model))
     form = Format.nemotron_nas if model.config.model_type == MODEL_TYPE else Format.canonical  # one that it came in
-    save_pretrained(model, out_dir, form.value, max_shard_size=max_shard_size, progress=run.screen.notes.is_terminal)
+    more: dict[str, Any] = {
+        "max_shard_size": max_shard_size,
+        "progress": run.screen.notes.is_terminal,
+        "overwrite": run.overwrite,
+    }
+    save_pretrained(model, out_dir, form.value, **more)
     show(run.screen, "after", after)
     run.screen.line(f"written: {out_dir}")
     return {**result, "after": after}

@@ -18,6 +18,7 @@ from fxfusion.cost.kernels import Workload
 from fxfusion.cost.sublayers import Attention, Ffn, Step, Sublayer
 from fxfusion.cost.timing import step_time
 from fxfusion.errors import OptionError
+from fxfusion.files import replacing
 
 SIZES = (1, 2, 4, 8)
 BATCHES = (1, 4, 16, 64, 256, 1024)
@@ -64,14 +65,18 @@ class Gains:
             "refused": list(self.refused),
         }
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """CSV by that suffix, a plot by .png, .svg or .pdf. Raises `OptionError` for another suffix."""
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """CSV by that suffix, a plot by .png, .svg or .pdf.
+
+        Raises `OptionError` for another suffix, or where another file is there, unless with `overwrite`.
+        """
         writers: dict[str, Callable[[Path], None]] = {".csv": self._csv}
         writers |= dict.fromkeys((".png", ".svg", ".pdf"), self._plot)
         found = Path(path)
         if found.suffix.lower() not in writers:
             raise OptionError(f"{found}: expected a name that ends in {', '.join(writers)}")
-        writers[found.suffix.lower()](found)
+        with replacing(found, "gains", overwrite=overwrite) as beside:
+            writers[found.suffix.lower()](beside)
         return found
 
     def _csv(self, path: Path) -> None:

@@ -18,8 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fxfusion import plan_file
 from fxfusion.errors import OptionError, PlanError
+from fxfusion.files import replacing
 from fxfusion.policy import describe
 
+KIND = "hardware file"
 _FOLDER = resources.files("fxfusion.cost") / "devices"
 _SUFFIXES = (".json", ".yaml", ".yml")
 
@@ -139,10 +141,11 @@ class Hardware(BaseModel):
         except ValidationError as error:
             raise OptionError(f"{name}: {describe(error, cls)}") from None
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it as JSON, for `read`."""
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write it as JSON, for `read`. Raises `OptionError` where another file is there, unless with `overwrite`."""
         text = json.dumps(self.to_dict(), indent=1)
-        Path(path).write_text(text + "\n", "utf-8")
+        with replacing(path, KIND, overwrite=overwrite) as beside:
+            beside.write_text(text + "\n", "utf-8")
         return Path(path)
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,12 +19,14 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Batch
 from fxfusion.analysis.scores import Method
 from fxfusion.cost import Hardware, Workload
+from fxfusion.files import replacing
 from fxfusion.plan import FusionPlan
 from fxfusion.planning.latency import predictor
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.planner import Measured, Planner
 from fxfusion.policy import NormMode
 
+_KIND = "sweep"
 _MOST_DROPS = 6  # numbers of dropped attentions that a sweep tries by itself
 
 
@@ -74,12 +76,15 @@ class Sweep:
         points = [point.to_dict() for point in self.points]
         return {"intact_depth": self.intact, "predicted_for": self.predicted_for, "points": points}
 
-    def to_csv(self, path: str | os.PathLike[str]) -> Path:
-        """One row for each plan."""
+    def to_csv(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """One row for each plan. Raises `OptionError` where another file is there, unless with `overwrite`."""
         columns = (
             "depth dropped fused_bytes on_front loss perplexity perplexity_low perplexity_high loss_increase kl top1"
         )
-        with open(path, "w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(path, _KIND, overwrite=overwrite) as beside,
+            open(beside, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.writer(file)
             more = ("dropped_attention", "groups", "norm", "latency_ms", "on_latency_front", "predicted_for")
             writer.writerow([*columns.split(), *more])
@@ -87,8 +92,11 @@ class Sweep:
                 writer.writerow([*_row(point), self.predicted_for or ""])
         return Path(path)
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Depth against perplexity with its front, also latency where it is predicted; PNG or SVG by the suffix."""
+    def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Depth against perplexity with its front, also latency where it is predicted; PNG or SVG by the suffix.
+
+        Raises `OptionError` where another file is there, unless with `overwrite`.
+        """
         from matplotlib.figure import Figure
 
         panels: list[tuple[str, Callable[[SweepPoint], float], Callable[[SweepPoint], bool]]] = [
@@ -101,7 +109,8 @@ class Sweep:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             self._panel(axes, *panel)
         figure.suptitle("What depth costs")
-        figure.savefig(path)
+        with replacing(path, _KIND, overwrite=overwrite) as beside:
+            figure.savefig(beside)
         return Path(path)
 
     def _panel(

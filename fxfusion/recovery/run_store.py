@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fxfusion.analysis.resume import check_facts, read_json, write_json, write_tensors
+from fxfusion.analysis.resume import check_facts, read_json, remove_others, write_json, write_tensors
 from fxfusion.errors import OptionError
+from fxfusion.files import adopt
 
 _FILE = "recover.json"
 _PARTS = ("weights", "best", "exp_avg", "exp_avg_sq")
@@ -54,6 +55,8 @@ class RunStore:
         except (KeyError, TypeError, ValueError) as error:
             raise OptionError(f"{self.folder / _FILE} is broken ({error}); delete the folder to start anew") from error
         tensors = self._read(self.folder / Path(file).name, shapes)
+        for path in (self.folder / _FILE, self.folder / Path(file).name):
+            adopt(path)
         return Progress(step=step, taken=taken, tensors=tensors, validation=validation, scale=scale)
 
     def save(self, progress: Progress) -> None:
@@ -65,9 +68,7 @@ class RunStore:
         write_tensors(path, {f"{part}.{name}": value for part, own in parts for name, value in own.items()})
         now = {name: getattr(progress, name) for name in ("step", "taken", "scale", "validation")}
         write_json(self.folder / _FILE, {"facts": self.facts, "file": path.name, **now})
-        for old in self.folder.glob("recover_*.safetensors"):
-            if old != path:
-                old.unlink(missing_ok=True)
+        remove_others("recover_*.safetensors", path)
 
     def _read(self, path: Path, shapes: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         from safetensors import SafetensorError

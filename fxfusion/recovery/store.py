@@ -17,6 +17,7 @@ from torch import nn
 
 from fxfusion.analysis.resume import check_facts, read_json, write_json, write_tensors
 from fxfusion.errors import OptionError
+from fxfusion.files import adopt
 from fxfusion.recovery.fit import Fitted
 from fxfusion.recovery.projections import Projection
 
@@ -34,6 +35,7 @@ class Store:
         if stored is not None:
             check_facts(stored.get("facts"), self.facts, self.folder)
             self.done = list(stored.get("done", []))
+            adopt(Path(folder or "") / _FILE)
 
     def load(self, model: nn.Module, projections: list[Projection]) -> list[Fitted]:
         """Put what is known into the model. Raises `OptionError` where a file is missing or does not fit."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fxfusion.errors import Refusal
+from fxfusion.files import replacing
 
 if TYPE_CHECKING:
     from pydantic_core import CoreSchema
@@ -206,13 +207,17 @@ class FusionReport:
         graphs = tuple(GraphReport.from_dict(graph) for graph in data["graphs"])
         return cls(graphs=graphs, notes=tuple(str(note) for note in data.get("notes", ())))
 
-    def to_html(self, path: str | Path, title: str = "fxfusion report") -> Path:
-        """Write one self-contained HTML page (UTF-8, no outside assets) and return its path."""
+    def to_html(self, path: str | Path, title: str = "fxfusion report", *, overwrite: bool = False) -> Path:
+        """Write one self-contained HTML page (UTF-8, no outside assets) and return its path.
+
+        Raises `OptionError` where it cannot be written, or where another file is there, unless with `overwrite`.
+        """
         from fxfusion.report.html import render
 
-        target = Path(path)
-        target.write_text(render(self, title), encoding="utf-8")
-        return target
+        text = render(self, title)
+        with replacing(path, "report", overwrite=overwrite) as beside:
+            beside.write_text(text, encoding="utf-8")
+        return Path(path)
 
     def __str__(self) -> str:
         from fxfusion.report.text import render

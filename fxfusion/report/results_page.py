@@ -7,11 +7,11 @@ shows what a pointer or the keys are on, and sorts tables.
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from fxfusion.errors import FxFusionError
+from fxfusion.files import replacing
 from fxfusion.report import results_tables as tables
 from fxfusion.report.charts.heat_map import colour_scale, heat_map
 from fxfusion.report.charts.layer_map import layer_map
@@ -36,24 +36,18 @@ _PARTS = (
 _UNITS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1.0, ""))
 
 
-def write_results_page(results: Results, path: str | os.PathLike[str], title: str = "fxfusion results") -> Path:
+def write_results_page(
+    results: Results, path: str | os.PathLike[str], title: str = "fxfusion results", *, overwrite: bool = False
+) -> Path:
     """Write the page (UTF-8, at most 2 MB, no outside assets) and return its path.
 
-    The file is complete or, where that fails, what it was before. Raises `FxFusionError` where it cannot be written
-    or the results do not fit 2 MB.
+    The file is complete or, where that fails, what it was before. Raises `FxFusionError` where it cannot be written,
+    where a file that is no such page of ours is there (unless with `overwrite`), or the results do not fit 2 MB.
     """
     text = render(results, title)
-    target = Path(path)
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise FxFusionError(f"{target}: cannot be written: {error.strerror or error}") from error
-    return target
+    with replacing(path, "results page", overwrite=overwrite) as beside:
+        beside.write_text(text, encoding="utf-8")
+    return Path(path)
 
 
 def render(results: Results, title: str = "fxfusion results") -> str:

@@ -87,15 +87,17 @@ def save(
     progress: bool = False,
     card: str | None = None,
     check: bool = True,
+    overwrite: bool = False,
 ) -> ExportPlan:
     """Write a causal language model as a nemotron-nas folder, all of it or nothing. The model stays as it is.
 
     Args:
         model, max_shard_size, check: as of `plan_export`.
-        directory: a new or empty folder, or a checkpoint, which is replaced.
+        directory: a new or empty folder, or one that fxfusion wrote and nobody changed since, which is replaced.
         tokenizer: one of transformers, written beside the model; None writes none.
         progress: show a progress bar.
         card: the content of README.md.
+        overwrite: replace a folder by others, with all that is in it.
 
     Raises:
         CheckpointError: what the layout cannot say, or a folder that cannot be written. Nothing was changed then.
@@ -104,7 +106,7 @@ def save(
     bare: Any = bare_model(model)
     if any(value.is_meta for value in layout.state.values()):
         raise CheckpointError("the model is on the meta device: there are no weights to write (plan_export needs none)")
-    with replacing(directory) as folder:
+    with replacing(directory, overwrite=overwrite) as folder:
         disk.write_file(folder / "config.json", json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
         for name in CODE_FILES:
             disk.write_file(folder / name, (resources.files(__package__) / name).read_text("utf-8"))

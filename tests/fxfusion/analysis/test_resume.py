@@ -14,11 +14,12 @@ from fxfusion.analysis.resume import (
     model_key,
     progress_bar,
     read_json,
-    replacing,
+    remove_others,
     write_json,
     write_tensors,
 )
 from fxfusion.errors import OptionError
+from fxfusion.files import RECORD
 from fxfusion.models.traced import TracedModel
 
 
@@ -95,7 +96,7 @@ def test_json_is_read_as_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_json(path, {"bad": math.nan})
     assert read_json(path, "a cache") == data
-    assert [found.name for found in path.parent.iterdir()] == ["file.json"]
+    assert sorted(found.name for found in path.parent.iterdir()) == [RECORD, "file.json"]
 
 
 @pytest.mark.parametrize(("content", "message"), [(b"{", "cannot be read as"), (b"\xff", "cannot be"), (b"3", "a int")])
@@ -105,21 +106,12 @@ def test_what_is_no_json_object_is_an_error(content: bytes, message: str, tmp_pa
         read_json(tmp_path / "file", "a cache")
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    for error, raised in (
-        (OSError(28, "No space left on device"), OptionError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-    ):
-        with pytest.raises(raised), replacing(path) as scratch:
-            scratch.write_text("half")
-            raise error
-        assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with replacing(path) as scratch:
-        scratch.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+def test_only_our_own_earlier_files_are_removed(tmp_path: Path) -> None:
+    for name in ("sums_1.safetensors", "sums_2.safetensors"):
+        write_tensors(tmp_path / name, {"a": torch.ones(1)})
+    (tmp_path / "sums_mine.safetensors").write_text("mine")
+    remove_others("sums_*.safetensors", tmp_path / "sums_2.safetensors")
+    assert sorted(path.name for path in tmp_path.glob("sums_*")) == ["sums_2.safetensors", "sums_mine.safetensors"]
 
 
 def test_tensors_are_written_from_any_layout(tmp_path: Path) -> None:

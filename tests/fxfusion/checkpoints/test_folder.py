@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fxfusion import files
 from fxfusion.checkpoints import disk, folder
-from fxfusion.checkpoints.folder import existing, replacing
+from fxfusion.checkpoints.folder import check_replaceable, existing, replacing
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import TensorFacts, write_shards
 from fxfusion.errors import CheckpointError
+from fxfusion.files import RECORD
 from tests.fxfusion.checkpoints.faults import OPERATIONS, Faults, Killed, count_operations
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -132,11 +135,42 @@ def test_a_folder_between_two_renames_is_found_by_readers_and_writers(tmp_path: 
     directory = tmp_path / "model"
     for next_step in (value_of, lambda path: write(path, 1.0)):
         write(directory, 1.0)
-        directory.rename(tmp_path / ".model.0123abcd.old")
         (tmp_path / ".model.89abcdef.partial").mkdir()
+        put_aside(directory)
         next_step(directory)
         assert value_of(directory) == 1.0
     assert beside(directory) == []
+
+
+@pytest.mark.parametrize("name", [".model.0123abcd.old", ".model.0123abcd.partial"])
+def test_what_only_looks_like_a_left_over_is_kept(tmp_path: Path, name: str) -> None:
+    """A suffix tells nothing: a backup may have that name, even one of a folder that was written here."""
+    write(tmp_path / "model", 1.0)
+    shutil.copytree(tmp_path / "model", tmp_path / name)
+    write(tmp_path / "model", 2.0)
+    assert value_of(tmp_path / name) == 1.0
+    shutil.rmtree(tmp_path / "model")
+    write(tmp_path / "model", 3.0)
+    assert value_of(tmp_path / name) == 1.0 and value_of(tmp_path / "model") == 3.0
+
+
+def put_aside(directory: Path) -> Path:
+    """As a process leaves it that dies between two renames, just before the second."""
+    renames = []
+
+    def rename(source: Path, target: Path) -> None:
+        renames.append(target)
+        if len(renames) > 1:
+            raise Killed("rename")
+        os.rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(disk, "_renameat2", lambda: None)
+        patch.setattr(disk, "rename", rename)
+        patch.setattr(folder, "_discard", lambda path: None)
+        write(directory, 9.0)
+    assert not directory.exists()
+    return renames[0]
 
 
 def test_a_reader_without_rights_reads_the_old_folder_where_it_is(
@@ -146,9 +180,9 @@ def test_a_reader_without_rights_reads_the_old_folder_where_it_is(
         raise PermissionError(13, "Permission denied")
 
     write(tmp_path / "model", 1.0)
-    (tmp_path / "model").rename(tmp_path / ".model.0123abcd.old")
+    old = put_aside(tmp_path / "model")
     monkeypatch.setattr(disk, "rename", refuse)
-    assert existing(tmp_path / "model").name == ".model.0123abcd.old"
+    assert existing(tmp_path / "model") == old
 
 
 def test_the_folder_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
@@ -180,11 +214,88 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path, name: str) -> Non
     assert value_of(tmp_path / "model") == 1.0
 
 
+@pytest.mark.parametrize("how", ["edited", "same size", "link", "foreign", "record gone", "renamed"])
+def test_a_folder_that_is_not_as_it_was_written_needs_to_be_told(tmp_path: Path, how: str) -> None:
+    directory = tmp_path / "model"
+    write(directory, 1.0)
+    config = directory / "config.json"
+    if how == "edited":
+        config.write_text('{"value": 1.00}')
+    elif how == "same size":
+        config.write_text('{"value": 7.0}')
+    elif how == "link":
+        config.rename(tmp_path / "config.json")
+        config.symlink_to(tmp_path / "config.json")
+    elif how == "foreign":  # all names are those of a checkpoint
+        (directory / "tokenizer.json").write_text("{}")
+    elif how == "record gone":
+        (directory / RECORD).unlink()
+    else:
+        config.rename(directory / "generation_config.json")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    with pytest.raises(CheckpointError, match=r"config.json|tokenizer.json"):
+        write(directory, 2.0)
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        check_replaceable(directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    with replacing(directory, overwrite=True) as fresh:
+        disk.write_file(fresh / "only.txt", "x")
+    assert sorted(path.name for path in directory.iterdir()) == [RECORD, "only.txt"]
+    write(directory, 3.0)
+    assert value_of(directory) == 3.0
+
+
+def test_what_is_read_is_not_written_over(tmp_path: Path) -> None:
+    write(tmp_path / "models" / "model", 1.0)
+    (tmp_path / "link").symlink_to(tmp_path / "models" / "model")
+    for out in ("models", "models/model", "link"):
+        with pytest.raises(CheckpointError, match="which the same command reads: it would be lost"):
+            check_replaceable(tmp_path / out, overwrite=True, reads=[tmp_path / "models" / "model"])
+    check_replaceable(tmp_path / "models" / "other", reads=[tmp_path / "models" / "model"])
+
+
+def test_not_even_who_asks_for_it_loses_his_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home" / "me").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "me"))
+    for name in ("home", "home/me"):
+        (tmp_path / "home" / "me" / "x").write_text("x")
+        with pytest.raises(CheckpointError, match="is or holds"):
+            check_replaceable(tmp_path / name, overwrite=True)
+
+
+def test_large_files_are_known_by_size_time_and_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_WHOLE", 2)
+    write(tmp_path / "model", 1.0)
+    write(tmp_path / "model", 2.0)
+    os.utime(tmp_path / "model" / "config.json", ns=(1, 1))
+    with pytest.raises(CheckpointError, match="config.json was changed since"):
+        write(tmp_path / "model", 3.0)
+
+
+WITHOUT_FCNTL = """
+import sys
+from pathlib import Path
+sys.modules["fcntl"] = None
+import fxfusion, fxfusion.checkpoints.api, fxfusion.cli
+from tests.fxfusion.checkpoints.test_folder import value_of, write
+for value in (1.0, 2.0):
+    write(Path(sys.argv[1]), value)
+assert value_of(Path(sys.argv[1])) == 2.0
+"""
+
+
+def test_a_system_without_locks_reads_and_writes(tmp_path: Path) -> None:
+    """Windows has no `fcntl`."""
+    command = [sys.executable, "-c", WITHOUT_FCNTL, str(tmp_path / "model")]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert beside(tmp_path / "model") == []
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "README.md").write_text("x")
-    for name, why in (("file", "is a file"), ("docs", "no config.json")):
+    for name, why in (("file", "is a file"), ("docs", "it holds README.md, which is by others")):
         with pytest.raises(CheckpointError, match=why):
             write(tmp_path / name, 1.0)
     with pytest.raises(CheckpointError, match="no name"):
@@ -196,8 +307,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = disk.remove
+
     def refuse(path: Path) -> None:
-        raise OSError(16, "Device or resource busy")
+        if path.is_dir():
+            raise OSError(16, "Device or resource busy")
+        remove(path)
 
     write(tmp_path / "model", 1.0)
     with monkeypatch.context() as busy, pytest.warns(UserWarning, match="busy"):

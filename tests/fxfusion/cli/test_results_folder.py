@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from fxfusion.cli.results_folder import ResultsFolder, contents, digest, replacing
+from fxfusion.cli.results_folder import ResultsFolder, contents, digest
 from fxfusion.errors import FxFusionError
+from fxfusion.files import RECORD
 from fxfusion.plan import FusionPlan, MadeBy
 
 
@@ -22,7 +23,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert folder.read("a.json") is None
     folder.write("a.json", {"loss": 1.5, "layers": [1, 2]})
     assert folder.read("a.json") == {"loss": 1.5, "layers": [1, 2]}
-    assert os.listdir(folder.path) == ["a.json"]
+    assert sorted(os.listdir(folder.path)) == [RECORD, "a.json"]
 
 
 @pytest.mark.parametrize("step", ["write_text", "replace", "fsync"])
@@ -35,19 +36,18 @@ def test_on_a_full_disk_the_old_file_stays_and_nothing_is_left(
     with pytest.raises(FxFusionError, match=r"a\.json: cannot be written \(nothing was changed\): No space left"):
         folder.write("a.json", {"new": 2})
     monkeypatch.undo()
-    assert folder.read("a.json") == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+    assert folder.read("a.json") == {"old": 1} and sorted(os.listdir(tmp_path)) == [RECORD, "a.json"]
     folder.write("a.json", {"new": 2})
     assert folder.read("a.json") == {"new": 2}
 
 
-def test_a_half_written_file_never_takes_the_place(tmp_path: Path) -> None:
-    target = tmp_path / "plot.svg"
-    target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(target) as beside:
-        assert beside.suffix == ".svg" and beside.parent == tmp_path
-        beside.write_text("half")
-        raise KeyboardInterrupt
-    assert target.read_text() == "old" and os.listdir(tmp_path) == ["plot.svg"]
+def test_what_is_not_ours_is_kept_unless_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"mine": 1}')
+    with pytest.raises(FxFusionError, match=r"a\.json is there, and is no file of results as fxfusion wrote it"):
+        ResultsFolder(tmp_path).write("a.json", {"new": 2})
+    assert ResultsFolder(tmp_path).read("a.json") == {"mine": 1}
+    ResultsFolder(tmp_path, overwrite=True).write("a.json", {"new": 2})
+    assert ResultsFolder(tmp_path).read("a.json") == {"new": 2}
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b""])
