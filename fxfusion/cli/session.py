@@ -175,9 +175,7 @@ class Session:
 
     def check_writes(self, *files: str | tuple[Path, str], reads: Sequence[Path | None] = ()) -> None:
         """Raises `OptionError` where a file could not be written, before long work: over what is read, or not ours.
-
-        `files`: those in the results folder by name, others by path and kind. `reads`: beside model and text.
-        """
+        `files`: those in the results folder by name, others by path and kind. `reads`: beside model and text."""
         known = [self.common.model_dir, *(self.common.text or ()), *(read for read in reads if read is not None)]
         for file in files:
             path, kind = (self.folder.file(file), kind_of(file)) if isinstance(file, str) else file

@@ -112,10 +112,7 @@ def command(
     """
     with stopping_cleanly("nothing was written"), stdout_for_json(as_json):
         screen = Screen(quiet=as_json, notes_on_stderr=True)
-        _check_modes(placement, sweep, output, calibrate)
-        if output is not None:
-            reads = [read for read in (model, hardware, plan) if read is not None and Path(read).exists()]
-            check_file(output, "gains", overwrite=overwrite, reads=reads)
+        _check_modes(placement, sweep, output, calibrate, overwrite, (model, hardware, plan))
         if calibrate is not None:
             result = _calibrate(screen, calibrate, device, overwrite)
         else:
@@ -178,7 +175,14 @@ class Request:
         return before, fused(before, [(run,) for run in runs])
 
 
-def _check_modes(placement: bool, sweep: bool, output: Path | None, calibrate: Path | None) -> None:
+def _check_modes(
+    placement: bool,
+    sweep: bool,
+    output: Path | None,
+    calibrate: Path | None,
+    overwrite: bool,
+    reads: Sequence[str | Path | None],
+) -> None:
     chosen = [
         name
         for name, given in (("--placement", placement), ("--sweep", sweep), ("--calibrate", calibrate is not None))
@@ -188,6 +192,10 @@ def _check_modes(placement: bool, sweep: bool, output: Path | None, calibrate: P
         raise OptionError(f"{chosen[0]} and {chosen[1]} were both given; give one of them")
     if output is not None and not sweep:
         raise OptionError("--output: only --sweep writes a file")
+    known = [read for read in reads if read is not None and Path(read).exists()]
+    for path, kind in ((output, "gains"), (calibrate, "hardware file")):
+        if path is not None:
+            check_file(path, kind, overwrite=overwrite, reads=known)
 
 
 def _answer(
@@ -237,7 +245,6 @@ def _sweep(screen: Screen, request: Request, output: Path | None, overwrite: boo
 def _calibrate(screen: Screen, path: Path, device: str, overwrite: bool) -> dict[str, Any]:
     if path.suffix.lower() != ".json":
         raise OptionError(f"--calibrate {path}: expected a name that ends in .json")
-    check_file(path, "hardware file", overwrite=overwrite)
     from fxfusion.cost import calibrate
 
     with screen.busy(f"measuring {device}"):

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxfusion.analysis.dependency import DependencyMatrix
 from fxfusion.analysis.dependency_store import MatrixState
 from fxfusion.errors import OptionError
+from fxfusion.files import RECORD
 
 FACTS = {"unit": "ffn", "model": "abc"}
 
@@ -59,7 +60,7 @@ def test_a_matrix_may_take_the_place_of_another(tmp_path: Path) -> None:
     matrix(3).save(tmp_path)
     matrix(5).save(tmp_path)
     assert DependencyMatrix.load(tmp_path).layers == (2, 3, 4, 5, 6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["matrix.json", "matrix.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "matrix.json", "matrix.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_a_full_disk_leaves_the_old_matrix(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(OptionError, match="cannot be written .nothing was changed.: No space left"):
             matrix(4).save(tmp_path)
     assert DependencyMatrix.load(tmp_path).to_dict() == old.to_dict()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["matrix.json", "matrix.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "matrix.json", "matrix.safetensors"]
 
 
 # --- the state of a measurement -----------------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_sums_are_added_and_found_again(tmp_path: Path) -> None:
     second.add("c", sums(3))
     expected = sums(1)["values"] + sums(2)["values"] + sums(3)["values"]
     assert torch.equal(state(tmp_path, ["a", "b", "c"]).sums["values"], expected)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["state.json", "sums_000003.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "state.json", "sums_000003.safetensors"]
 
 
 def test_without_a_folder_nothing_is_written_and_no_digest_made(tmp_path: Path, monkeypatch: Any) -> None:

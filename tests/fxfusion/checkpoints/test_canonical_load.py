@@ -252,7 +252,7 @@ def test_peak_memory_is_the_model_and_the_widest_group(saved: dict[str, Path], t
     model = LlamaForCausalLM(LlamaConfig(**LARGE))
     save(model, tmp_path / "m")
     plan = fxfusion.FusionPlan(dropped_attention=[1, 2, 3, 4, 5], groups=LARGE_GROUPS)
-    plan.save(tmp_path / "m" / PLAN)
+    plan.save(tmp_path / "m" / PLAN, overwrite=True)
     layer = sum(value.nbytes for value in model.model.layers[1].mlp.parameters())
     del model
     command = [sys.executable, "-c", MEASURE, str(saved["fold"]), str(tmp_path / "m")]

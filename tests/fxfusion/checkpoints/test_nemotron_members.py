@@ -121,7 +121,7 @@ def renamed_hash(folder: Path) -> None:
     """The plan names the file as it is now: somebody who changes the one can change the other."""
     plan = fxfusion.FusionPlan.load(folder / PLAN)
     digest = hashlib.sha256((folder / RESIDUE).read_bytes()).hexdigest()
-    plan.replace(residue={"file": RESIDUE, "sha256": digest}).save(folder / PLAN)
+    plan.replace(residue={"file": RESIDUE, "sha256": digest}).save(folder / PLAN, overwrite=True)
 
 
 def cut_off(folder: Path) -> None:
@@ -133,12 +133,12 @@ def another(folder: Path) -> None:
 
 
 def unnamed(folder: Path) -> None:
-    fxfusion.FusionPlan.load(folder / PLAN).replace(residue=None).save(folder / PLAN)
+    fxfusion.FusionPlan.load(folder / PLAN).replace(residue=None).save(folder / PLAN, overwrite=True)
 
 
 def elsewhere(folder: Path) -> None:
     plan = fxfusion.FusionPlan.load(folder / PLAN)
-    plan.replace(residue={"file": "../x.st", "sha256": "0" * 64}).save(folder / PLAN)
+    plan.replace(residue={"file": "../x.st", "sha256": "0" * 64}).save(folder / PLAN, overwrite=True)
 
 
 def without_notes(folder: Path) -> None:
@@ -147,7 +147,7 @@ def without_notes(folder: Path) -> None:
 
 
 def other_norm(folder: Path) -> None:
-    fxfusion.FusionPlan.load(folder / PLAN).replace(norm="last").save(folder / PLAN)
+    fxfusion.FusionPlan.load(folder / PLAN).replace(norm="last").save(folder / PLAN, overwrite=True)
 
 
 def in_other_words(edit: Callable[[dict[str, Tensor]], Any], file: str = RESIDUE) -> Callable[[Path], None]:
