@@ -10,7 +10,7 @@ import typer
 
 from fxfusion.cli import options
 from fxfusion.cli.conversion import Format
-from fxfusion.cli.options import check_folder, read, read_share
+from fxfusion.cli.options import check_folder, check_format, read, read_share
 from fxfusion.cli.plan import Perplexity, TargetDepth, Wish, work
 from fxfusion.cli.results_folder import PLAN
 from fxfusion.cli.road_options import RoadChoice
@@ -60,6 +60,7 @@ def command(
         after_refit=True,
         **choice.arguments(),
     )
+    check_format(run.common.model_dir, format.value)
     if run.common.dry_run:
         parts = [*work(run, wish), Work("refit on all text but an eighth"), Work("loss on the eighth, and speed here")]
         return run.plan_dry_run(parts, [PLAN, output])

@@ -9,7 +9,7 @@ import typer
 
 from fxfusion.cli.card import Measured, card_of
 from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, Plan, ShardSize, converting, facts, show
-from fxfusion.cli.options import ModelDir, check_folder, check_output, show_layers, show_members
+from fxfusion.cli.options import ModelDir, check_folder, check_format, check_output, show_layers, show_members
 from fxfusion.cli.session import Session
 from fxfusion.errors import OptionError
 
@@ -42,6 +42,7 @@ def command(
     chosen = FusionPlan.load(plan)
     check_folder(model_dir)
     check_output(out_dir, run.overwrite, model_dir, plan, results)
+    check_format(model_dir, format.value)
     result = {"model": str(model_dir), "out": str(out_dir), "format": format.value, "dry_run": dry_run}
     card = card_of(results, chosen)
     say_plan(run, chosen)

@@ -167,6 +167,21 @@ def check_output(out: Path, overwrite: bool, *reads: Path | None) -> None:
     check_replaceable(out, overwrite=overwrite)
 
 
+def check_format(folder: Path, format: str) -> None:
+    """Raises where a model cannot be written in that layout, by its config alone: before hours of work on it."""
+    from fxfusion.cli.inputs import build_without_weights, is_nemotron
+
+    if format == "canonical":
+        if is_nemotron(folder):
+            raise OptionError(
+                f"--format canonical: {folder} is in the nemotron-nas layout, which has no canonical form"
+            )
+        return
+    from fxfusion.checkpoints.nemotron_nas.export import plan_export
+
+    plan_export(build_without_weights(folder), check=False)
+
+
 def check_intact(folder: Path) -> None:
     """Plain transformers would load a canonical folder of a changed model, too, but not as that model. A nemotron-nas
     folder holds what it is.

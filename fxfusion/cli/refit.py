@@ -10,7 +10,7 @@ import typer
 
 from fxfusion.cli.conversion import Format, OutDir, Plan, ShardSize
 from fxfusion.cli.fuse import FormatOption, say_plan
-from fxfusion.cli.options import check_intact, read_bytes, show_layers
+from fxfusion.cli.options import check_format, check_intact, read_bytes, show_layers
 from fxfusion.cli.results_folder import contents, digest
 from fxfusion.cli.session import Session, Work, measuring_with
 from fxfusion.errors import OptionError
@@ -77,6 +77,7 @@ def command(
     chosen = FusionPlan.load(plan)
     check_intact(run.common.model_dir)
     run.check_output(out_dir, plan, *(validation or ()))
+    check_format(run.common.model_dir, format.value)
     limit = None if memory_limit is None else read_bytes(memory_limit, "--memory-limit")
     run.require_text()
     result = {

@@ -183,11 +183,8 @@ def _check_modes(
     overwrite: bool,
     reads: Sequence[str | Path | None],
 ) -> None:
-    chosen = [
-        name
-        for name, given in (("--placement", placement), ("--sweep", sweep), ("--calibrate", calibrate is not None))
-        if given
-    ]
+    modes = {"--placement": placement, "--sweep": sweep, "--calibrate": calibrate is not None}
+    chosen = [name for name, given in modes.items() if given]
     if len(chosen) > 1:
         raise OptionError(f"{chosen[0]} and {chosen[1]} were both given; give one of them")
     if output is not None and not sweep:
