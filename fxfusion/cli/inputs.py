@@ -29,6 +29,7 @@ from fxfusion.checkpoints.nemotron_nas import load as nemotron
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.cli.options import check_folder
 from fxfusion.errors import CheckpointError, FxFusionError, OptionError
+from fxfusion.models.plain_save import ADVICE
 
 _PROBE = 8  # tokens
 
@@ -46,9 +47,15 @@ def load_config(folder: Path) -> Any:
     if is_nemotron(folder):
         return nemotron.read_config(SafeFolder.of(folder))
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise FxFusionError(f"{folder}/config.json cannot be used: {_reason(error)}") from error
+    if getattr(config, "fxfusion", None):
+        raise FxFusionError(
+            f"{folder}/config.json: the model was changed by fxfusion and then saved without it, so plain transformers "
+            f"would load another one; {ADVICE}"
+        )
+    return config
 
 
 def causal_config(folder: Path) -> Any:

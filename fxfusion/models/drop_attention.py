@@ -22,6 +22,7 @@ from fxfusion.models.adapters.carrier import Adapters
 from fxfusion.models.attention_surgery import AttentionSurgery
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import write_record
+from fxfusion.models.plain_save import warn_of_plain_save
 from fxfusion.models.surgery_proof import Proof
 from fxfusion.models.traced import TracedGraph
 
@@ -84,6 +85,7 @@ def drop_traced(
         surgery.put_stubs(undo, proof)
         surgery.prove_cache(undo, proof)
         write_record(bare.config, surgery.record(), undo)
+        warn_of_plain_save(bare, undo)
         done = undo.pop_all()
     if whole is not None:
         whole.callback(done.close)

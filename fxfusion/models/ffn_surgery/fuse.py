@@ -39,6 +39,7 @@ from fxfusion.models.ffn_surgery.stubs import FfnStubs
 from fxfusion.models.ffn_surgery.unfuse import give_back
 from fxfusion.models.ffn_surgery.widen import empty, set_parameter, set_width, tensor_of
 from fxfusion.models.fingerprint import check_fits
+from fxfusion.models.plain_save import warn_of_plain_save
 from fxfusion.models.surgery_proof import CacheProof, proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.plan import FusionPlan
@@ -248,6 +249,7 @@ class _Surgery:
         )
         set_fused_state(self.model, state)
         write_entry(self.model.config, self.recipe, self.plan_.norm)
+        warn_of_plain_save(self.model)
 
     def _modules(self, paths: Sequence[str]) -> list[nn.Module]:
         return [module for path in paths for module in self.model.get_submodule(path).modules()]
