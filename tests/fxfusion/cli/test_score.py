@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fxfusion.cli.score import show
 from fxfusion.cli.screen import Screen
+from fxfusion.files import RECORD
 from tests.fxfusion.cli.conftest import LAYERS, SMALL, Run, make_model, make_text
 
 
@@ -206,7 +207,7 @@ def test_after_ctrl_c_the_same_command_goes_on_to_the_same_numbers(run: Run, mod
         last = err.strip().splitlines()[-1]
         assert last.startswith("fxfusion: error: interrupted") and str(results) in last
         assert "Traceback" not in err and not (results / "scores_loss_greedy.json").exists()
-        assert not [name for name in os.listdir(results) if name.startswith(".")]
+        assert [name for name in os.listdir(results) if name.startswith(".")] == [RECORD]
         sizes.append(sum(map(len, values_in(cache).values())))
     assert 0 < sizes[0] < sizes[1]
     resumed, anew = (run(*args, "--json", "--results", where).json for where in (results, tmp_path / "anew"))

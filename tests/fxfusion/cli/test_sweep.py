@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fxfusion.files import RECORD
 from tests.fxfusion.cli.conftest import SMALL, Run
 
 
@@ -26,7 +27,7 @@ def test_every_depth_is_in_the_table_the_plot_and_the_json(run: Run, args: list[
     assert [int(row["depth"]) for row in rows] == [point["depth"] for point in points]
     assert json.loads((results / "sweep.json").read_text())["points"] == points
     assert "<svg" in (results / "sweep.svg").read_text()
-    assert not [file for file in results.iterdir() if file.name.startswith(".")]
+    assert [file.name for file in results.iterdir() if file.name.startswith(".")] == [RECORD]
 
 
 @pytest.mark.slow
@@ -47,12 +48,10 @@ def test_a_second_sweep_measures_only_what_is_new_and_shows_the_front(
 def test_a_disk_that_is_full_at_the_end_loses_no_measurement(
     run: Run, args: list[object], results: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxfusion.planning.sweep import Sweep
-
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Sweep, "to_csv", full)
+    monkeypatch.setattr("fxfusion.planning.sweep.csv.writer", full)
     ran = run(*args, "--drops", "2")
     assert ran.code == 1 and "sweep.csv: cannot be written" in ran.error and "No space left" in ran.error
     assert json.loads((results / "plans.json").read_text())["plans"] and not (results / "sweep.csv").exists()
