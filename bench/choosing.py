@@ -86,7 +86,7 @@ def dependency(study: Study) -> dict[str, Any]:
     found = {}
     for name, unit, dropped in (("block", "block", ()), ("ffn", "ffn", ()), ("ffn_run", "ffn", study.run_of(RUN))):
         matrix = dependency_matrix(study.model, study.calibration, unit=unit, dropped_attention=dropped)
-        heat_map(matrix, FIGURES / f"dependency_{name}.svg")
+        heat_map(matrix, FIGURES / f"dependency_{name}.svg", overwrite=True)
         found[name] = {"layers": list(matrix.layers), "dropped": list(dropped), "values": matrix.values.tolist()}
         found[name] |= {key: list(map(float, getattr(matrix, key))) for key in ("cosine", "ratio")}
     return found
