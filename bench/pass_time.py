@@ -109,7 +109,7 @@ def call_overhead() -> dict[str, Any]:
     with torch.no_grad():
         compiled(x)
         fused, inputs = seen[-1]
-        check = Timer("[b.tensors(i) for b in bs]", globals={"bs": fused.bindings, "i": inputs}, num_threads=1)
+        check = Timer("packs.tensors(inputs)", globals={"packs": fused.packs, "inputs": inputs}, num_threads=1)
         seconds = check.blocked_autorange(min_run_time=1.0).median
     cats = [node for node in last_reports()[-1].after.graph.nodes if getattr(node.target, "__name__", "") == "cat"]
     packs = live_packs()
@@ -118,7 +118,7 @@ def call_overhead() -> dict[str, Any]:
         compiled(torch.randn(16, 32))
     return {
         "check_microseconds_per_call": seconds * 1e6,
-        "sources": sum(len(binding.positions) for binding in fused.bindings),
+        "sources": len(fused.packs.positions),
         "parameter_cats_in_graph": len(cats),
         "packs_after_one_graph": packs,
         "packs_after_three_graphs": live_packs(),

@@ -9,9 +9,10 @@ be fused the graph goes on untouched; when fxfusion itself fails it says so and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,8 @@ from fxfusion.errors import (
     RefusalCode,
 )
 from fxfusion.options import BackendOptions
-from fxfusion.packing import FusedCallable, PackBinding, forget_stamps
-from fxfusion.passes.choose_form import Setting
+from fxfusion.packing import FusedCallable, GraphPacks, PackBinding, forget_looks
+from fxfusion.passes.choose_form import Setting, records_gradients
 from fxfusion.passes.lift_weights import Pack
 from fxfusion.pipeline import Fused, fuse_captured
 from fxfusion.plan import FusionPlan, Member
@@ -38,6 +39,7 @@ from fxfusion.torch_private import (
     as_backend_fake,
     as_user_error,
     backend_named,
+    be_registered,
     compile_with_inductor,
     ends_at_graph_break,
     mark_static_weight,
@@ -64,6 +66,7 @@ def ffn_fusion(
     planned group was not fused, or the error that would otherwise have caused a fall back.
     """
     start = time.perf_counter()
+    be_registered("ffn_fusion", ffn_fusion)
     try:
         settings = BackendOptions.parse(options, mode)
         ready = _fuse_or_fall_back(gm, example_inputs, settings)
@@ -75,7 +78,8 @@ def ffn_fusion(
         _count_seconds(time.perf_counter() - start)
     if ready is None:
         return _compile(gm, example_inputs, settings)
-    return FusedCallable(_compile(ready.module, ready.inputs, settings), ready.bindings)
+    compiled = _compile(ready.module, ready.inputs, settings)
+    return FusedCallable(compiled, ready.packs) if ready.packs.bindings else compiled
 
 
 def last_reports() -> tuple[FusionReport, ...]:
@@ -96,30 +100,39 @@ def seconds_inside() -> float:
 def refresh(model: torch.nn.Module) -> int:
     """Make the next call look at the model's weights again; returns how many packed groups it touches.
 
-    Needed only after writes that torch does not count: `p.data.mul_(...)`, or writes to inference tensors.
+    Needed only after writes that torch does not count and that change a few elements: `p.data[3, 5] = 1`, or such a
+    write to an inference tensor, through numpy, or by another process. All else is seen without: writes that torch
+    counts and steps of optimizers by the next call, and whatever else changes a weight widely (a quarter of its rows or
+    columns for certain) by the next call on a CPU, elsewhere at the latest one call later, with a warning.
     """
-    return forget_stamps([*model.parameters(), *model.buffers()])
+    return forget_looks([*model.parameters(), *model.buffers()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ready:
-    """A fused graph, its inputs (packed weights last) and what computes those at each call."""
+    """A fused graph, its inputs (packed weights last) and what keeps those fresh."""
 
     module: fx.GraphModule
     inputs: list[Any]
-    bindings: list[PackBinding]
+    packs: GraphPacks
 
 
 def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: BackendOptions) -> _Ready | None:
     """The fused graph; None where the graph is to be compiled as it is."""
     try:
         captured = capture_dynamo(gm, inputs)
-        fused = fuse_captured(
-            captured, settings.choice, verify=settings.verify, compiled_for=_compiled_for(captured, settings)
-        )
-        _report(fused.report)
-        _report_unmatched(fused, settings, ends_at_graph_break(gm))
-        return _make_ready(fused, captured) if fused.report.groups else None
+        setting = _compiled_for(captured, settings)
+        with _out_of_sight_of_hooks():
+            fused = fuse_captured(
+                captured,
+                settings.choice,
+                verify=settings.verify,
+                lift_into=None if setting.training else "placeholder",
+                compiled_for=setting,
+            )
+            _report(fused.report)
+            _report_unmatched(fused, settings, ends_at_graph_break(gm))
+            return _make_ready(fused, captured) if fused.report.groups else None
     except (OptionError, PlanError, MissingWeightsError):
         raise
     except Exception as error:
@@ -131,12 +144,22 @@ def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: Back
         return None
 
 
+@contextlib.contextmanager
+def _out_of_sight_of_hooks() -> Iterator[None]:
+    """What runs inside is nothing that the model computes, so hooks on saved tensors (activation checkpoints count with
+    them) must not see it."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # where hooks are forbidden (`torch.func.grad`), nobody has one
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+        yield
+
+
 def _compiled_for(captured: CapturedGraph, settings: BackendOptions) -> Setting:
     """Dynamo guards on all that is read here: grad mode, what requires gradients, autocast."""
     differentiable = any(isinstance(value, torch.Tensor) and value.requires_grad for value in captured.inputs)
     return Setting(
         request=settings.form,
-        training=torch.is_grad_enabled() and differentiable,
+        training=(torch.is_grad_enabled() and differentiable) or records_gradients(captured.module),
         autocast=torch.is_autocast_enabled("cpu"),
     )
 
@@ -170,9 +193,9 @@ def _report_unmatched(fused: Fused, settings: BackendOptions, more_follows: bool
 
 def _make_ready(fused: Fused, captured: CapturedGraph) -> _Ready:
     """Compute the packed weights. Raises `MissingWeightsError` where they are on the meta device."""
-    bindings = [_bind(pack, captured) for pack in fused.packs]
-    packed = [tensor for binding in bindings for tensor in binding.tensors(captured.inputs)]
-    return _Ready(module=fused.module, inputs=[*captured.inputs, *_dress(fused, packed)], bindings=bindings)
+    packs = GraphPacks([_bind(pack, captured) for pack in fused.packs])
+    packed = packs.tensors(captured.inputs) if fused.packs else []
+    return _Ready(module=fused.module, inputs=[*captured.inputs, *_dress(fused, packed)], packs=packs)
 
 
 def _bind(pack: Pack, captured: CapturedGraph) -> PackBinding:
@@ -182,7 +205,7 @@ def _bind(pack: Pack, captured: CapturedGraph) -> PackBinding:
     if baked:
         raise NotFusedError(f"the weight {baked[0]} is baked into the graph (freezing?), so it could go stale")
     positions = [position_of[source] for source in pack.sources]
-    return PackBinding(pack, positions, differentiable=torch.is_grad_enabled())
+    return PackBinding(pack, positions)
 
 
 def _dress(fused: Fused, packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:

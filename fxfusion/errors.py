@@ -51,6 +51,10 @@ class MissingWeightsError(FxFusionError, RuntimeError):
     """A fused model was run while its weights are still on the meta device."""
 
 
+class GradientError(FxFusionError, RuntimeError):
+    """A graph with packed weights, which have no gradient, was run where gradients are recorded."""
+
+
 class RefusalCode(str, Enum):
     """Why a candidate was not matched or not fused. The value is what reports and tests show."""
 

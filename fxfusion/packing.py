@@ -1,207 +1,193 @@
-"""Packed weights at run time: computed once, shared between graphs, never stale.
+"""Packed weights at run time, for inference: computed once, shared between graphs, never stale.
 
-One process-wide registry, keyed by what is computed from which tensors, holds packed weights weakly:
-they live as long as a compiled graph uses them and their source weights live. Every call compares the
-identity, address, version and storage of the source weights (microseconds), and copies into the same
-memory when one has changed.
+One process-wide registry, keyed by what is computed from which tensors, holds packed weights weakly: they live as long
+as a compiled graph uses them and their source weights are where they were. Every call of a compiled graph compares how
+all its source weights look (`weight_look`, tens of microseconds), and what changed is computed again, into the same
+memory. While gradients are recorded nothing is packed (`choose_form`). What is seen:
 
-What it cannot see: a write through `p.data.mul_(...)` bumps no version, nor does a write to an
-inference tensor. `fxfusion.refresh(model)` makes the next call look at the values again.
+    a write that torch counts, of any size; other tensors or memory (`.data =`, `load_state_dict(assign=True)`,
+    `swap_tensors`)                                                                          by the next call
+    a step of an optimizer of torch or derived from it, whatever kernel it has               by the next call
+    another write that changes a weight widely (`weight_probe`), by whatever route: `.data`, numpy, DLPack, NCCL,
+    another process; inference tensors                                                       CPU: by the next call
+        other devices: at the latest one call later, with a warning
+    another write that changes a few elements only                    not; `fxfusion.refresh(model)` makes it seen
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from fxfusion.errors import MissingWeightsError
+from fxfusion.errors import GradientError, MissingWeightsError
 from fxfusion.pack_values import own, packed_values
 from fxfusion.passes.lift_weights import Pack
 from fxfusion.prepacked import is_packed
-from fxfusion.torch_private import StorageWatch, outside_fake_mode
+from fxfusion.torch_private import outside_fake_mode
+from fxfusion.weight_look import Look
 
 _lock = threading.RLock()
 _registry: weakref.WeakValueDictionary[tuple[Any, ...], PackedWeights] = weakref.WeakValueDictionary()
-
-_address = torch.Tensor.data_ptr
-_version = attrgetter("_version")
+_changes = 0
+"""How often packed weights were computed, forgotten or freed. A graph that saw another number looks at each of its
+packs: another graph may have followed a change that was taken back since."""
 
 
 class PackedWeights:
-    """The packed tensors of one group, and what they were computed from.
+    """The packed tensors of one group, and how the weights looked that they were computed from.
 
-    When one of the source tensors dies, the packed memory is freed: `alive` is False from then on.
+    `look` is None where they are to be computed again. All methods are for holders of the lock.
     """
 
     def __init__(self, module: fx.GraphModule, sources: Sequence[torch.Tensor]) -> None:
         self.module = module
         self.tensors: tuple[torch.Tensor, ...] = ()
+        self.look: Look | None = None
+        self.last: Look
         self.alive = True
-        self.ids = tuple(map(id, sources))
-        forget = _forgetter(weakref.ref(self))
-        self.refs = tuple(weakref.ref(source, forget) for source in sources)
-        self._note(sources)
-        with packing_mode(sources):
-            self.tensors = tuple(own(value, sources) for value in packed_values(module, sources))
+        self._compute(sources)
 
-    def _note(self, sources: Sequence[torch.Tensor]) -> None:
-        """Remember how the sources look, before they are read."""
-        self.addresses = tuple(map(_address, sources))
-        self.versions = _versions(sources)
-        self.watch = StorageWatch(sources)
+    def follow(self, sources: Sequence[torch.Tensor]) -> None:
+        """Compute the packed tensors again if a source has changed."""
+        if self.look is None or not self.look.is_of(sources):
+            self._compute(sources)
 
-    def is_of(self, sources: Sequence[torch.Tensor]) -> bool:
-        """Whether the very same tensor objects are the sources (their ids stay taken while they live)."""
-        return self.alive and self.ids == tuple(map(id, sources))
+    def forget(self) -> None:
+        """Have them computed again at the next call."""
+        self.look = None
+        _count_change()
 
-    def is_fresh(self, sources: Sequence[torch.Tensor]) -> bool:
-        """Whether no source changed. An address counts only while the storage that had it lives on:
-        `p.data = p.data * 2`, twice, often ends at the address where it began.
-        """
-        return (
-            self.addresses == tuple(map(_address, sources))
-            and self.versions == _versions(sources)
-            and not self.watch.any_expired()
-        )
+    def free(self) -> None:
+        """Give the memory back; whoever needs these packed weights makes new ones."""
+        self.alive, self.tensors = False, ()
+        _count_change()
 
-    def refresh(self, sources: Sequence[torch.Tensor]) -> None:
-        """Compute again, into the same memory, so that CUDA graphs and other compiled graphs follow.
+    def _compute(self, sources: Sequence[torch.Tensor]) -> None:
+        """Into the same memory, so that CUDA graphs and other compiled graphs follow.
 
         Sources that changed dtype or device (`model.to(...)`) need new memory; Dynamo's guards see to it
         that each compiled graph runs only on weights that look as when it was compiled.
         """
-        with _lock, packing_mode(sources):
-            self.versions = ()  # not fresh until the copy is complete
-            old = self.tensors
+        self.forget()  # not fresh until the copy is complete
+        with packing_mode(sources):
+            self.last = Look(sources)  # before they are read: what is written meanwhile is seen at the next call
+            old = self.tensors or [None] * len(_results(self.module))
             made = (own(value, sources) for value in packed_values(self.module, sources))
             self.tensors = tuple(_written(tensor, value) for tensor, value in zip(old, made, strict=True))
-
-    def fresh(self, sources: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The packed tensors, computed again first if a source has changed."""
-        if not self.is_fresh(sources):
-            with _lock:
-                addresses, versions, watch = (
-                    tuple(map(_address, sources)),
-                    _versions(sources),
-                    StorageWatch(sources),
-                )
-                self.refresh(sources)
-                self.addresses, self.versions, self.watch = addresses, versions, watch
-        return self.tensors
+        self.look = self.last
 
 
 class PackBinding:
     """Connects one group of one compiled graph to its packed weights.
 
-    `positions`: where the group's source weights stand among the graph's inputs. Modules of one class
-    share a compiled graph, so a binding may know the packed weights of several.
+    `positions`: where the group's source weights stand among the graph's inputs.
     """
 
-    def __init__(self, pack: Pack, positions: Sequence[int], differentiable: bool) -> None:
+    def __init__(self, pack: Pack, positions: Sequence[int]) -> None:
         self.module = pack.module
         self.code = pack.module.code
         self.positions = tuple(positions)
-        self.differentiable = differentiable
-        self._last: PackedWeights | None = None
-        self._known: dict[tuple[int, ...], PackedWeights] = {}
 
-    def tensors(self, inputs: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        """The packed tensors for a call with these graph inputs."""
+    def find(self, inputs: Sequence[Any]) -> PackedWeights:
+        """The packed weights for these graph inputs, fresh. For holders of the lock."""
         sources = [inputs[position] for position in self.positions]
-        packed = self._last
-        if packed is None or not packed.is_of(sources):
-            packed = self._last = self._find(sources)
-        current = packed.fresh(sources)
-        if self.differentiable and torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            result: tuple[torch.Tensor, ...] = _Packed.apply(packed, *sources)  # type: ignore[no-untyped-call]
-            return result
-        return current
+        key = (self.code, tuple(map(id, sources)))
+        packed = _registry.get(key)
+        if packed is None or not packed.alive:
+            packed = _registry[key] = PackedWeights(self.module, sources)
+        packed.follow(sources)
+        return packed
 
-    def _find(self, sources: Sequence[torch.Tensor]) -> PackedWeights:
-        """Packed weights for other source tensors than last time (or the first time)."""
+
+class _Seen:
+    """The packed weights of a graph for one set of source weights, as they were found."""
+
+    def __init__(self, look: Look, packs: Sequence[PackedWeights]) -> None:
+        self.look, self.packs, self.changes = look, tuple(packs), _changes
+
+
+class GraphPacks:
+    """All packed weights of one compiled graph, behind one check.
+
+    Modules of one class share a compiled graph, so there may be several sets of source weights.
+    """
+
+    def __init__(self, bindings: Sequence[PackBinding]) -> None:
+        self.bindings = tuple(bindings)
+        self.positions = sorted({position for binding in bindings for position in binding.positions})
+        self._seen: dict[tuple[int, ...], _Seen] = {}
+
+    def tensors(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
+        """The packed tensors for a call with these graph inputs, in group order."""
+        sources = [inputs[position] for position in self.positions]
+        seen = self._seen.get(tuple(map(id, sources)))
+        if seen is None or seen.changes != _changes or not seen.look.was_of(sources):
+            seen = self._look_again(inputs, sources)
+        return [tensor for packed in seen.packs for tensor in packed.tensors]
+
+    def _look_again(self, inputs: Sequence[Any], sources: Sequence[torch.Tensor]) -> _Seen:
+        """Every pack looks for itself, under the lock: another thread may have been first."""
         missing = [source for source in sources if source.device.type == "meta"]
         if missing:
             raise MissingWeightsError(
-                f"the weights are missing: {len(missing)} of {len(sources)} weights of a fused group are on the "
+                f"the weights are missing: {len(missing)} of {len(sources)} weights of the fused groups are on the "
                 "meta device; load them before running the model (explain and fuse_graph work without)"
             )
-        ids = tuple(map(id, sources))
-        with _lock:
-            self._known = {key: packed for key, packed in self._known.items() if packed.alive}
-            packed = _registry.get((self.code, ids))
-            if packed is None or not packed.is_of(sources):
-                packed = _registry[self.code, ids] = PackedWeights(self.module, sources)
-            self._known[ids] = packed
-            return packed
+        with _lock, packing_mode(sources):
+            _start_hooks()
+            look = Look(sources)  # before the packs look: what is written meanwhile is seen at the next call
+            packs = [binding.find(inputs) for binding in self.bindings]
+            _sweep(dict(zip(look.ids, look.kinds, strict=True)))
+            self._seen = {ids: seen for ids, seen in self._seen.items() if not seen.look.is_gone()}
+            found = self._seen[look.ids] = _Seen(look, packs)
+            return found
 
 
 class FusedCallable:
     """What the backend gives to Dynamo: the compiled graph, fed with packed weights."""
 
-    def __init__(self, compiled: Any, bindings: Sequence[PackBinding]) -> None:
+    def __init__(self, compiled: Callable[..., Any], packs: GraphPacks) -> None:
         self.compiled = compiled
-        self.bindings = tuple(bindings)
+        self.packs = packs
 
     def __call__(self, *inputs: Any) -> Any:
-        packed = [tensor for binding in self.bindings for tensor in binding.tensors(inputs)]
-        return self.compiled(*inputs, *packed)
+        if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs):
+            raise GradientError(
+                "gradients are recorded, but this graph was compiled for inference: its packed weights have none. "
+                "torch.compile sees to it that this does not happen; call the model through it"
+            )
+        return self.compiled(*inputs, *self.packs.tensors(inputs))
 
 
-def forget_stamps(tensors: Sequence[torch.Tensor]) -> int:
-    """Make the next call recompute every packed group that has one of these tensors as a source."""
-    wanted = {id(tensor) for tensor in tensors}
-    found = 0
+def forget_looks(tensors: Sequence[torch.Tensor]) -> int:
+    """Make the next call recompute every packed group that has one of these tensors, or their memory, as a source."""
+    ids = {id(tensor) for tensor in tensors}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout == torch.strided}
     with _lock:
-        for packed in set(_registry.values()):
-            if packed.alive and wanted.intersection(packed.ids):
-                packed.versions = ()
-                found += 1
-    return found
+        found = [
+            packed
+            for packed in _alive()
+            if not ids.isdisjoint(packed.last.ids) or not storages.isdisjoint(packed.last.storages)
+        ]
+        for packed in found:
+            packed.forget()
+    return len(found)
 
 
 def live_packs() -> int:
     """How many packed groups are alive in this process."""
-    return len({id(packed) for packed in _registry.values() if packed.alive})
-
-
-class _Packed(torch.autograd.Function):
-    """Packed weights whose gradient goes back to the weights they were packed from."""
-
-    @staticmethod
-    def forward(ctx: Any, packed: PackedWeights, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.packed = packed
-        # Saving the sources makes autograd complain if one is changed before backward, as in eager.
-        ctx.save_for_backward(*sources)
-        return tuple(tensor.view_as(tensor) for tensor in packed.tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        saved = ctx.saved_tensors
-        with packing_mode(saved), torch.enable_grad():
-            sources = [source.detach().requires_grad_(wanted) for source, wanted in zip(saved, needed, strict=True)]
-            values = ctx.packed.module(*sources)
-        pairs = [
-            (value, gradient)
-            for value, gradient in zip(values, gradients, strict=True)
-            if gradient is not None and value.requires_grad
-        ]
-        wanted = [source for source in sources if source.requires_grad]
-        if not pairs or not wanted:
-            return (None, *(None for _ in sources))
-        found = iter(
-            torch.autograd.grad([value for value, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-        )
-        return (None, *(next(found) if source.requires_grad else None for source in sources))
+    with _lock:
+        _sweep({})
+        return len(_alive())
 
 
 @contextlib.contextmanager
@@ -216,28 +202,54 @@ def packing_mode(sources: Sequence[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def _forgetter(packed: weakref.ref[PackedWeights]) -> Any:
-    """What to do when a source tensor dies: free the packed memory."""
-
-    def forget(_: Any) -> None:
-        found = packed()
-        if found is not None:
-            found.alive, found.tensors = False, ()
-
-    return forget
+@cache
+def _start_hooks() -> None:
+    """Once there are packed weights, look at every optimizer's step, and free what died at full garbage collections."""
+    register_optimizer_step_post_hook(_after_step)
+    gc.callbacks.append(_after_collection)
 
 
-def _versions(sources: Sequence[torch.Tensor]) -> tuple[int, ...]:
-    """Version counters. Inference tensors have none."""
-    try:
-        return tuple(map(_version, sources))
-    except RuntimeError:
-        return tuple(-1 if source.is_inference() else source._version for source in sources)
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _registry:
+        forget_looks([weight for group in optimizer.param_groups for weight in group["params"]])
 
 
-def _written(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _after_collection(phase: str, info: dict[str, int]) -> None:
+    if phase == "stop" and info["generation"] == 2 and _lock.acquire(blocking=False):
+        try:
+            _sweep({})
+        finally:
+            _lock.release()
+
+
+def _sweep(kinds: dict[int, tuple[torch.dtype, torch.device]]) -> None:
+    """Free packed weights whose sources died or moved. `kinds`: dtype and device, by id, of weights as they are now."""
+    for packed in _alive():
+        look = packed.last
+        left = any(kinds.get(name, kind) != kind for name, kind in zip(look.ids, look.kinds, strict=True))
+        if left or look.is_gone():
+            packed.free()
+
+
+def _alive() -> list[PackedWeights]:
+    return [packed for packed in list(_registry.values()) if packed.alive]
+
+
+def _count_change() -> None:
+    global _changes
+    _changes += 1
+
+
+def _results(module: fx.GraphModule) -> Sequence[fx.Node]:
+    roots: Sequence[fx.Node] = list(module.graph.nodes)[-1].args[0]
+    return roots
+
+
+def _written(tensor: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
     """The value in the memory of the tensor, where that can be written and looks the same; else in its own."""
-    return tensor.copy_(value) if _same_look(tensor, value) and not is_packed(value) else value
+    if tensor is None or is_packed(value) or not _same_look(tensor, value):
+        return value
+    return tensor.copy_(value)
 
 
 def _same_look(one: torch.Tensor, other: torch.Tensor) -> bool:

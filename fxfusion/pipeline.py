@@ -89,13 +89,14 @@ def fuse_captured(
     choice: Choice,
     *,
     verify: VerifyMode = "structure",
-    lift_into: Literal["placeholder", "get_attr"] = "placeholder",
+    lift_into: Literal["placeholder", "get_attr"] | None = "placeholder",
     compiled_for: Setting | None = None,
 ) -> Fused:
     """Normalise, match, group, plan, rewrite and verify one captured graph.
 
     `compiled_for`: each group gets the form that is fastest there. Without it the graph stays portable
     ("concatenated") and the report says which form the backend would choose for inference.
+    `lift_into`: None leaves the computation of wide weights in the graph, where their gradients are native.
     """
     work = captured.copy()
     history = History(check=verify != "off")
@@ -205,7 +206,7 @@ def _rewrite(
     found: Analysis,
     history: History,
     verify: VerifyMode,
-    lift_into: Literal["placeholder", "get_attr"],
+    lift_into: Literal["placeholder", "get_attr"] | None,
 ) -> tuple[tuple[Pack, ...], tuple[Verification, ...]]:
     """Parallelise, concatenate (and prove it), prepack, join the mixers of wide windows, lift."""
     groups = found.groups
@@ -217,6 +218,8 @@ def _rewrite(
     proofs = _prove(work, groups, parallel) if numeric else ()
     if found.beside:
         run_passes(work.module, [ConcatParallelMixers(found.beside, work.weights, work.opaque, len(groups))], history)
+    if lift_into is None:
+        return (), proofs
     lift = LiftWeights(work.weights, lift_into)
     run_passes(work.module, [lift], history)
     return lift.packs, proofs

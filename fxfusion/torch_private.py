@@ -58,6 +58,18 @@ def backend_named(name: str) -> Callable[..., Any]:
     return found
 
 
+def be_registered(name: str, backend: Callable[..., Any]) -> None:
+    """Let Dynamo know a backend by name, also where it was given as a function.
+
+    After a compile Dynamo drops its weak references to the weights for registered backends only, and
+    `torch.utils.swap_tensors` refuses what somebody refers to weakly.
+    """
+    from torch._dynamo.backends import registry
+
+    if name not in registry._COMPILER_FNS:
+        registry.register_backend(backend, name=name)
+
+
 def placeholder_source(node: fx.Node) -> Any:
     """Where Dynamo found a placeholder's value, or None outside Dynamo."""
     return getattr(node, "_dynamo_source", None)
@@ -104,7 +116,8 @@ def copy_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
     """Carry over what Dynamo, AOTAutograd and torch.export keep beside a graph and its placeholders.
 
     Placeholders are paired by position. Without `dynamo_compile_id` in `gm.meta` AOTAutograd sees no
-    static inputs and CUDA graphs would copy every weight.
+    static inputs and CUDA graphs would copy every weight. Notes of Dynamo's own, which refer weakly to the user's
+    weights, are left behind (it takes them off its own graph after the compile; `be_registered` says why).
     """
     new.meta.update(old.meta)
     new.graph.set_codegen(copy.copy(old.graph._codegen))  # how exported graphs take and return pytrees
@@ -116,6 +129,7 @@ def copy_dynamo_facts(old: fx.GraphModule, new: fx.GraphModule) -> None:
     for old_node, new_node in zip(before, after, strict=False):
         if hasattr(old_node, "_dynamo_source"):
             new_node._dynamo_source = old_node._dynamo_source
+        new_node.meta.pop("grapharg", None)
 
 
 def mark_static_weight(node: fx.Node) -> None:

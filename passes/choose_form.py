@@ -7,6 +7,8 @@
     grouped_prepacked  the same in that layout, mostly their downs too       memory: the group's weights again
 
 All are the parallel form up to rounding, so no result depends on the machine. Matches (no edit).
+While gradients are recorded a group is computed by "members", on the user's own parameters: nothing is packed, so
+nothing can go stale and gradients are native. Who asks for "concatenated" gets the concatenation at each call.
 Made from kernel timings and `python -m bench.chain_speed` and `bench.grouped_speed` on AVX-512 processors, one thread;
 what was not measured keeps "concatenated" or "grouped", and its reason says so. Source: issues 5 and 7.
 """
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import fx
 
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph import ops
@@ -35,12 +38,15 @@ FEW = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a graph is compiled for. `request`: a form, or `"auto"`; `training`: gradients are recorded."""
+    """What a graph is compiled for. `request`: a form, or `"auto"`; `training`: gradients are recorded, around the
+    graph or inside it (`records_gradients`)."""
 
     request: FormRequest = "auto"
     training: bool = False
     autocast: bool = False
 
+
+_RECORD = frozenset({"grad_increment_nesting", "jvp_increment_nesting", "enter_dual_level", "requires_grad_"})
 
 # One rule serves groups with norms on their outputs: their gates and ups are wide as others' are, and GEMMs of the same
 # shapes (256 x 704 and 1024 x 2816, 1 to 128 tokens) were measured to gain and lose in the same places.
@@ -50,22 +56,32 @@ _GROUPED: dict[Form, Form] = {"concatenated": "grouped", "prepacked": "grouped_p
 def choose_forms(
     groups: Sequence[Group], setting: Setting, profitable_only: bool
 ) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
-    """Every group with its form; with `profitable_only`, those of form "members" are refused instead."""
-    chosen = [_with_form(group, setting) for group in groups]
+    """Every group with its form; with `profitable_only`, those that inference would compute by "members" are refused
+    instead (with gradients as without, so that both compute the same function)."""
+    chosen = [_with_form(group, setting) for group in groups if not _is_left_alone(group, setting, profitable_only)]
+    left = [group for group in groups if _is_left_alone(group, setting, profitable_only)]
     refusals = [
         Refusal(
             code=RefusalCode.NOT_PROFITABLE,
-            message=f"one wide FFN would not be faster ({group.why}); profitable_only is True",
+            message=f"one wide FFN would not be faster ({_inference_rule(group, setting)[1]}); profitable_only is True",
             node=ffn.add.name,
             layer=ffn.name,
             source=ffn.source,
         )
-        for group in chosen
-        if _is_left_alone(group, profitable_only)
+        for group in left
         for ffn in group.members
     ]
-    kept = tuple(group for group in chosen if not _is_left_alone(group, profitable_only))
-    return kept, tuple(refusals)
+    return tuple(chosen), tuple(refusals)
+
+
+def records_gradients(module: fx.GraphModule) -> bool:
+    """Whether the graph itself, or one inside it, records gradients: `torch.enable_grad`, `torch.func.grad` and the
+    like."""
+    for node in (node for part in module.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes):
+        name = ops.op_name(node).lstrip("_")
+        if name in _RECORD or (name == "set_grad_enabled" and node.args[:1] == (True,)):
+            return True
+    return False
 
 
 def tokens_to_pack_for(group: Group) -> int:
@@ -94,9 +110,13 @@ def weight_bytes(group: Group) -> int:
     return sum(size_hint(value.numel()) * value.element_size() for value in values if value is not None)
 
 
-def _is_left_alone(group: Group, profitable_only: bool) -> bool:
+def _is_left_alone(group: Group, setting: Setting, profitable_only: bool) -> bool:
     """The mixers of a window have moved by now, so its group stays."""
-    return profitable_only and group.form == "members" and group.window is None
+    return profitable_only and group.window is None and _inference_rule(group, setting)[0] == "members"
+
+
+def _inference_rule(group: Group, setting: Setting) -> tuple[Form, str]:
+    return _rule(group, replace(setting, training=False))
 
 
 def _with_form(group: Group, setting: Setting) -> Group:
@@ -105,6 +125,8 @@ def _with_form(group: Group, setting: Setting) -> Group:
 
 
 def _rule(group: Group, setting: Setting) -> tuple[Form, str]:
+    if setting.training:
+        return _training_rule(setting.request)
     no_layout = _why_no_layout(group, setting)
     if setting.request != "auto":
         if setting.request == "prepacked" and no_layout:
@@ -121,14 +143,19 @@ def _rule(group: Group, setting: Setting) -> tuple[Form, str]:
     return "concatenated", f"fewer and larger GEMMs; {no_layout}"
 
 
+def _training_rule(request: FormRequest) -> tuple[Form, str]:
+    if request in ("concatenated", "members"):
+        return request, "asked for" + ("; gradients are recorded, so at each call" if request == "concatenated" else "")
+    asked = "prepacked was asked for, but " if request == "prepacked" else ""
+    return "members", f"{asked}gradients are recorded: computed from the model's own parameters"
+
+
 def _why_no_layout(group: Group, setting: Setting) -> str:
     """Why the weights cannot be in oneDNN's layout; empty where they can."""
     if _device(group).type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return "oneDNN's layouts were measured on x86 processors only"
     if not onednn_packs(_dtype(group)):
         return f"oneDNN packs no {_name(_dtype(group))} weights here"
-    if setting.training:
-        return "packed weights have no gradient"
     return "autocast is on" if setting.autocast else ""
 
 

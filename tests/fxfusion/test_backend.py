@@ -13,6 +13,7 @@ import pytest
 import tomllib
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxfusion
 from fxfusion import FusionPlan, RefusalCode, ffn_fusion, last_reports
@@ -111,17 +112,34 @@ def test_a_write_between_forward_and_backward_raises_as_in_eager(compiler: str) 
             loss.backward()
 
 
-def test_second_derivatives_raise_and_are_never_wrong() -> None:
+@pytest.mark.parametrize("form", ["auto", "concatenated"])
+def test_second_derivatives_are_native(form: str) -> None:
     model, x = stack(), tokens().requires_grad_()
-    first = torch.autograd.grad(compiled(model)(x).square().sum(), model.layers[0].ffn.gate.weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first[0].sum().backward()
+    found = []
+    for result in (compiled(model, form=form, strict=True)(x), parallel_form(model, x)):
+        first = torch.autograd.grad(result.square().sum(), model.layers[0].ffn.gate.weight, create_graph=True)
+        found.append(torch.autograd.grad(first[0].square().sum(), model.layers[1].ffn.down.weight)[0])
+    assert_exact(found[0], found[1], torch.float64, gradient=True)
+
+
+@pytest.mark.parametrize("form", ["auto", "concatenated", "prepacked"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_around_a_compiled_model(form: str, reentrant: bool) -> None:
+    """Nothing is computed at the first call alone, so the second saves the same tensors."""
+    model = stack()
+    run, gradients_of_x = compiled(model, "aot_eager", form=form, strict=True), []
+    for function in (lambda x: checkpoint(run, x, use_reentrant=reentrant), lambda x: parallel_form(model, x)):
+        x = tokens().requires_grad_()
+        function(x).square().sum().backward()
+        gradients_of_x.append(x.grad)
+    assert_exact(gradients_of_x[0], gradients_of_x[1], torch.float64, gradient=True)
 
 
 def test_no_concatenation_of_weights_in_the_compiled_graph() -> None:
     model, x = stack(), tokens()
     run = compiled(model, strict=True)
-    run(x)
+    with torch.no_grad():
+        run(x)
     after = last_reports()[-1].after
     assert after is not None
     names = [ops.op_name(node) for node in after.graph.nodes]
@@ -133,6 +151,7 @@ def test_no_concatenation_of_weights_in_the_compiled_graph() -> None:
     ]
 
 
+@torch.no_grad()
 def test_regional_compile_of_parts_of_a_model() -> None:
     parts, x = [stack(seed=1), stack(seed=2)], tokens()
     runs = [compiled(part, strict=True) for part in parts]
@@ -177,14 +196,14 @@ def test_a_failing_step_falls_back_with_one_warning(
     monkeypatch.setattr(step, fail)
     model, x = stack(), tokens()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with caplog.at_level(logging.WARNING, "fxfusion"):
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "fxfusion"):
         assert torch.equal(compiled(model)(x), model(x))
     warnings = [record.getMessage() for record in caplog.records if record.name == "fxfusion"]
     assert len(warnings) == 1 and "no memory for this" in warnings[0] and "unfused" in warnings[0]
     assert "no memory for this" in last_reports()[-1].notes[0]
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="no memory for this"):
+    with torch.no_grad(), pytest.raises(Exception, match="no memory for this"):
         compiled(model, strict=True)(x)
 
 
@@ -228,7 +247,7 @@ def test_a_plan_reaches_over_a_graph_break(caplog: pytest.LogCaptureFixture) -> 
 
 def test_running_without_weights_says_so() -> None:
     model = stack().to("meta")
-    with pytest.raises(MissingWeightsError, match="meta device"):
+    with torch.no_grad(), pytest.raises(MissingWeightsError, match="meta device"):
         compiled(model)(tokens().to("meta"))
 
 

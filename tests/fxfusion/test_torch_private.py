@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ TESTED = {
     "as_backend_fake",
     "as_user_error",
     "backend_named",
+    "be_registered",
     "compile_with_inductor",
     "copy_dynamo_facts",
     "emit_artifact",
@@ -220,6 +222,27 @@ def test_user_errors_keep_their_type_and_pass_through_dynamo() -> None:
     private.reset_dynamo()
     with pytest.raises(OptionError, match="unknown option 'x'"):
         torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+
+
+def test_registered_backends_leave_no_weak_reference_to_a_weight() -> None:
+    def unknown(gm: fx.GraphModule, inputs: Any) -> Any:
+        return gm.forward
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        private.be_registered("fxfusion_test", backend)
+        private.be_registered("fxfusion_test", backend)  # again does no harm
+        return gm.forward
+
+    referred = []
+    for function in (unknown, backend):
+        private.reset_dynamo()
+        layer = nn.Linear(2, 2)
+        torch.compile(layer, backend=function)(torch.ones(1, 2))
+        referred.append(bool(weakref.getweakrefs(layer.weight)))
+    assert referred == [True, False]
+    assert private.backend_named("fxfusion_test") is backend
+    for known in (torch._dynamo.backends.registry._COMPILER_FNS, torch._dynamo.backends.registry._BACKENDS):
+        del known["fxfusion_test"]
 
 
 def test_lazy_modules_run_what_their_graph_says() -> None:

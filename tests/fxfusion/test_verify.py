@@ -101,7 +101,7 @@ def test_the_backend_does_not_run_what_was_not_proved(
 ) -> None:
     _break_packing(monkeypatch)
     model, x = stack(), tokens()
-    options = {"compiler": "eager", "verify": "numeric"}
+    options = {"compiler": "eager", "verify": "numeric", "form": "concatenated"}
     torch._dynamo.reset()
     run = torch.compile(model, backend=fxfusion.ffn_fusion, options=options)
     assert torch.equal(run(x), model(x)) and "differs from the parallel form" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,13 @@ from torch import nn
 import fxfusion
 from fxfusion.errors import RefusalCode
 from fxfusion.passes import choose_form
-from fxfusion.passes.choose_form import Setting, choose_forms, packs_downs, tokens_to_pack_for
+from fxfusion.passes.choose_form import (
+    Setting,
+    choose_forms,
+    packs_downs,
+    records_gradients,
+    tokens_to_pack_for,
+)
 from fxfusion.passes.ffn import Group, Window
 from fxfusion.pipeline import analyse
 from fxfusion.plan_group import PlannedGroup
@@ -54,10 +61,7 @@ def test_large_groups_on_a_cpu_are_prepacked(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("dtype", "seq", "setting", "form", "why"),
     [
-        (torch.float32, 64, {"training": True}, "members", "packed weights have no gradient"),
         (torch.float32, 64, {"autocast": True}, "members", "autocast is on"),
-        (torch.bfloat16, 64, {"training": True}, "concatenated", "packed weights have no gradient"),
-        (torch.float32, 1, {"training": True}, "concatenated", "packed weights have no gradient"),
         (torch.float64, 64, {}, "concatenated", "oneDNN packs no float64 weights here"),
     ],
 )
@@ -81,12 +85,13 @@ def grouped_of(dtype: torch.dtype = torch.float32, seq: int = 4) -> Group:
     [
         (torch.bfloat16, 64, {}, "grouped_prepacked", "fastest for bfloat16"),
         (torch.float32, 1, {}, "grouped_prepacked", "fastest for float32"),
-        (torch.float32, 64, {"training": True}, "members", "float32 GEMMs of 16 tokens"),
+        (torch.float32, 64, {"training": True}, "members", "gradients are recorded"),
+        (torch.float32, 64, {"autocast": True}, "members", "float32 GEMMs of 16 tokens"),
         (torch.float32, 1, {"autocast": True}, "grouped", "autocast is on"),
-        (torch.bfloat16, 64, {"training": True}, "grouped", "packed weights have no gradient"),
+        (torch.bfloat16, 64, {"request": "concatenated", "training": True}, "grouped", "at each call"),
         (torch.bfloat16, 64, {"request": "concatenated"}, "grouped", "asked for"),
         (torch.bfloat16, 64, {"request": "prepacked"}, "grouped_prepacked", "asked for"),
-        (torch.bfloat16, 64, {"request": "prepacked", "training": True}, "grouped", "prepacked was asked for, but"),
+        (torch.bfloat16, 64, {"request": "prepacked", "training": True}, "members", "prepacked was asked for, but"),
         (torch.bfloat16, 64, {"request": "members"}, "members", "asked for"),
     ],
 )
@@ -138,6 +143,76 @@ def test_a_form_that_is_asked_for(form: str) -> None:
 def test_what_was_asked_for_and_cannot_be_is_said() -> None:
     form, why = chosen(group_of(torch.float64), request="prepacked")
     assert form == "concatenated" and why.startswith("prepacked was asked for, but ")
+
+
+RECORDED = "gradients are recorded: computed from the model's own parameters"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("request_", "form", "why"),
+    [
+        ("auto", "members", RECORDED),
+        ("prepacked", "members", f"prepacked was asked for, but {RECORDED}"),
+        ("members", "members", "asked for"),
+        ("concatenated", "concatenated", "asked for; gradients are recorded, so at each call"),
+    ],
+)
+def test_nothing_is_packed_while_gradients_are_recorded(dtype: torch.dtype, request_: str, form: str, why: str) -> None:
+    assert chosen(group_of(dtype), request=request_, training=True) == (form, why)
+
+
+def _inside(model: nn.Module, record: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(x: torch.Tensor) -> Any:
+        return record(lambda y: model(y).sum(), x)
+
+    return forward
+
+
+def _with_grad(function: Callable[..., Any], x: torch.Tensor) -> Any:
+    with torch.enable_grad():
+        return function(x)
+
+
+def _without(function: Callable[..., Any], x: torch.Tensor) -> Any:
+    with torch.no_grad():
+        return function(x)
+
+
+RECORDS: list[tuple[Callable[..., Any], bool]] = [
+    (_with_grad, True),
+    (lambda function, x: torch.func.grad(function)(x), True),
+    (lambda function, x: torch.func.vjp(function, x)[0], True),
+    (lambda function, x: torch.func.jvp(function, (x,), (x,))[1], True),
+    (_without, False),
+    (lambda function, x: function(x), False),
+]
+
+
+@pytest.mark.parametrize(("record", "wanted"), RECORDS)
+def test_graphs_that_record_gradients_themselves(record: Callable[..., Any], wanted: bool) -> None:
+    found: list[bool] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        found.append(records_gradients(gm))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(_inside(stack(), record), backend=backend, fullgraph=True)(tokens())
+    assert found == [wanted]
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("training", [True, False])
+def test_profitable_only_does_not_depend_on_gradients(training: bool) -> None:
+    """Otherwise a model would train another function than it computes later."""
+    groups, _ = choose_forms([group_of(torch.float32)], Setting(training=training), profitable_only=True)
+    assert len(groups) == 1
+    groups, refusals = choose_forms(
+        [group_of(torch.float32, seq=64)], Setting(training=training, autocast=True), profitable_only=True
+    )
+    assert groups == () and "autocast is on" in refusals[0].message
 
 
 def test_the_layout_does_not_depend_on_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_any_number_of_token_axes(shape: tuple[int, ...]) -> None:
 def test_compiled_trains_changes_shape_and_is_never_stale() -> None:
     """Gradients of every parameter, other numbers of tokens, and weights changed behind the compiler's back."""
     model, reference = post_stack(norm=Rms), post_stack(norm=Rms)
-    options = {"compiler": "aot_eager", "verify": "numeric", "strict": True}
+    options = {"compiler": "aot_eager", "verify": "numeric", "strict": True, "form": "concatenated"}
     call = torch.compile(model, backend=ffn_fusion, options=options)  # the second shape makes it dynamic
     for seq in (5, 9, 3):
         x = tokens(seq=seq)

@@ -37,7 +37,7 @@ BUILDS: dict[str, tuple[Callable[[], Stack], Callable[[Any, Tensor], Tensor], st
 def test_dynamic_graphs_are_fused_and_never_stale(build: tuple[Any, Any, str]) -> None:
     make, parallel, form = build
     model: Any = make()
-    options = {"compiler": "aot_eager", "strict": True, "verify": "numeric"}
+    options = {"compiler": "aot_eager", "strict": True, "verify": "numeric", "form": "concatenated"}
     call = torch.compile(model, backend=ffn_fusion, dynamic=True, options=options)
     for seq in (5, 9, 3):
         x = tokens(seq=seq)
