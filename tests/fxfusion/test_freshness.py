@@ -82,7 +82,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "fused SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, fused=True),
     "foreach SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, foreach=True),
     "one loop": lambda model: torch.optim.Adam(model.parameters(), lr=0.05, foreach=False),
-    "a kernel of its own": lambda model: Uncounted(model.parameters()),
+    "a kernel of its own": lambda model: Uncounted([gate(model)]),
     "one flat tensor": _flat,
 }
 
