@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from fxfusion.errors import CaptureError
+from fxfusion.graph.effects import keep_unread
 from fxfusion.graph.inline import attribute, inline_modules, merge_attributes
 from fxfusion.torch_private import (
     FakeTensor,
@@ -56,6 +57,7 @@ class CapturedGraph:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         result = graph.graph_copy(self.module.graph, copies)
+        keep_unread([copies[node] for node in self.module.graph.nodes if not node.users and node in copies])
         graph.output(result).meta = dict(self.module.graph.output_node().meta)
         module = lazy_graph_module(self.module, graph)
         copy_dynamo_facts(self.module, module)

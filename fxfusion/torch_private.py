@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -19,12 +20,12 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch._inductor import list_mode_options as _list_mode_options
 from torch._logging import trace_structured
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "TorchDispatchMode"]
+__all__ = ["FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket", "TorchDispatchMode"]
 
 FUNCTIONAL_NN = "torch._C._nn"
 """Module of `linear`, `gelu` and other functions that Dynamo puts into graphs."""
@@ -68,6 +69,20 @@ def be_registered(name: str, backend: Callable[..., Any]) -> None:
 
     if name not in registry._COMPILER_FNS:
         registry.register_backend(backend, name=name)
+
+
+@functools.cache
+def dispatcher_operations() -> frozenset[str]:
+    """Names, such as `aten::add.Tensor`, of what torch's dispatcher knows: without the built-ins of TorchScript."""
+    return frozenset(torch._C._dispatch_get_all_op_names())
+
+
+def is_export_guard(node: fx.Node) -> bool:
+    """Whether the node calls what `torch.export` puts before a graph: it checks the inputs and returns nothing."""
+    from torch.export._unlift import GuardsFn
+
+    owner = node.graph.owning_module
+    return node.op == "call_module" and owner is not None and type(owner.get_submodule(str(node.target))) is GuardsFn
 
 
 def placeholder_source(node: fx.Node) -> Any:

@@ -22,6 +22,7 @@ from torch import fx
 
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.effects import DROPOUT_OPS, dropout_arguments
 from fxfusion.graph.pass_base import Pass, PassResult
 
 _CASTS = frozenset("to type_as float double half bfloat16".split())
@@ -56,8 +57,8 @@ def _returned_input(node: fx.Node, facts: GraphFacts) -> fx.Node | None:
         if not (_same_kind(node, source) and _same_shape(node, source)) or _asks_for_layout(node):
             return None
         return source if not (_copies(node) and _is_told_apart(node, source, facts)) else None
-    if name in ops.DROPOUT_OPS:
-        probability, training = ops.dropout_arguments(node)
+    if name in DROPOUT_OPS:
+        probability, training = dropout_arguments(node)
         return source if training is False or probability == 0 else None
     if name in ("alias", "lift_fresh", "Identity"):
         return source
@@ -89,7 +90,7 @@ def _copies(node: fx.Node) -> bool:
 
 def _is_told_apart(node: fx.Node, source: fx.Node, facts: GraphFacts) -> bool:
     """Whether it shows that two values share memory: one is written, or the caller gets the second."""
-    return facts.alias_root(source) in facts.written or facts.escapes(node)
+    return facts.is_written(source) or facts.effects.escapes(node)
 
 
 def _asks_for_layout(node: fx.Node) -> bool:

@@ -22,10 +22,11 @@ from torch import fx
 
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.effects import ALIASING_OPS, DROPOUT_OPS, writes_in_place
 from fxfusion.graph.pass_base import Pass, PassResult
 
 _ZERO_MAKERS = frozenset("zeros zeros_like new_zeros".split())
-_ZERO_KEEPERS = ops.ALIASING_OPS | {"neg", "clone", "relu"} | ops.DROPOUT_OPS
+_ZERO_KEEPERS = ALIASING_OPS | {"neg", "clone", "relu"} | DROPOUT_OPS
 
 
 class DropZeroBranches(Pass):
@@ -44,8 +45,10 @@ class DropZeroBranches(Pass):
             kept = _addition_of_zero(node, zero)
             if kept is None or not _interchangeable(node, kept):
                 continue
-            in_place = ops.writes_in_place(node) and ops.written_argument(node) is kept
-            if not in_place and _would_share_memory(node, kept, facts):
+            written = facts.effects.of[node].writes
+            if written != (kept,) and _would_share_memory(node, kept, facts):
+                continue
+            if written and not facts.effects.is_private(kept):
                 continue
             node.replace_all_uses_with(kept)
             graph.erase_node(node)
@@ -55,10 +58,9 @@ class DropZeroBranches(Pass):
 
 def _would_share_memory(node: fx.Node, kept: fx.Node, facts: GraphFacts) -> bool:
     """Whether the sum must stay a tensor of its own: it is written, or the caller would see an alias."""
-    root = facts.alias_root(kept)
-    if {root, facts.alias_root(node)} & facts.written:
+    if facts.is_written(kept) or facts.is_written(node):
         return True
-    return facts.escapes(node) and (root.op in ("placeholder", "get_attr") or facts.escapes(root))
+    return facts.effects.escapes(node) and (facts.effects.escapes(kept) or not facts.effects.is_private(kept))
 
 
 def _zero_values(graph: fx.Graph, facts: GraphFacts) -> set[fx.Node]:
@@ -72,7 +74,7 @@ def _zero_values(graph: fx.Graph, facts: GraphFacts) -> set[fx.Node]:
 
     for node in graph.nodes:
         name = ops.op_name(node)
-        if ops.tensor_value(node) is None or ops.writes_in_place(node) or facts.alias_root(node) in facts.written:
+        if ops.tensor_value(node) is None or facts.effects.of[node].writes or facts.is_written(node):
             continue
         fill = ops.argument(node, 2 if name == "new_full" else 1, "fill_value")
         made_zero = name in _ZERO_MAKERS or (name in ("full", "full_like", "new_full") and is_zero(fill))
@@ -97,7 +99,7 @@ def _addition_of_zero(node: fx.Node, zero: set[fx.Node]) -> fx.Node | None:
 
     if is_zero(right) and isinstance(left, fx.Node):
         return left
-    if is_zero(left) and isinstance(right, fx.Node) and ops.op_name(node) == "add" and not ops.writes_in_place(node):
+    if is_zero(left) and isinstance(right, fx.Node) and ops.op_name(node) == "add" and not writes_in_place(node):
         return right if node.kwargs.get("alpha", 1) == 1 else None
     return None
 

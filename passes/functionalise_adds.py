@@ -1,12 +1,13 @@
-"""Turn `branch += stream` into `branch + stream`, where nobody can see the difference.
+"""Turn `branch += stream` and `stream += branch` into sums, where nobody can see the difference.
 
 Before:
-    y = iadd(b, x)          b: a fresh tensor that nobody else reads, [batch, seq, hidden]
+    y = iadd(b, x)          b: made inside the graph, [batch, seq, hidden]; behind the write only y or b itself is read
 After:
-    y = add(b, x)
+    y = add(b, x)           who read b behind the write reads y
 
-Exact: the written tensor was made inside the graph and has no other reader or alias, so only the
-result is observable. `iadd(x, b)` on a stream that others read stays as it is, and is refused later.
+Exact: the memory that was written was made inside the graph, no view or alias of it is read behind the write, and only
+understood operations touch it, so only the result is observable. What the caller or a later reader can see (an input, a
+view) is written in place as before, and FFNs around it are refused.
 Source: issue 2; several model families write their residual addition in place.
 """
 
@@ -20,6 +21,7 @@ from torch import fx
 
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor
+from fxfusion.graph.effects import GraphEffects
 from fxfusion.graph.pass_base import Pass, PassResult
 
 
@@ -28,27 +30,25 @@ class FunctionaliseAdds(Pass):
     exact: ClassVar[bool] = True
 
     def run(self, graph: fx.Graph) -> PassResult:
+        effects = GraphEffects(graph)
         changed = 0
-        for node in list(graph.nodes):
-            if ops.op_name(node) != "add" or not ops.writes_in_place(node) or len(node.args) != 2:
+        # From the end, so that the facts, which are of the graph as it was, can only be too careful.
+        for node in reversed(list(effects.of)):
+            if ops.op_name(node) != "add" or len(node.args) != 2 or node.kwargs or len(effects.of[node].writes) != 1:
                 continue
-            written = ops.written_argument(node)
-            if written is None or node.kwargs or not _is_private(written) or not _keeps_look(written, node.args[1]):
+            (written,) = effects.of[node].writes
+            if written is not node.args[0] or not _keeps_look(written, node.args[1]):
+                continue
+            later = effects.late_readers(node, written)
+            if not effects.is_private(written) or any(value is not written for value in later.values()):
                 continue
             added = GraphEditor(node, self.name, ()).call(operator.add, *node.args)
+            for user in later:
+                user.replace_input_with(written, added)
             node.replace_all_uses_with(added)
             graph.erase_node(node)
             changed += 1
         return PassResult(changed)
-
-
-def _is_private(node: fx.Node) -> bool:
-    """Whether the value, and every value it is a view of, has one reader and was made in the graph."""
-    while len(node.users) == 1:
-        if ops.op_name(node) not in ops.ALIASING_OPS:
-            return node.op in ("call_function", "call_method") and not ops.writes_in_place(node)
-        node = node.all_input_nodes[0]
-    return False
 
 
 def _keeps_look(written: fx.Node, added: object) -> bool:

@@ -17,7 +17,6 @@ from typing import ClassVar
 
 from torch import fx
 
-from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.pass_base import Pass, PassResult
 
@@ -35,7 +34,7 @@ class HoistConstants(Pass):
         late: list[fx.Node] = []
         first: dict[int, fx.Node] = {}
         for node in graph.nodes:
-            if node.op in ("placeholder", "output") or ops.is_mode_switch(node):
+            if node.op in ("placeholder", "output") or facts.effects.of[node].switches:
                 continue
             mode = facts.mode[node]
             if node not in facts.constants:

@@ -17,6 +17,7 @@ from fxfusion import debug
 from fxfusion.errors import Refusal, RefusalCode, Refused
 from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts, Slice
+from fxfusion.graph.effects import is_higher_order, is_random
 from fxfusion.passes.ffn import FfnNode, Matches, Mixer
 from fxfusion.passes.match_ffn import FfnMatcher
 
@@ -40,7 +41,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
     matcher = FfnMatcher(facts)
     ffns: list[FfnNode] = []
     mixers: list[Mixer] = []
-    refusals = [_higher_order(node) for node in facts.graph.nodes if ops.is_higher_order(node)]
+    refusals = [_higher_order(node) for node in facts.graph.nodes if is_higher_order(node)]
     for add in facts.graph.nodes:
         operands = _residual_operands(add, facts)
         if operands is None:
@@ -106,7 +107,7 @@ def _check_branch(
         raise Refused(RefusalCode.STRUCTURE, f"the addition scales the branch (alpha={add.kwargs['alpha']})", add)
     check_shapes(add, branch, found.stop)
     _check_readers(add, branch, found, facts)
-    _check_writes(add, found, facts)
+    _check_effects(add, found, facts)
     if len({facts.mode[node] for node in (*found.nodes, add)}) > 1:
         raise Refused(RefusalCode.MODE_CHANGE, "autocast or grad mode changes inside the branch", add)
     for node in found.nodes:
@@ -118,9 +119,9 @@ def _check_branch(
 
 def _check_node(node: fx.Node, facts: GraphFacts) -> None:
     name = ops.op_name(node)
-    if ops.is_random(node):
+    if is_random(node):
         raise Refused(RefusalCode.RANDOM, f"{name} draws random numbers (dropout in training mode?)", node)
-    if ops.is_higher_order(node):
+    if is_higher_order(node):
         raise Refused(RefusalCode.HIGHER_ORDER, f"{node.target} hides part of the branch in a sub-graph", node)
     if name in ROUTERS:
         raise Refused(RefusalCode.ROUTER, f"{name} routes tokens to experts", node)
@@ -145,9 +146,9 @@ def mixes_tokens(node: fx.Node, facts: GraphFacts) -> bool:
 def _mixer(add: fx.Node, found: Slice, facts: GraphFacts) -> Mixer:
     """The branch, and what it computes only to write it into a cache that it reads: keys and values."""
     nodes, leaks = set(found.nodes), dict.fromkeys(found.leaks)
-    read = {facts.alias_root(node) for node in (*found.nodes, *found.leaks)} if facts.written else set()
+    read = {facts.effects.root(node) for node in (*found.nodes, *found.leaks)} if facts.written else set()
     for cache in read & facts.written:
-        for write in facts.writes_of(cache):
+        for write in facts.effects.writers_of(cache):
             if facts.order[found.stop] < facts.order[write] < facts.order[add]:
                 written = facts.slice_between(write, found.stop)
                 nodes.update(written.nodes)
@@ -193,27 +194,33 @@ def _check_readers(add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFact
 def _check_weights(found: Slice, facts: GraphFacts) -> None:
     """A weight that the graph itself writes is no constant."""
     for node in (*found.nodes, *found.leaks):
-        if (node.op == "get_attr" or node in facts.weights) and facts.alias_root(node) in facts.written:
-            raise Refused(RefusalCode.MUTATION, f"the weight {node} is written in place by the graph", node)
+        if (node.op == "get_attr" or node in facts.weights) and facts.is_written(node):
+            words = f"the weight {node} is written in place by the graph, by {_writers(node, facts)}"
+            raise Refused(RefusalCode.MUTATION, words, node)
 
 
-def _check_writes(add: fx.Node, found: Slice, facts: GraphFacts) -> None:
-    """In-place nodes may write values that the branch made for itself; nothing else."""
+def _check_effects(add: fx.Node, found: Slice, facts: GraphFacts) -> None:
+    """Nodes may write values that the branch made for itself, and do nothing else beside returning a value."""
     inside = set(found.nodes)
     for node in (*found.nodes, add):
-        if not ops.writes_in_place(node):
-            continue
-        target = ops.written_argument(node)
-        private = target in inside and len(target.users) == 1 and ops.op_name(target) not in ops.ALIASING_OPS
-        if target is None or not private or node is add:
-            raise Refused(RefusalCode.MUTATION, f"{node} writes {target} in place", node)
-    roots = {
-        facts.alias_root(source) for node in found.nodes for source in node.all_input_nodes if source not in inside
-    }
-    written = roots & facts.written
-    if written:
-        name = ", ".join(sorted(str(node) for node in written))
-        raise Refused(RefusalCode.MUTATION, f"{name} is written in place elsewhere in the graph", add)
+        effect = facts.effects.of[node]
+        if effect.unknown:
+            raise Refused(RefusalCode.UNKNOWN_OP, f"{effect.unknown}: it may write what it reads", node)
+        for target in effect.writes:
+            private = inside.issuperset(facts.effects.members(target)) and not facts.effects.late_readers(node, target)
+            if not private or node is add:
+                raise Refused(RefusalCode.MUTATION, f"{node} writes {target} in place", node)
+        if effect.acts:
+            raise Refused(RefusalCode.MUTATION, f"{node} is there for its effect", node)
+    for node in found.nodes:
+        for source in node.all_input_nodes:
+            if source not in inside and facts.is_written(source):
+                words = f"{source} is written in place elsewhere in the graph, by {_writers(source, facts)}"
+                raise Refused(RefusalCode.MUTATION, words, add)
+
+
+def _writers(node: fx.Node, facts: GraphFacts) -> str:
+    return ", ".join(map(str, facts.effects.writers_of(node)[:3]))
 
 
 def weight_leaves(node: fx.Node, facts: GraphFacts) -> set[fx.Node]:

@@ -19,6 +19,7 @@ from torch import fx
 from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts, Slice
+from fxfusion.graph.effects import writes_in_place
 from fxfusion.passes.ffn import Linear
 from fxfusion.passes.match_output import NORM_BETWEEN, looks_like_norm, match_output
 from fxfusion.passes.match_pieces import VIEWS, keeps_channels
@@ -71,7 +72,7 @@ def _step_back(node: fx.Node, facts: GraphFacts) -> tuple[fx.Node, TailStep | No
     first = ops.argument(node, 0, "input")
     if isinstance(first, fx.Node) and (_only_rounds(node, name) or (name in VIEWS and keeps_channels(node, first))):
         return first, None
-    if name not in ("mul", "add", "div") or len(node.args) != 2 or node.kwargs or ops.writes_in_place(node):
+    if name not in ("mul", "add", "div") or len(node.args) != 2 or node.kwargs or writes_in_place(node):
         return None
     value, constant = node.args
     if name != "div" and _is_constant(value, facts):

@@ -112,7 +112,7 @@ class WindowMatcher:
                 if reader not in own:
                     words = f"{reader.name} also reads the stream after {_where(block)}, before {_where(after)}"
                     raise Refused(RefusalCode.STREAM_READ, words)
-            if self.facts.alias_root(block.add) in self.facts.written:
+            if self.facts.is_written(block.add):
                 raise Refused(RefusalCode.MUTATION, f"the stream after {_where(block)} is written in place")
             if self.facts.mode[block.add] != self.facts.mode[after.add]:
                 raise Refused(RefusalCode.MODE_CHANGE, f"autocast or grad mode changes after {_where(block)}")

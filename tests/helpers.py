@@ -17,6 +17,7 @@ from fxfusion.capture import CapturedGraph, capture_model, captured_from_graph
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.effects import writes_in_place
 from fxfusion.graph.pass_base import History, Pass, PassRecord
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.passes.ffn import Matches
@@ -202,7 +203,7 @@ def graph_text(captured: CapturedGraph) -> str:
             continue
         names[node] = f"%{results}"
         results += 1
-        call = ops.op_name(node) + ("_" if ops.writes_in_place(node) else "")
+        call = ops.op_name(node) + ("_" if writes_in_place(node) else "")
         args = [_argument_text(value, names) for value in node.args]
         args += [f"{key}={_argument_text(value, names)}" for key, value in sorted(node.kwargs.items())]
         lines.append(f"{names[node]}: {_type_text(node)} = {call}({', '.join(args)})")

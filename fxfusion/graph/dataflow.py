@@ -6,12 +6,13 @@ whole graph themselves, so matching stays linear in the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from torch import fx
 
 from fxfusion.graph import ops
+from fxfusion.graph.effects import GraphEffects, is_pure
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,75 +37,29 @@ class GraphFacts:
 
     def __init__(self, graph: fx.Graph, weights: Iterable[fx.Node]) -> None:
         self.graph = graph
-        self.order: dict[fx.Node, int] = {node: index for index, node in enumerate(graph.nodes)}
+        self.effects = GraphEffects(graph)
+        self.order: Mapping[fx.Node, int] = self.effects.order
+        self.mode: Mapping[fx.Node, int] = self.effects.modes
+        self.written: Set[fx.Node] = self.effects.written
         self.weights: Set[fx.Node] = frozenset(weights)
-        self.written: Set[fx.Node] = self._written()
         self.constants: Set[fx.Node] = self._constants()
-        self.mode: dict[fx.Node, int] = self._modes()
 
     def _constants(self) -> Set[fx.Node]:
         """Values that depend on weights and literals alone."""
         constant: set[fx.Node] = set()
         for node in self.graph.nodes:
             if node in self.weights or node.op == "get_attr":
-                known = node not in self.written
+                known = True
             else:
                 sources = node.all_input_nodes
-                known = bool(sources) and all(source in constant for source in sources) and ops.is_pure(node)
-            if known and self.alias_root(node) not in self.written:
+                known = bool(sources) and all(source in constant for source in sources) and is_pure(node)
+            if known and not self.is_written(node):
                 constant.add(node)
         return constant
 
-    def _written(self) -> Set[fx.Node]:
-        """Values that an in-place node writes, traced back through views to where they were made."""
-        written: set[fx.Node] = set()
-        for node in self.graph.nodes:
-            if ops.writes_in_place(node):
-                target = ops.written_argument(node)
-                if target is not None:
-                    written.add(self.alias_root(target))
-        return written
-
-    def _modes(self) -> dict[fx.Node, int]:
-        """How many switches of autocast, grad or inference mode stand before each node."""
-        mode, modes = 0, {}
-        for node in self.graph.nodes:
-            mode += ops.is_mode_switch(node)
-            modes[node] = mode
-        return modes
-
-    def alias_root(self, node: fx.Node) -> fx.Node:
-        """The value whose memory `node` may share: the end of its run of views and in-place writes."""
-        while (ops.op_name(node) in ops.ALIASING_OPS or ops.writes_in_place(node)) and node.all_input_nodes:
-            written = ops.written_argument(node) if ops.writes_in_place(node) else None
-            node = written or node.all_input_nodes[0]
-        return node
-
-    def writes_of(self, root: fx.Node) -> tuple[fx.Node, ...]:
-        """The in-place nodes that write the value, views of it included, in graph order."""
-        found: set[fx.Node] = set()
-        pending, seen = [root], {root}
-        while pending:
-            for user in pending.pop().users:
-                if user in seen or self.alias_root(user) is not root:
-                    continue
-                seen.add(user)
-                pending.append(user)
-                if ops.writes_in_place(user):
-                    found.add(user)
-        return tuple(sorted(found, key=self.order.__getitem__))
-
-    def escapes(self, node: fx.Node) -> bool:
-        """Whether the caller of the graph gets the value, or something that may share its memory."""
-        pending, seen = [node], {node}
-        while pending:
-            for user in pending.pop().users:
-                if user.op == "output":
-                    return True
-                if user not in seen and (ops.op_name(user) in ops.ALIASING_OPS or ops.writes_in_place(user)):
-                    seen.add(user)
-                    pending.append(user)
-        return False
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether some node writes the value, or one that may share its memory."""
+        return self.effects.root(node) in self.written
 
     def slice_between(self, start: fx.Node, stop: fx.Node) -> Slice:
         """Everything `start` needs that was computed after `stop`."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfusion.graph import ops
+from fxfusion.graph.effects import KEPT, is_pure
 from fxfusion.graph.provenance import copy_provenance
 from fxfusion.torch_private import FakeTensor, fake_mode_of, outside_fake_mode
 
@@ -91,11 +91,12 @@ def set_example_value(node: fx.Node, mode: Any) -> None:
 def erase_dead_code(graph: fx.Graph) -> int:
     """Erase nodes that nobody reads and that have no effect; returns how many.
 
-    Unlike `Graph.eliminate_dead_code`, it keeps in-place writes, random draws and mode switches.
+    Unlike `Graph.eliminate_dead_code`, it keeps every node that is not known to be pure, and what nobody read when the
+    graph was captured (see `effects`).
     """
     erased = 0
     for node in reversed(list(graph.nodes)):
-        if not node.users and ops.is_pure(node):
+        if not node.users and KEPT not in node.meta and is_pure(node):
             graph.erase_node(node)
             erased += 1
     return erased

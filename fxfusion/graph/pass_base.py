@@ -66,8 +66,12 @@ class Pass(ABC):
 
 @dataclass
 class History:
-    """The passes that ran over one graph, in order. Without `check`, none is linted or checked."""
+    """The passes that ran over one graph, in order. Without `check`, none is linted or checked.
+
+    `effects`: names of the nodes whose effects can be seen from outside, in order, as the last pass left them.
+    """
 
     check: bool = True
     records: list[PassRecord] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    effects: list[str] | None = None

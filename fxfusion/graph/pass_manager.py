@@ -1,7 +1,7 @@
 """Runs passes in order and keeps every cross-cutting habit out of them.
 
-For each pass: run, erase dead code, lint, check placeholders and output, ask the pass what it ensures,
-record, log, dump. A pass that breaks the graph is a `PassError` with the names of those before it.
+For each pass: run, erase dead code, lint, check placeholders, output and effects (in their order), ask the pass what
+it ensures, record, log, dump. A pass that breaks the graph is a `PassError` with the names of those before it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fxfusion import debug
 from fxfusion.errors import PassError
 from fxfusion.graph import ops
 from fxfusion.graph.editor import erase_dead_code
+from fxfusion.graph.effects import GraphEffects
 from fxfusion.graph.pass_base import History, Pass, PassRecord
 
 
@@ -32,6 +33,8 @@ def _run_one(gm: fx.GraphModule, step: Pass, history: History) -> int:
     graph = gm.graph
     before = len(graph.nodes)
     interface = _interface(graph)
+    if history.check and history.effects is None:
+        history.effects = _effects(graph)
     debug.dump_graph(gm, f"{len(history.records):02d}_{step.name}.before")
     start = time.perf_counter()
     try:
@@ -43,7 +46,11 @@ def _run_one(gm: fx.GraphModule, step: Pass, history: History) -> int:
         raise
     except Exception as error:
         raise PassError(f"{step.name} failed{_after(history)}: {type(error).__name__}: {error}") from error
-    problems = [*_interface_changes(interface, _interface(graph)), *step.ensures(graph)] if history.check else []
+    problems = []
+    if history.check:
+        problems += [*_interface_changes(interface, _interface(graph)), *step.ensures(graph)]
+        if result.changed or erased:
+            problems += _effect_changes(history.effects or [], _effects(graph))
     if problems:
         raise PassError(f"{step.name} broke the graph{_after(history)}: {'; '.join(problems)}")
     seconds = time.perf_counter() - start
@@ -53,6 +60,22 @@ def _run_one(gm: fx.GraphModule, step: Pass, history: History) -> int:
     debug.log_pass(record)
     debug.dump_graph(gm, f"{len(history.records) - 1:02d}_{step.name}.after")
     return result.changed + erased
+
+
+def _effects(graph: fx.Graph) -> list[str]:
+    """What the graph does that can be seen from outside, in order."""
+    return [node.name for node in GraphEffects(graph).observable()]
+
+
+def _effect_changes(before: list[str], after: list[str]) -> list[str]:
+    """Every effect must still be there, in its place."""
+    if before == after:
+        return []
+    gone = [name for name in before if name not in after]
+    if gone:
+        return [f"effects were lost: {', '.join(gone[:3])}"]
+    new = [name for name in after if name not in before]
+    return [f"effects came in: {', '.join(new[:3])}" if new else "effects changed places"]
 
 
 def _after(history: History) -> str:

@@ -19,12 +19,13 @@ from fxfusion.capture import CapturedGraph
 from fxfusion.errors import CaptureError
 from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.effects import ALIASING_OPS
 from fxfusion.models.spine import Addition, follow_stream
 from fxfusion.passes.ffn import FfnNode, Mixer
 from fxfusion.passes.match_residual import ROUTERS, match_residual, mixes_tokens
 
 # What may stand between an attention and the stream without making one value of it and its neighbours.
-_LINEAR_OPS = ops.ALIASING_OPS | {"mul", "div", "neg"}
+_LINEAR_OPS = ALIASING_OPS | {"mul", "div", "neg"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,9 +24,9 @@ from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.blocks import Blocks, ResidualBlock, find_blocks
-from fxfusion.models.effects import Effects
 from fxfusion.models.ffn_surgery.quantised import is_quantised
 from fxfusion.models.interface import input_places, logits_node
+from fxfusion.models.resumption import Resumption
 from fxfusion.pipeline import normalising_passes
 
 Batch = Tensor | Mapping[str, Any]
@@ -92,13 +92,13 @@ class TracedGraph:
     blocks: Blocks
     logits: fx.Node
     tokens: int
-    _effects: Effects = field(init=False)
+    _resumption: Resumption = field(init=False)
 
     def __post_init__(self) -> None:
         graph = self.captured.module.graph
         order = {node: place for place, node in enumerate(graph.nodes)}
         parts = (*self.blocks.mixers, *self.blocks.ffns, *self.blocks.layers)
-        self._effects = Effects(graph, min((block.after for block in parts), key=order.__getitem__))
+        self._resumption = Resumption(graph, min((block.after for block in parts), key=order.__getitem__))
 
     @torch.no_grad()
     def run(
@@ -117,11 +117,11 @@ class TracedGraph:
         gone = frozenset(removed) | (base.removed if base is not None else frozenset())
         wanted = dict.fromkeys(keep)
         self._check_own((*wanted, *(block.after for block in gone)))
-        base = base if self._effects.can_resume else None
+        base = base if self._resumption.can_resume else None
         known = self._unchanged(base, gone)
         shortcuts = _shortcuts(gone)
-        needed = self._needed((*wanted, *(self._effects.side_effects if base is None else ())), known, shortcuts)
-        shared = (needed if base is None else base.shared & known.keys()) & frozenset(self._effects.shared)
+        needed = self._needed((*wanted, *(self._resumption.side_effects if base is None else ())), known, shortcuts)
+        shared = (needed if base is None else base.shared & known.keys()) & frozenset(self._resumption.shared)
         values = self._execute(needed, known, shortcuts, {*shared, *wanted}, self.inputs(batch))
         return Run(values, gone, frozenset(shared))
 
@@ -171,9 +171,9 @@ class TracedGraph:
         self._check_own(base.values)
         changed: set[fx.Node] = set()
         for block in gone - base.removed:
-            changed |= self._effects.downstream(block.after)
+            changed |= self._resumption.downstream(block.after)
         known = {node: value for node, value in base.values.items() if node not in changed}
-        return {node: value for node, value in known.items() if not self._effects.is_written(node)}
+        return {node: value for node, value in known.items() if not self._resumption.is_written(node)}
 
     def _needed(
         self, wanted: Iterable[fx.Node], known: Mapping[fx.Node, Any], shortcuts: Mapping[fx.Node, fx.Node]
@@ -186,7 +186,7 @@ class TracedGraph:
             if node not in needed and node not in known:
                 needed.add(node)
                 pending.extend(_sources(node, shortcuts))
-                pending.extend(self._effects.writers(node))
+                pending.extend(self._resumption.writers(node))
         return needed
 
     def _execute(
@@ -205,7 +205,7 @@ class TracedGraph:
         env.update(known)
         results = {node: known[node] for node in kept if node in known}
         # What is written in place later on must be handed over as it was when it was made.
-        copied = {node for node in (*shortcuts.values(), *kept) if self._effects.is_written(node)}
+        copied = {node for node in (*shortcuts.values(), *kept) if self._resumption.is_written(node)}
         copies: dict[fx.Node, Any] = {}
         for node in order:
             if node in shortcuts:
@@ -213,7 +213,7 @@ class TracedGraph:
                 env[node] = copies[source].clone() if source in copies else env[source]
             else:
                 env[node] = inputs[node] if node.op == "placeholder" else interpreter.run_node(node)
-            if node.op in ("placeholder", "get_attr") and self._effects.is_written(node):
+            if node.op in ("placeholder", "get_attr") and self._resumption.is_written(node):
                 env[node] = env[node].clone()  # a buffer that the model updates: runs must not
             if node in copied:
                 copies[node] = env[node].clone()

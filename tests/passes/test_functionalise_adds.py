@@ -41,12 +41,15 @@ HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
     "broadcast": lambda x: (x * 2).add_(torch.ones(8, dtype=torch.float64)) * 3,
     "a view that only it reads": lambda x: (x * 2).view(-1, 8).add_(1) * 3,
     "two in a row": lambda x: (x * 2).add_(x).add_(x) * 3,
+    "a value read before and behind": read_twice,
+    "a view made behind": lambda x: ((b := x * 2).add_(x), b.view(-1, 8) * 3)[1],
 }
 HARMFUL: dict[str, Callable[[Tensor], Tensor]] = {
     "the input": lambda x: x.add_(1) * 3,
     "a view of the input": lambda x: x.view(-1, 8).add_(1) * 3,
-    "a value read twice": read_twice,
     "a view of a value that is read": through_a_view,
+    "a view that is read behind": lambda x: ((v := (b := x * 2).view(-1, 8)), b.add_(x), v * 3)[2],
+    "a view that is returned": lambda x: ((b := x * 2).view(-1, 8), b.add_(x))[0],
     "a sum that would be wider": lambda x: x.float().mul(2).add_(x) * 3,
     "a scaled sum": lambda x: (x * 2).add_(x, alpha=2) * 3,
     "not an addition": lambda x: (x * 2).mul_(x) * 3,

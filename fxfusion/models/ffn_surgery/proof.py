@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from fxfusion.errors import Refused, SurgeryError
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.effects import effect_of
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
@@ -92,7 +93,7 @@ class _Wider(fx.Interpreter):
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if ops.is_mode_switch(n):
+        if effect_of(n).switches:
             return args, kwargs
         return fx.node.map_aggregate(args, self._widened), fx.node.map_aggregate(kwargs, self._widened)
 

@@ -68,8 +68,8 @@ def test_a_written_copy_of_a_weight_is_no_constant_but_the_weight_is() -> None:
 
 def test_alias_root_goes_through_views_and_writes_but_not_through_sums() -> None:
     found, nodes = facts(lambda m, x: (x + 1).view(16)[2:].add_(3).unsqueeze(0) * 2)
-    assert found.alias_root(nodes["unsqueeze"]) is nodes["add"]
-    assert found.alias_root(nodes["mul"]) is nodes["mul"]
+    assert found.effects.root(nodes["unsqueeze"]) is nodes["add"]
+    assert found.effects.root(nodes["mul"]) is nodes["mul"]
 
 
 def test_writes_of_a_value_and_of_its_views() -> None:
@@ -80,9 +80,9 @@ def test_writes_of_a_value_and_of_its_views() -> None:
         return y.view(-1).mul_(2).sum() + other.sum() + y.neg()
 
     found, nodes = facts(body)
-    assert [node.name for node in found.writes_of(nodes["mul"])] == ["copy_", "mul_"]
-    assert [node.name for node in found.writes_of(nodes["mul_1"])] == ["add_"]
-    assert found.writes_of(nodes["x"]) == ()
+    assert [node.name for node in found.effects.writers_of(nodes["mul"])] == ["copy_", "mul_"]
+    assert [node.name for node in found.effects.writers_of(nodes["mul_1"])] == ["add_"]
+    assert found.effects.writers_of(nodes["x"]) == ()
 
 
 def test_slices() -> None:
@@ -102,8 +102,8 @@ def test_a_slice_that_never_meets_its_stop_says_so() -> None:
 
 def test_what_escapes() -> None:
     found, nodes = facts(lambda m, x: ((x * 2).view(16), (x * 3).view(16) + 1))
-    assert found.escapes(nodes["mul"]) and found.escapes(nodes["view"])
-    assert not found.escapes(nodes["mul_1"])
+    assert found.effects.escapes(nodes["mul"]) and found.effects.escapes(nodes["view"])
+    assert not found.effects.escapes(nodes["mul_1"])
 
 
 def test_readers_of_values_are_not_those_of_shapes() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxfusion.capture import CapturedGraph
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor, erase_dead_code
+from fxfusion.graph.effects import KEPT
 from tests.helpers import capture, stack, tokens
 
 
@@ -65,6 +66,16 @@ def test_effects_stay_without_a_reader(function: Callable[[Tensor], Tensor], kep
     assert not [node for node in captured.module.graph.nodes if ops.op_name(node) == "sin"]
 
 
+def test_what_nobody_read_at_capture_stays() -> None:
+    captured = capture(nn.Sequential(nn.ReLU()), tokens(), how="symbolic")
+    graph = captured.module.graph
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(torch.sin, (next(iter(graph.nodes)),))
+    again = CapturedGraph(module=captured.module, inputs=captured.inputs).copy()
+    assert erase_dead_code(again.module.graph) == 0
+    assert erase_dead_code(graph) == 1
+
+
 def test_the_rest_goes_and_a_second_run_finds_nothing() -> None:
     captured = _unread(lambda x: F.dropout(x.cos(), 0.5, training=False).view(-1))
     before = len(captured.module.graph.nodes)
@@ -81,4 +92,7 @@ def _unread(function: Callable[[Tensor], Tensor]) -> CapturedGraph:
             x.sin()
             return x + 1
 
-    return capture(Of(), tokens(), how="symbolic")
+    captured = capture(Of(), tokens(), how="symbolic")
+    for node in captured.module.graph.nodes:
+        node.meta.pop(KEPT, None)  # as if a pass had left it unread
+    return captured

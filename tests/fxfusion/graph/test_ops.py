@@ -1,4 +1,4 @@
-"""One name for each operation, whatever the capture spelled it as, and what it does beside returning a value."""
+"""One name for each operation, whatever the capture spelled it as."""
 
 from __future__ import annotations
 
@@ -61,75 +61,6 @@ def test_names(target: Any, name: str) -> None:
 
 def test_nodes_that_call_nothing_have_no_name() -> None:
     assert ops.op_name(fx.Graph().placeholder("add")) == ""
-
-
-@pytest.mark.parametrize(
-    ("node", "writes"),
-    [
-        (call(operator.iadd, "x", 1), True),
-        (call(operator.setitem, "x", 0, 1), True),
-        (call("mul_", "x", 2), True),
-        (call("__imul__", "x", 2), True),
-        (call(F.relu, "x", inplace=True), True),
-        (call(F.relu, "x", True), True),
-        (call(F.hardswish, "x", True), True),
-        (call(F.threshold, "x", 0.1, 0.0, True), True),
-        (call(F.dropout, "x", 0.5, True, True), True),
-        (call(torch.add, "x", 1, out="x"), True),
-        (call(ATEN.copy_.default, "x", "x"), True),
-        (call(F.dropout, "x", 0.5, False, True), False),
-        (call(F.relu, "x", False), False),
-        (call(operator.add, "x", 1), False),
-        (call("__invert__", "x"), False),
-        (call(ATEN.add.Tensor, "x", "x"), False),
-    ],
-    ids=str,
-)
-def test_in_place_writes(node: fx.Node, writes: bool) -> None:
-    assert ops.writes_in_place(node) is writes
-    if writes:
-        assert ops.written_argument(node) is not None
-        assert not ops.is_pure(node)
-
-
-@pytest.mark.parametrize(
-    ("node", "random"),
-    [
-        (call(F.dropout, "x", 0.1), True),
-        (call(F.dropout, "x", 0.1, training=False), False),
-        (call(F.dropout, "x", 0.0, training=True), False),
-        (call(torch.dropout, "x", 0.1, True), True),
-        (call(torch.dropout, "x", 0.1, False), False),
-        (call(ATEN.dropout.default, "x", 0.1, True), True),
-        (call(ATEN.native_dropout.default, "x", 0.1, True), True),
-        (call(torch.rand_like, "x"), True),
-        (call("bernoulli_", "x"), True),
-        (call(ATEN.bernoulli.default, "x"), True),
-        (call(F.rrelu, "x"), False),
-        (call(F.rrelu, "x", training=True), True),
-        (call(F.gelu, "x"), False),
-    ],
-    ids=str,
-)
-def test_randomness(node: fx.Node, random: bool) -> None:
-    assert ops.is_random(node) is random
-    if random:
-        assert not ops.is_pure(node)
-
-
-def test_mode_switches_and_sub_graphs_are_not_pure() -> None:
-    assert ops.is_mode_switch(call(torch._C._set_grad_enabled, False))
-    assert not ops.is_pure(call(torch._C._set_grad_enabled, False))
-    cond = call(torch.ops.higher_order.cond, "x")
-    assert ops.is_higher_order(cond) and not ops.is_pure(cond)
-
-
-def test_functions_from_elsewhere_are_not_pure() -> None:
-    def mine(x: object) -> object:
-        return x
-
-    assert not ops.is_pure(call(mine, "x"))
-    assert ops.is_pure(call(operator.mul, "x", 2)) and ops.is_pure(call("mul", "x", 2))
 
 
 def test_two_functions_of_one_name_are_told_apart() -> None:

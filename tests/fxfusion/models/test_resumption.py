@@ -5,7 +5,7 @@ import operator
 import torch
 from torch import fx
 
-from fxfusion.models.effects import Effects
+from fxfusion.models.resumption import Resumption
 
 
 class Chain:
@@ -28,8 +28,8 @@ class Chain:
         self.output = graph.output((self.last,))
 
     @property
-    def effects(self) -> Effects:
-        return Effects(self.graph, self.block)
+    def effects(self) -> Resumption:
+        return Resumption(self.graph, self.block)
 
 
 def test_shared_values_come_from_before_the_first_block() -> None:
