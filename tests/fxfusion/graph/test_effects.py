@@ -218,6 +218,7 @@ GRANTED: dict[str, tuple[Any, ...]] = (
     | dict.fromkeys("adaptive_avg_pool3d adaptive_max_pool3d max_pool3d".split(), (IMAGE, 2))
     | dict.fromkeys("dropout alpha_dropout feature_alpha_dropout dropout2d dropout3d".split(), (IMAGE, 0.5, False))
     | {
+        "dropout1d": (X, 0.5, False),
         "affine_grid": (lambda: torch.ones(1, 2, 3), [1, 1, 4, 4]),
         "batch_norm": (X, lambda: torch.zeros(4), lambda: torch.ones(4)),
         "binary_cross_entropy": (lambda: torch.full((3,), 0.3), lambda: torch.ones(3)),
