@@ -28,9 +28,10 @@ from fxfusion.errors import (
     PlanError,
     RefusalCode,
 )
+from fxfusion.graph.effects import records_gradients
 from fxfusion.options import BackendOptions
 from fxfusion.packing import FusedCallable, GraphPacks, PackBinding, forget_looks
-from fxfusion.passes.choose_form import Setting, records_gradients
+from fxfusion.passes.choose_form import Setting
 from fxfusion.passes.lift_weights import Pack
 from fxfusion.pipeline import Fused, fuse_captured
 from fxfusion.plan import FusionPlan, Member
@@ -159,7 +160,7 @@ def _compiled_for(captured: CapturedGraph, settings: BackendOptions) -> Setting:
     differentiable = any(isinstance(value, torch.Tensor) and value.requires_grad for value in captured.inputs)
     return Setting(
         request=settings.form,
-        training=(torch.is_grad_enabled() and differentiable) or records_gradients(captured.module),
+        training=(torch.is_grad_enabled() and differentiable) or records_gradients(captured.module.graph),
         autocast=torch.is_autocast_enabled("cpu"),
     )
 

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
 
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph import ops
@@ -39,7 +38,7 @@ FEW = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """What a graph is compiled for. `request`: a form, or `"auto"`; `training`: gradients are recorded, around the
-    graph or inside it (`records_gradients`)."""
+    graph or inside it (`effects.records_gradients`)."""
 
     request: FormRequest = "auto"
     training: bool = False
@@ -72,16 +71,6 @@ def choose_forms(
         for ffn in group.members
     ]
     return tuple(chosen), tuple(refusals)
-
-
-def records_gradients(module: fx.GraphModule) -> bool:
-    """Whether the graph itself, or one inside it, records gradients: `torch.enable_grad`, `torch.func.grad` and the
-    like."""
-    for node in (node for part in module.modules() if isinstance(part, fx.GraphModule) for node in part.graph.nodes):
-        name = ops.op_name(node).lstrip("_")
-        if name in _RECORD or (name == "set_grad_enabled" and node.args[:1] == (True,)):
-            return True
-    return False
 
 
 def tokens_to_pack_for(group: Group) -> int:

@@ -12,12 +12,12 @@ from torch import nn
 
 import fxfusion
 from fxfusion.errors import RefusalCode
+from fxfusion.graph.effects import records_gradients
 from fxfusion.passes import choose_form
 from fxfusion.passes.choose_form import (
     Setting,
     choose_forms,
     packs_downs,
-    records_gradients,
     tokens_to_pack_for,
 )
 from fxfusion.passes.ffn import Group, Window
@@ -194,7 +194,7 @@ def test_graphs_that_record_gradients_themselves(record: Callable[..., Any], wan
     found: list[bool] = []
 
     def backend(gm: Any, inputs: Any) -> Any:
-        found.append(records_gradients(gm))
+        found.append(records_gradients(gm.graph))
         return gm.forward
 
     torch._dynamo.reset()

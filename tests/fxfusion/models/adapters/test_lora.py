@@ -128,7 +128,9 @@ def test_a_scaling_of_zero_stays_zero() -> None:
 def test_a_norms_bias_without_a_bias_to_take_it_is_refused() -> None:
     group = recipe(Form(shift=True, biases=True))
     tensors = parameters(group)
-    with pytest.raises(SurgeryError, match=r"1.gate.weight: its norm has a bias, .* norm='last' or with adapters='merge'"):
+    with pytest.raises(
+        SurgeryError, match=r"1.gate.weight: its norm has a bias, .* norm='last' or with adapters='merge'"
+    ):
         widened(group, 0, [None, *updates_of(group, 0, tensors, False, None)[1:]], tensors, check=True)
 
 
