@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ from fxfusion.torch_private import (
     backend_named,
     be_registered,
     compile_with_inductor,
+    compiled_model,
     ends_at_graph_break,
     mark_static_weight,
 )
@@ -51,7 +53,8 @@ log = logging.getLogger("fxfusion")
 _KEPT_REPORTS = 64
 _reports: list[FusionReport] = []
 _seconds_inside = 0.0
-_plans_in_parts: set[tuple[tuple[Member, ...], ...]] = set()
+# Plans of models that graph breaks cut into several graphs, by what the user compiled.
+_plans_in_parts: weakref.WeakKeyDictionary[Any, set[tuple[tuple[Member, ...], ...]]] = weakref.WeakKeyDictionary()
 
 
 def ffn_fusion(
@@ -178,10 +181,11 @@ def _report_unmatched(fused: Fused, settings: BackendOptions, more_follows: bool
     """
     named = "plan" if isinstance(settings.choice, FusionPlan) else "window"
     planned = settings.choice.groups if isinstance(settings.choice, FusionPlan) else settings.choice.windows
-    if more_follows:
-        _plans_in_parts.add(planned)
+    model = compiled_model()
+    if more_follows and model is not None:
+        _plans_in_parts.setdefault(model, set()).add(planned)
     codes = {RefusalCode.PLAN_UNMATCHED}
-    if planned not in _plans_in_parts:
+    if not more_follows and (model is None or planned not in _plans_in_parts.get(model, ())):
         codes.add(RefusalCode.PLAN_ABSENT)
     unmatched = [refusal for refusal in fused.report.refusals if refusal.code in codes]
     if not unmatched:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -120,6 +121,19 @@ def is_fsdp_managed(node: fx.Node) -> bool:
     """Whether Dynamo found the placeholder's value in a module that FSDP manages."""
     source = placeholder_source(node)
     return source is not None and "FSDP" in source.guard_source.name
+
+
+def compiled_model() -> Any:
+    """The model or function that the user compiled and now calls for the first time: the outermost one on the stack.
+
+    None where Dynamo's wrapper is not found there.
+    """
+    frame, found = sys._getframe(), None
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
+            found = frame.f_locals.get("fn", found)
+        frame = frame.f_back  # type: ignore[assignment]
+    return getattr(found, "__self__", found)
 
 
 def ends_at_graph_break(gm: fx.GraphModule) -> bool:

@@ -75,6 +75,12 @@ MODE_SWITCHES = frozenset(
     "_enter_autocast _exit_autocast _set_grad_enabled set_grad_enabled _enter_inference_mode "
     "_exit_inference_mode _enter_dual_level _saved_tensors_hooks_disable _saved_tensors_hooks_enable".split()
 )
+VMAP = frozenset("_add_batch_dim _remove_batch_dim lazy_load_decompositions".split())
+LEVELS = VMAP | frozenset(
+    "_wrap_for_grad _unwrap_for_grad _set_tensor_requires_grad set_inplace_requires_grad_allowed _autograd_grad "
+    "_make_dual _unpack_dual _vjp_treespec_compare".split()
+)
+"""Primitives of functorch: they write no value, and return what shows their first argument. Nothing passes them."""
 RANDOM_OPS = frozenset(
     "rand rand_like randn randn_like randint randint_like randperm bernoulli multinomial normal uniform "
     "exponential geometric cauchy log_normal random poisson native_dropout rrelu_with_noise".split()
@@ -215,7 +221,7 @@ def records_gradients(graph: fx.Graph) -> bool:
         if name in ("_set_grad_enabled", "set_grad_enabled"):
             if ops.argument(node, 0, "mode", True) is not False:
                 return True
-        elif name not in MODE_SWITCHES - {"_enter_dual_level"} and not name.startswith("_vmap_"):
+        elif name not in VMAP | MODE_SWITCHES - {"_enter_dual_level"} and not name.startswith("_vmap_"):
             return True
     return False
 
@@ -375,6 +381,8 @@ def _function(target: Any, name: str) -> _Known:
         return _Known()
     if name in MODE_SWITCHES or name.endswith(("_increment_nesting", "_decrement_nesting")):
         return _Known(is_understood=True, switches=True)
+    if name in LEVELS and module.startswith(("torch._functorch", "torch._C._functorch", "torch.func")):
+        return _Known(is_understood=True, switches=True, shows=((0, "tensor", False),))
     if name in NOTHING | CHECKS:
         return _Known(is_understood=True, acts=True)
     if isinstance(target, FunctionType):

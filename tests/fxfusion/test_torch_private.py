@@ -15,6 +15,9 @@ from fxfusion.errors import OptionError
 from tests.helpers import stack, tokens
 
 TESTED = {
+    "compiled_model",
+    "dispatcher_operations",
+    "is_export_guard",
     "StorageWatch",
     "as_backend_fake",
     "as_user_error",
@@ -299,3 +302,28 @@ def test_onednn_packs_and_reads_weights() -> None:
     address, size = private.onednn_memory(packed)
     assert address > 0 and size >= weight.numel() * 4
     torch.testing.assert_close(private.onednn_linear(x, packed, None), x @ weight.T)
+
+
+def test_operations_of_the_dispatcher_are_told_from_those_of_torchscript() -> None:
+    known = private.dispatcher_operations()
+    assert {"aten::add.Tensor", "aten::sort"} <= known and "aten::sort.Tensor" not in known
+
+
+def test_what_export_puts_before_a_graph_is_known() -> None:
+    gm = torch.export.export(torch.nn.ReLU(), (torch.ones(2),)).module()
+    calls = [node for node in gm.graph.nodes if node.op == "call_module"]
+    assert [private.is_export_guard(node) for node in calls] == [True]
+    assert not any(private.is_export_guard(node) for node in gm.graph.nodes if node.op != "call_module")
+
+
+def test_the_compiled_model_is_found_while_it_is_compiled() -> None:
+    found = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        found.append(private.compiled_model())
+        return gm.forward
+
+    private.reset_dynamo()
+    model = torch.nn.Sequential(torch.nn.ReLU())
+    torch.compile(model, backend=backend)(torch.ones(2))
+    assert found == [model] and private.compiled_model() is None
