@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -133,6 +134,7 @@ def compiled_model() -> Any:
         if frame.f_code.co_name == "compile_wrapper" and frame.f_globals.get("__name__") == "torch._dynamo.eval_frame":
             found = frame.f_locals.get("fn", found)
         frame = frame.f_back  # type: ignore[assignment]
+    found = inspect.unwrap(found) if callable(found) else found
     return getattr(found, "__self__", found)
 
 

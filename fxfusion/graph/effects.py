@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import FunctionType
 from typing import Any
@@ -112,6 +112,13 @@ _STATISTICS = dict.fromkeys(
 ) | {"instance_norm": "use_input_stats"}
 """Norms that write their running statistics without a word in their schema, and the flag (argument 5) that says so."""
 _OWN = ("aten", "prims", "prim", "fxfusion")  # namespaces whose schemas are believed
+_BY_ARGUMENTS = (
+    DROPOUT_OPS
+    | RANDOM_OPS
+    | NOTHING
+    | set(_STATISTICS)
+    | set("setitem embedding embedding_bag lstm gru rnn_tanh rnn_relu multi_head_attention_forward".split())
+)
 _ACTING = frozenset(("aten::requires_grad_", "aten::_requires_grad_"))
 _SPREAD = frozenset("broadcast_tensors meshgrid cartesian_prod chain_matmul atleast_1d atleast_2d atleast_3d".split())
 _PLAIN = (int, float, bool, str, tuple, list, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device)
@@ -141,9 +148,12 @@ def effect_of(node: fx.Node) -> Effect:
     """What the node does beside returning a value."""
     if node.op in ("placeholder", "get_attr", "output"):
         return NONE
+    known = _known(node.op, node.target)
+    flags = "out" in node.kwargs or "inplace" in node.kwargs
+    if known.is_plain and not flags and (node.op == "call_function" or _has_plain_receiver(node)):
+        return NONE
     if is_export_guard(node):
         return Effect(acts=True)
-    known = _known(node.op, node.target)
     if not known.is_understood or (node.op == "call_method" and not _has_plain_receiver(node)):
         writes = tuple(source for source in node.all_input_nodes if not ops.is_shape_value(source))
         switches = known.switches or not (known.is_registered and writes)
@@ -339,19 +349,29 @@ _Place = tuple[int | None, str, bool]  # position, where it has one; name; wheth
 @dataclass(frozen=True, slots=True)
 class _Known:
     """What is known of an operation whatever its arguments. `is_registered`: the dispatcher calls it, so it changes no
-    mode for others. `writes`, `shows`: arguments written, and shown by the result."""
+    mode for others. `is_plain`: pure whatever its arguments are, but for `out` and `inplace`. `writes`, `shows`:
+    arguments written, and shown by the result."""
 
     is_understood: bool = False
     is_registered: bool = False
     switches: bool = False
     acts: bool = False
     seeded: bool = False
+    is_plain: bool = False
     writes: tuple[_Place, ...] = ()
     shows: tuple[_Place, ...] = ()
 
 
 @lru_cache(maxsize=4096)
 def _known(op: str, target: Any) -> _Known:
+    known = _looked_up(op, target)
+    name, in_place = ops.bare_name(op, target)
+    depends = in_place or name in _BY_ARGUMENTS or name in _INPLACE_POSITION or target is operator.setitem
+    does = known.writes or known.seeded or known.acts or known.switches
+    return replace(known, is_plain=known.is_understood and not (depends or does))
+
+
+def _looked_up(op: str, target: Any) -> _Known:
     if op == "call_method":
         return _method(str(target))
     if isinstance(target, HigherOrderOperator):

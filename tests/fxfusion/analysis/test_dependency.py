@@ -210,7 +210,7 @@ def test_the_prefix_is_reused_to_the_same_bits() -> None:
     (batch,) = read_batches([token_ids()])
     graph = TracedModel(model).graph(batch.inputs)
     again = TracedModel(model).graph(batch.inputs)
-    object.__setattr__(again._effects, "can_resume", False)
+    object.__setattr__(again._resumption, "can_resume", False)
     reused, repeated = (measure_batch(found, batch, "ffn") for found in (graph, again))
     assert all(torch.equal(reused[name], repeated[name]) for name in reused)
 

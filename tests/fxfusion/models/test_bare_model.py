@@ -48,8 +48,9 @@ def test_what_is_measured_has_the_names_of_the_model_inside(model: Any) -> None:
     pairs = zip(found.scores, plain.scores, strict=True)
     assert all(abs(one.value.value / two.value.value - 1) > 1e-3 for one, two in pairs)
     plan = fxfusion.make_plan(outer, ids, drop=1)
-    assert plan.model == facts
-    assert facts_of(torch.compile(outer)) == facts
+    assert plan.model == facts_of(torch.compile(outer)) == facts_of(outer)
+    assert plan.model.tensors != facts.tensors  # the adapters count: what was measured depends on them
+    assert plan.model.model_copy(update={"tensors": facts.tensors}) == facts
     seen = fxfusion.explain(torch.compile(outer), input_ids=token_ids(), use_cache=False)
     assert all(refusal.layer.startswith("model.layers.") for graph in seen.graphs for refusal in graph.refusals)
     fxfusion.fuse(outer, plan)
