@@ -4,6 +4,7 @@
 |---|---|---|
 | Dynamo (`torch.compile`, `explain`) | placeholders whose source is a module | `capture_dynamo` |
 | `torch.export(...).module()` | attributes | `captured_from_graph` |
+| `make_fx` | attributes | `captured_from_graph` |
 | `torch.fx.symbolic_trace` | attributes, inside modules that are opened here | `captured_from_graph` |
 """
 
@@ -27,6 +28,7 @@ from fxfusion.torch_private import (
     FakeTensorMode,
     copy_dynamo_facts,
     fake_mode_of,
+    fake_modes_of,
     is_fsdp_managed,
     is_module_state,
     lazy_graph_module,
@@ -214,6 +216,9 @@ def _opaque_reason(value: torch.Tensor) -> str:
 
 def _fill_example_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Give every node a fake example value where the capture left none."""
+    if len(set(fake_modes_of(gm.graph))) > 1:  # values of several modes cannot meet
+        for node in gm.graph.nodes:
+            node.meta.pop("val", None)
     mode = fake_mode_of(gm.graph) or FakeTensorMode()
     lacking = [n for n in gm.graph.nodes if n.op != "output" and "val" not in n.meta and "example_value" not in n.meta]
     for node in lacking:
@@ -242,7 +247,7 @@ class _Filler(fx.Interpreter):
         if n.op == "get_attr" and "example_value" in n.meta:
             return n.meta["example_value"]
         result = super().run_node(n)
-        if n.op != "output":
+        if n.op != "output" and "val" not in n.meta:
             n.meta["example_value"] = result
         return result
 

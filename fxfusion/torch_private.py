@@ -183,12 +183,16 @@ def as_backend_fake(value: torch.Tensor) -> torch.Tensor:
 
 def fake_mode_of(graph: fx.Graph) -> Any:
     """The fake tensor mode that the graph's example values belong to, or None."""
+    return next(iter(fake_modes_of(graph)), None)
+
+
+def fake_modes_of(graph: fx.Graph) -> Iterator[Any]:
+    """The fake tensor mode of each example value (`make_fx` on real tensors gives each value its own)."""
     for node in graph.nodes:
         for key in ("example_value", "val"):
             value = node.meta.get(key)
             if isinstance(value, FakeTensor):
-                return value.fake_mode
-    return None
+                yield value.fake_mode
 
 
 def size_hint(size: Any) -> int:

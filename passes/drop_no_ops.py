@@ -26,7 +26,7 @@ from fxfusion.graph.effects import DROPOUT_OPS, dropout_arguments
 from fxfusion.graph.pass_base import Pass, PassResult
 
 _CASTS = frozenset("to type_as float double half bfloat16".split())
-_VIEWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze".split())
+_VIEWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze expand expand_as broadcast_to".split())
 
 
 class DropNoOps(Pass):
@@ -110,6 +110,9 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
 
 def _is_contiguous(node: fx.Node) -> bool:
     value = ops.tensor_value(node)
-    if value is None or not all(isinstance(size, int) for size in value.shape):
+    if value is None or value.layout != torch.strided:
         return False
-    return value.is_contiguous()
+    steps = [1]  # compared as text: to ask for the truth of a symbolic comparison adds a guard
+    for size in reversed(value.shape):
+        steps.append(steps[-1] * size)
+    return [str(stride) for stride in reversed(value.stride())] == [str(step) for step in steps[:-1]]

@@ -13,11 +13,12 @@ Source: issue 7 (grouped under `torch.compile(dynamic=True)`).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
+from fxfusion.graph.editor import write_out
 from fxfusion.graph.pass_base import Pass, PassResult
 from fxfusion.torch_private import module_number
 
@@ -40,22 +41,10 @@ class SpecialiseNumbers(Pass):
             if found is not None:
                 number, value = found
                 self.numbers.append(number)
-                _write_out(node, value)
+                write_out(node, value)
         return PassResult(len(self.numbers))
 
     def guard(self) -> None:
         """Let the compiled graph be used only where the numbers are what they were in `run`."""
         for number in self.numbers:
             float(number)  # Dynamo notes who asks for the value
-
-
-def _write_out(node: fx.Node, value: float) -> None:
-    """The value in the place of the node."""
-
-    def instead(found: fx.Node) -> Any:
-        return value if found is node else found
-
-    for user in list(node.users):
-        user.args = fx.node.map_arg(user.args, instead)
-        user.kwargs = fx.node.map_arg(user.kwargs, instead)
-    node.graph.erase_node(node)

@@ -20,7 +20,7 @@ class Slice:
     """What a value needs, walking back from it until a given node.
 
     `nodes`: in graph order, without the stop node. `constants`: maximal constant values that the
-    nodes read. `shapes`: sizes and numbers computed before the stop node. `leaks`: other values from
+    nodes read. `shapes`: sizes and numbers that are known with the stop node. `leaks`: other values from
     before the stop node. `reaches_stop`: whether the walk met the stop node at all.
     """
 
@@ -78,13 +78,22 @@ class GraphFacts:
                 continue
             elif node in self.constants:
                 constants[node] = None
+            elif ops.is_shape_value(node) and self._is_known_with(node, stop):
+                shapes[node] = None
             elif self.order[node] < floor or node.op == "placeholder":
-                (shapes if ops.is_shape_value(node) else leaks)[node] = None
+                leaks[node] = None
             else:
                 inside.add(node)
                 pending.extend(node.all_input_nodes)
         ordered = tuple(sorted(inside, key=self.order.__getitem__))
         return Slice(ordered, tuple(constants), tuple(shapes), tuple(leaks), reaches, stop)
+
+    def _is_known_with(self, node: fx.Node, stop: fx.Node) -> bool:
+        """Whether the node is a size or a number that asks for no value computed after `stop`."""
+        if not ops.is_shape_value(node):
+            return node is stop or self.order[node] < self.order[stop]
+        early = node.op == "placeholder" or self.order[node] < self.order[stop]
+        return early or all(self._is_known_with(source, stop) for source in node.all_input_nodes)
 
     def readers(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """Users of a node that read its values, not only its shape."""

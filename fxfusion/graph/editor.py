@@ -68,6 +68,8 @@ def set_example_value(node: fx.Node, mode: Any) -> None:
     """Run the node on its arguments' example values. Leaves the node bare where they have none."""
     sources = node.all_input_nodes
     key = "val" if any("val" in source.meta for source in sources) else "example_value"
+    for old in ("val", "example_value"):  # a copy has those of its origin
+        node.meta.pop(old, None)
     if any("example_value" not in source.meta and "val" not in source.meta for source in sources):
         return
 
@@ -86,6 +88,18 @@ def set_example_value(node: fx.Node, mode: Any) -> None:
             node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         elif callable(node.target):
             node.meta[key] = node.target(*args, **kwargs)
+
+
+def write_out(node: fx.Node, value: object) -> None:
+    """Put a literal in the place of the node, wherever it is read, and erase it."""
+
+    def instead(found: fx.Node) -> Any:
+        return value if found is node else found
+
+    for user in list(node.users):
+        user.args = fx.node.map_arg(user.args, instead)
+        user.kwargs = fx.node.map_arg(user.kwargs, instead)
+    node.graph.erase_node(node)
 
 
 def erase_dead_code(graph: fx.Graph) -> int:

@@ -74,7 +74,7 @@ def _hint(node: fx.Node) -> Any:
             if type(value) in (list, tuple)
             else tuple(size_hint(item) for item in value)
         )
-    return value if isinstance(value, (int, float)) else size_hint(value)
+    return value if isinstance(value, (int, float, torch.dtype, torch.device)) else size_hint(value)
 
 
 def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:

@@ -28,6 +28,7 @@ TESTED = {
     "emit_artifact",
     "ends_at_graph_break",
     "fake_mode_of",
+    "fake_modes_of",
     "hooks_in",
     "inductor_modes",
     "inductor_option_names",
@@ -189,6 +190,7 @@ def test_fake_modes_and_sizes(captured: tuple[fx.GraphModule, list[Any]]) -> Non
     gm, _ = captured
     assert isinstance(private.fake_mode_of(gm.graph), private.FakeTensorMode)
     assert private.fake_mode_of(fx.symbolic_trace(nn.Linear(2, 2)).graph) is None
+    assert set(private.fake_modes_of(gm.graph)) == {private.fake_mode_of(gm.graph)}
     values = [node.meta["example_value"] for node in gm.graph.nodes if "example_value" in node.meta]
     sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
     symbolic = [size for size in sizes if isinstance(size, torch.SymInt)]

@@ -17,6 +17,7 @@ from tests.helpers import (
     Rms,
     Stack,
     assert_exact,
+    error_of,
     fuse,
     parallel_form,
     randomise,
@@ -169,8 +170,14 @@ def test_constants_that_cannot_be_concatenated_along_the_channels() -> None:
     words = "is not one number or one per intermediate channel"
     refused(pair(*(Block(Rms(8), Cast()) for _ in range(2))), RefusalCode.NOT_POINTWISE, words)
     refused(pair(*(Block(Rms(8), BySize(width=width)) for width in (12, 4))), RefusalCode.NOT_POINTWISE, words)
-    shared = nn.Parameter(torch.empty(3, 5))
-    refused(pair(*(Block(Rms(8), Cast(shared)) for _ in range(2))), RefusalCode.NOT_POINTWISE, words)
+
+
+def test_a_dtype_that_is_read_off_a_shared_tensor_of_any_shape() -> None:
+    shared = nn.Parameter(torch.empty(3, 5, dtype=torch.float64))
+    model, x = pair(*(Block(Rms(8), Cast(shared)) for _ in range(2))), tokens()
+    fused, report = fuse(model, x)
+    assert [len(group.members) for group in report.groups] == [2]
+    assert error_of(fused(x), parallel_form(model, x)) < 1e-6
 
 
 def test_a_misfit_in_the_middle_leaves_the_groups_on_both_sides() -> None:
