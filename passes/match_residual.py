@@ -2,8 +2,9 @@
 
 Matches (no edit):
     y = x + F(x)      F with linear layers inside, everything in it computed after x
-Result: FFN nodes, token mixers, and one refusal for each other candidate. A mixer is a candidate
-too (its branch has linear layers), so it is refused with `token_mixing` and reported as a mixer.
+Result: FFN nodes, token mixers, and one refusal for each other candidate. A mixer is whatever branch is not known
+to treat each token by itself, with or without a linear layer that can be seen; it is a candidate too, so it is refused
+(with `token_mixing` where that can be told) and reported as a mixer.
 Source: issue 2; arXiv 2503.18908, equation 4.
 """
 
@@ -18,6 +19,8 @@ from fxfusion.errors import Refusal, RefusalCode, Refused
 from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts, Slice
 from fxfusion.graph.effects import is_higher_order, is_random
+from fxfusion.graph.isomorphism import describe_region
+from fxfusion.graph.token_wise import check_token_wise
 from fxfusion.passes.ffn import FfnNode, Matches, Mixer
 from fxfusion.passes.match_ffn import FfnMatcher
 
@@ -38,7 +41,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
 
     `opaque_weights`: weights that cannot be packed (tensor subclasses, quantised), with the reason.
     """
-    matcher = FfnMatcher(facts)
+    matcher, tokens = FfnMatcher(facts), _TokenWise(facts)
     ffns: list[FfnNode] = []
     mixers: list[Mixer] = []
     refusals = [_higher_order(node) for node in facts.graph.nodes if is_higher_order(node)]
@@ -48,19 +51,47 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
             continue
         stream, branch = operands
         found = facts.slice_between(branch, stream)
-        if not any(ops.op_name(node) in LINEARS for node in found.nodes):
+        has_linear = any(ops.op_name(node) in LINEARS for node in found.nodes)
+        if not has_linear and (not found.reaches_stop or tokens.are_apart_in(found)):
             continue
+        understood = False
         try:
             _check_stream(stream, found, facts)
             _check_branch(add, branch, found, facts, opaque_weights)
+            understood = True
+            if not has_linear:
+                raise Refused(RefusalCode.TOKEN_MIXING, f"{_mixing_op(found, facts)} lets one token see another", add)
             ffns.append(matcher.match(stream, add, branch, found))
             debug.show(4, f"candidate {add}: FFN {ffns[-1].name}")
         except Refused as refused:
             refusals.append(_refusal(refused, add, found, facts))
             debug.show(4, f"candidate {add}: {refused.code.value}: {refused.message}")
-            if refused.code is RefusalCode.TOKEN_MIXING:
+            if refused.code is RefusalCode.TOKEN_MIXING or (understood and not tokens.are_apart_in(found)):
                 mixers.append(_mixer(add, found, facts))
     return Matches(ffns=tuple(ffns), mixers=tuple(mixers), refusals=tuple(refusals))
+
+
+class _TokenWise:
+    """Which branches are known to treat each token by itself; asked once for each structure."""
+
+    def __init__(self, facts: GraphFacts) -> None:
+        self.facts = facts
+        self._known: dict[object, bool] = {}
+
+    def are_apart_in(self, found: Slice) -> bool:
+        """Whether no token sees another in the branch. What cannot be judged counts as a mixer."""
+        if any(mixes_tokens(node, self.facts) for node in found.nodes):
+            return False
+        places = {found.stop: "x"} | {node: f"c{index}" for index, node in enumerate(found.constants)}
+        key = (describe_region(found.nodes, places), str(getattr(ops.tensor_value(found.stop), "shape", "")))
+        if key not in self._known:
+            inputs = {node: node not in found.constants for node in (found.stop, *found.constants, *found.leaks)}
+            try:
+                check_token_wise(found.nodes, inputs)
+                self._known[key] = True
+            except Refused:
+                self._known[key] = False
+        return self._known[key]
 
 
 def _residual_operands(add: fx.Node, facts: GraphFacts) -> tuple[fx.Node, fx.Node] | None:

@@ -26,6 +26,7 @@ from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor, write_out
 from fxfusion.graph.effects import GraphEffects, is_pure
 from fxfusion.graph.pass_base import Pass, PassResult
+from fxfusion.passes.drop_no_ops import is_contiguous
 from fxfusion.torch_private import OpOverload
 
 _READS = frozenset("size dim ndimension numel nelement len sym_size sym_numel".split())
@@ -33,7 +34,8 @@ _ATTRIBUTES = frozenset("shape ndim dtype device layout is_cuda is_cpu".split())
 _KEEP_SIZE = frozenset("add sub mul div dropout clone contiguous".split())
 _AS = {"view_as": "view", "reshape_as": "reshape", "expand_as": "expand"}
 _DTYPE_AS = frozenset("type_as to".split())
-_LIKE = frozenset("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor".split())
+_MAKERS = {f"{name}_like": getattr(torch, name) for name in ("zeros", "ones", "full", "empty")}
+_NEW = {f"new_{name}": getattr(torch, name) for name in ("zeros", "ones", "full", "empty")}
 
 _Look = tuple[object, ...]
 
@@ -49,9 +51,7 @@ class ReadSizesEarly(Pass):
         sources = _Sources(graph)
         sizes = _Sizes(graph, sources)
         for node in list(graph.nodes):
-            if ops.op_name(node) in _LIKE:
-                changed += sources.redirect(node, same_layout=True)
-            elif _reads_only_looks(node):
+            if _reads_only_looks(node):
                 changed += sources.redirect(node)
                 changed += sizes.settle(node)
         return PassResult(changed)
@@ -70,13 +70,13 @@ class _Sources:
                 if look and not self._is_written(node):
                     self._first.setdefault(look, node)
 
-    def redirect(self, node: fx.Node, *, same_layout: bool = False) -> int:
+    def redirect(self, node: fx.Node) -> int:
         """Let a node that reads only the look of a tensor read that of the earliest; whether that is another."""
         tensors = _tensors(node)
         if len(tensors) != 1 or self.are_written(node):
             return 0
         source = self._first.get(_look(tensors[0]), tensors[0]) if self.symbolic else self._behind(tensors[0])
-        if source is tensors[0] or (same_layout and _strides(source) != _strides(tensors[0])):
+        if source is tensors[0]:
             return 0
         node.replace_input_with(tensors[0], source)
         return 1
@@ -141,15 +141,21 @@ def _move_up(node: fx.Node) -> int:
 
 
 def _spell_out(node: fx.Node, made_by: str) -> int:
-    """`view_as(a, x)` as `view(a, x.size())`; `type_as(a, x)` as `to(a, x.dtype)` where the device stays."""
+    """Write what reads a tensor for its look alone as a function of sizes, dtype and device, where that is the same.
+
+    `view_as(a, x)`: `view(a, x.size())`. `type_as(a, x)`: `to(a, x.dtype)`, where the device stays. `zeros_like(x)`:
+    `zeros(x.size(), dtype=x.dtype, device=x.device)`, where x lies in memory as that does.
+    """
     name = ops.op_name(node)
-    if name not in _AS and name not in _DTYPE_AS or len(node.args) != 2 or node.kwargs:
-        return 0
-    value, like = node.args
-    if not isinstance(value, fx.Node) or not isinstance(like, fx.Node) or ops.tensor_value(like) is None:
-        return 0
     editor = GraphEditor(node, made_by, ())
-    made = _viewed(editor, node, value, like) if name in _AS else _cast(editor, node, value, like)
+    made: fx.Node | None = None
+    tensors = [value for value in node.args[:2] if isinstance(value, fx.Node) and ops.tensor_value(value) is not None]
+    if name in _AS and len(node.args) == len(tensors) == 2 and not node.kwargs:
+        made = _viewed(editor, node, *tensors)
+    elif name in _DTYPE_AS and len(node.args) == len(tensors) == 2 and not node.kwargs:
+        made = _cast(editor, node, *tensors)
+    elif name in _MAKERS | _NEW and len(tensors) == 1 and tensors[0] is node.args[0]:
+        made = _made(editor, node, tensors[0])
     if made is None:
         return 0
     node.replace_all_uses_with(made)
@@ -160,13 +166,9 @@ def _spell_out(node: fx.Node, made_by: str) -> int:
 def _viewed(editor: GraphEditor, node: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node:
     name = _AS[ops.op_name(node)]
     if not isinstance(node.target, OpOverload):
-        return editor.method(name, value, editor.method("size", like))
-    example = ops.tensor_value(like)
-    assert example is not None
+        return editor.method(name, value, _size_of(editor, node, like))
     target: Callable[..., Any] = getattr(torch.ops.aten, name).default
-    read = torch.ops.aten.sym_size.int
-    sizes = [size if type(size) is int else editor.call(read, like, dim) for dim, size in enumerate(example.shape)]
-    return editor.call(target, value, sizes)
+    return editor.call(target, value, _size_of(editor, node, like))
 
 
 def _cast(editor: GraphEditor, node: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node | None:
@@ -178,8 +180,30 @@ def _cast(editor: GraphEditor, node: fx.Node, value: fx.Node, like: fx.Node) -> 
     return editor.method("to", value, editor.call(getattr, like, "dtype"))
 
 
+def _made(editor: GraphEditor, node: fx.Node, like: fx.Node) -> fx.Node | None:
+    name, example = ops.op_name(node), ops.tensor_value(like)
+    given: dict[str, Any] = {key: value for key, value in node.kwargs.items() if value not in (None, False)}
+    if example is None or not is_contiguous(like) or given.keys() - {"dtype", "device"}:
+        return None
+    aten = isinstance(node.target, OpOverload)
+    for key in {"dtype", "device"} - given.keys():
+        given[key] = getattr(example, key) if aten else editor.call(getattr, like, key)
+    if name in _NEW:
+        return editor.call(_NEW[name], *node.args[1:], **given)
+    return editor.call(_MAKERS[name], _size_of(editor, node, like), *node.args[1:], **given)
+
+
+def _size_of(editor: GraphEditor, node: fx.Node, like: fx.Node) -> fx.Node | list[Any]:
+    """The size of a tensor, spelled as the node is: exported graphs ask for one dimension at a time."""
+    example = ops.tensor_value(like)
+    if not isinstance(node.target, OpOverload) or example is None:
+        return editor.method("size", like)
+    read = torch.ops.aten.sym_size.int
+    return [size if type(size) is int else editor.call(read, like, dim) for dim, size in enumerate(example.shape)]
+
+
 def _reads_a_look(node: fx.Node) -> bool:
-    return ops.op_name(node) in _AS.keys() | _DTYPE_AS | _LIKE or _reads_only_looks(node)
+    return ops.op_name(node) in _AS.keys() | _DTYPE_AS | _MAKERS.keys() | _NEW.keys() or _reads_only_looks(node)
 
 
 def _reads_only_looks(node: fx.Node) -> bool:
@@ -237,8 +261,3 @@ def _is_symbolic(node: fx.Node) -> bool:
 def _look(node: fx.Node) -> _Look:
     value = ops.tensor_value(node)
     return () if value is None else (*map(str, value.shape), value.dtype, value.device)
-
-
-def _strides(node: fx.Node) -> list[str]:
-    value = ops.tensor_value(node)
-    return [] if value is None or value.layout != torch.strided else [str(stride) for stride in value.stride()]

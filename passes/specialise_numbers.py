@@ -26,6 +26,7 @@ from fxfusion.torch_private import module_number
 class SpecialiseNumbers(Pass):
     name: ClassVar[str] = "specialise_numbers"
     exact: ClassVar[bool] = True
+    settles: ClassVar[bool] = True  # a dropout of 0.0 draws nothing
 
     def __init__(self) -> None:
         self.numbers: list[torch.SymFloat] = []

@@ -54,6 +54,8 @@ class Pass(ABC):
 
     name: ClassVar[str]
     exact: ClassVar[bool]
+    settles: ClassVar[bool] = False
+    """Whether it writes out what was not known, so that an effect that might have been can turn out to be none."""
 
     @abstractmethod
     def run(self, graph: fx.Graph) -> PassResult:

@@ -50,7 +50,10 @@ def _run_one(gm: fx.GraphModule, step: Pass, history: History) -> int:
     if history.check:
         problems += [*_interface_changes(interface, _interface(graph)), *step.ensures(graph)]
         if result.changed or erased:
-            problems += _effect_changes(history.effects or [], _effects(graph))
+            after = _effects(graph)
+            if step.settles:
+                history.effects = [name for name in history.effects or [] if name in after]
+            problems += _effect_changes(history.effects or [], after)
     if problems:
         raise PassError(f"{step.name} broke the graph{_after(history)}: {'; '.join(problems)}")
     seconds = time.perf_counter() - start

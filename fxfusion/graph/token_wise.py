@@ -19,6 +19,8 @@ from fxfusion.torch_private import FakeTensorMode, OpOverload, TorchDispatchMode
 
 _COPIES = frozenset("_to_copy clone alias contiguous lift_fresh".split())
 _RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias expand unsqueeze squeeze".split())
+# Linear layers: which argument holds the tokens. Not where a constant stands on the left.
+_LINEARS = {"mm": 0, "addmm": 1, "linear": 0}
 _LAST_AXIS_NORMS = frozenset("native_layer_norm _fused_rms_norm rms_norm".split())
 _LAST_AXIS_REDUCTIONS = frozenset("_softmax _log_softmax softmax log_softmax".split())
 _CHANNEL_CUTS = frozenset("slice split split_with_sizes".split())
@@ -143,6 +145,9 @@ class _Judge(TorchDispatchMode):
                 RefusalCode.NOT_POINTWISE,
                 f"{name} between the linear layers lets one intermediate channel see another",
             )
+        if name in _LINEARS and len(active) == 1 and active[0] is args[_LINEARS[name]] and channels:
+            self.saw_all_channels = True
+            return True
         if name in _LAST_AXIS_NORMS and len(args[1]) == 1 and channels:
             self.saw_all_channels = True
             return True

@@ -99,13 +99,22 @@ def test_a_cast_that_may_move_is_left_alone() -> None:
     assert early(captured)[1] == 0 and nodes_named(early(captured)[0], "to")[0].args[1].op == "placeholder"
 
 
-def test_new_tensors_look_like_the_input() -> None:
-    captured = capture(lambda x: x.tanh() + torch.zeros_like(x + 1.0) + (x + 2.0).new_ones(1), dynamic=False)
-    work, changed = early(captured)
-    assert changed == 2 and all(
-        node.args[0].op == "placeholder" for name in ("zeros_like", "new_ones") for node in nodes_named(work, name)
-    )
-    assert torch.equal(run_graph(work), run_graph(captured))
+def test_new_tensors_are_made_from_the_look_of_the_input() -> None:
+    def body(x: Tensor) -> Tensor:
+        y = x + x.tanh()
+        return y + torch.zeros_like(y) + y.new_ones(1) + torch.full_like(y, 2.0, dtype=torch.float32)
+
+    captured = capture(body, dynamic=False)
+    work, _ = early(captured)
+    (y,) = [user for node in nodes_named(work, "tanh") for user in node.users]
+    assert [ops.op_name(user) for user in y.users] == ["add"]
+    assert torch.equal(run_graph(work), run_graph(captured)) and early(work)[1] == 0
+
+
+@pytest.mark.parametrize("like", [lambda x: torch.zeros_like(x.mT), lambda x: torch.rand_like(x + 1.0)])
+def test_new_tensors_that_lie_otherwise_or_are_drawn_are_left_alone(like: Callable[[Tensor], Tensor]) -> None:
+    captured = capture(like, dynamic=False)
+    assert early(captured)[1] == 0
 
 
 def test_no_size_is_no_change() -> None:
