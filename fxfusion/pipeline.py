@@ -46,6 +46,7 @@ from fxfusion.passes.plan_groups import plan_by_plan, plan_by_policy
 from fxfusion.passes.prepack_weights import PrepackWeights
 from fxfusion.passes.read_sizes_early import ReadSizesEarly
 from fxfusion.passes.specialise_numbers import SpecialiseNumbers
+from fxfusion.passes.write_out_pointwise import WriteOutPointwise
 from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
 from fxfusion.report import FusionReport, GraphReport
@@ -146,6 +147,7 @@ def normalising_passes(weights: frozenset[str]) -> tuple[Pass, ...]:
         DropNoOps(),  # first: casts and views hide the stream from everything that follows
         FunctionaliseAdds(),  # before zero branches: `branch += 0` is an addition too
         ReadSizesEarly(),  # behind it: what is written in place keeps its sizes to itself
+        WriteOutPointwise(),
         DropZeroBranches(weights),
         DropNoOps(),  # a dropped zero branch can leave views that now cancel
         HoistConstants(weights),  # last: only what is left needs to be in reach

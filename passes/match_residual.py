@@ -31,9 +31,10 @@ MIXERS = frozenset(
     "swapaxes T H avg_pool1d max_pool1d pad lstm gru rnn multi_head_attention_forward associative_scan scan".split()
 )
 ROUTERS = frozenset(
-    "topk one_hot grouped_mm _grouped_mm index_add scatter scatter_add gather index_select nonzero bincount "
-    "histc argsort masked_select index_put moe grouped_mm_fallback".split()
+    "topk one_hot nonzero bincount histc argsort moe grouped_mm _grouped_mm grouped_mm_fallback".split()
 )
+SELECTORS = frozenset("index_add scatter scatter_add gather index_select masked_select index_put".split())
+"""Operations that select by their second tensor; where that holds places in a table, nothing is routed."""
 
 
 def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> Matches:
@@ -128,8 +129,9 @@ def _check_branch(
     add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]
 ) -> None:
     """Everything that can be refused without knowing what the branch computes."""
+    computed = _computed_from(found)
     for node in sorted(found.nodes, key=lambda node: "attention" not in ops.op_name(node)):
-        _check_node(node, facts)
+        _check_node(node, computed, facts)
     _check_weights(found, facts)
     if found.leaks:
         names = ", ".join(str(node) for node in found.leaks[:3])
@@ -148,13 +150,23 @@ def _check_branch(
                     raise Refused(RefusalCode.TENSOR_SUBCLASS, opaque_weights[weight], weight)
 
 
-def _check_node(node: fx.Node, facts: GraphFacts) -> None:
+def _computed_from(found: Slice) -> set[fx.Node]:
+    """The values of a branch that depend on what the stream holds."""
+    computed = {found.stop}
+    for node in found.nodes:
+        if not computed.isdisjoint(node.all_input_nodes) and not ops.is_shape_value(node):
+            computed.add(node)
+    return computed
+
+
+def _check_node(node: fx.Node, computed: set[fx.Node], facts: GraphFacts) -> None:
     name = ops.op_name(node)
     if is_random(node):
         raise Refused(RefusalCode.RANDOM, f"{name} draws random numbers (dropout in training mode?)", node)
     if is_higher_order(node):
         raise Refused(RefusalCode.HIGHER_ORDER, f"{node.target} hides part of the branch in a sub-graph", node)
-    if name in ROUTERS:
+    chosen_by = node.all_input_nodes[1:2] if name in SELECTORS else node.all_input_nodes if name in ROUTERS else []
+    if not computed.isdisjoint(chosen_by):
         raise Refused(RefusalCode.ROUTER, f"{name} routes tokens to experts", node)
     if mixes_tokens(node, facts):
         raise Refused(RefusalCode.TOKEN_MIXING, f"{name} lets one token see another", node)

@@ -198,6 +198,8 @@ def is_random(node: fx.Node) -> bool:
         return training is not False and probability != 0
     if name == "rrelu":
         return ops.argument(node, 3, "training", False) is not False
+    if name.startswith("rrelu_with_noise"):
+        return ops.argument(node, 4, "training", False) is not False
     if name == "scaled_dot_product_attention" and ops.argument(node, 4, "dropout_p", 0.0) == 0.0:
         return False  # its ATen tag says what it might do
     if name == "multi_head_attention_forward":

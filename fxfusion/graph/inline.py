@@ -8,6 +8,7 @@ A module that cannot be traced stays a `call_module`; matchers refuse what runs 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def inline_modules(gm: fx.GraphModule) -> int:
         if node.op == "call_module":
             module = gm.get_submodule(str(node.target))
             try:
-                inner = _OpenTracer().trace(module)
+                inner = _OpenTracer().trace(_without_checks(module))
             except Exception:
                 # Not traceable (data-dependent control flow): it stays whole, and refusals name it.
                 continue
@@ -44,6 +45,15 @@ def inline_modules(gm: fx.GraphModule) -> int:
     if opened + _merge_attributes(gm):
         gm.recompile()
     return opened
+
+
+def _without_checks(module: torch.nn.Module) -> torch.nn.Module:
+    """The module, or a copy with the same parameters where it asks for the number of axes: the example has shown it."""
+    if not hasattr(module, "_check_input_dim"):
+        return module
+    unchecked = copy.copy(module)
+    unchecked.__dict__["_check_input_dim"] = lambda input: None
+    return unchecked
 
 
 def _merge_attributes(gm: fx.GraphModule) -> int:

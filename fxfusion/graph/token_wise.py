@@ -25,8 +25,8 @@ _LAST_AXIS_NORMS = frozenset("native_layer_norm _fused_rms_norm rms_norm".split(
 _LAST_AXIS_REDUCTIONS = frozenset("_softmax _log_softmax softmax log_softmax".split())
 _CHANNEL_CUTS = frozenset("slice split split_with_sizes".split())
 _METADATA = frozenset(("prim::device", "prim::layout"))
-# Elementwise operations that ATen does not tag as pointwise. Not prelu: its weight lies along axis 1.
-_ELEMENTWISE = frozenset("masked_fill clamp hardswish log_sigmoid_forward".split())
+# Elementwise operations that ATen does not tag as pointwise.
+_ELEMENTWISE = frozenset("masked_fill clamp hardswish log_sigmoid_forward _prelu_kernel".split())
 _CREATIONS = frozenset(
     "ones zeros full ones_like zeros_like full_like scalar_tensor empty_like new_ones new_zeros".split()
 )
