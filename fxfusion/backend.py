@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from fxfusion.errors import (
 from fxfusion.graph.effects import records_gradients
 from fxfusion.options import BackendOptions
 from fxfusion.packing import FusedCallable, GraphPacks, PackBinding, forget_looks
+from fxfusion.paranoid import ParanoidCallable, why_not_compared
 from fxfusion.passes.choose_form import Setting
 from fxfusion.passes.lift_weights import Pack
 from fxfusion.pipeline import Fused, fuse_captured
@@ -45,10 +47,13 @@ from fxfusion.torch_private import (
     compile_with_inductor,
     compiled_model,
     ends_at_graph_break,
+    inductor_draws_as_eager,
     mark_static_weight,
 )
 
 log = logging.getLogger("fxfusion")
+
+_Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _KEPT_REPORTS = 64
 _reports: list[FusionReport] = []
@@ -83,7 +88,8 @@ def ffn_fusion(
     if ready is None:
         return _compile(gm, example_inputs, settings)
     compiled = _compile(ready.module, ready.inputs, settings)
-    return FusedCallable(compiled, ready.packs) if ready.packs.bindings else compiled
+    call = FusedCallable(compiled, ready.packs) if ready.packs.bindings else compiled
+    return ready.compared(call) if ready.compared else call
 
 
 def last_reports() -> tuple[FusionReport, ...]:
@@ -114,11 +120,13 @@ def refresh(model: torch.nn.Module) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ready:
-    """A fused graph, its inputs (packed weights last) and what keeps those fresh."""
+    """A fused graph, its inputs (packed weights last) and what keeps those fresh. `compared`: wraps the compiled graph
+    in the comparison of its first calls, where that is asked for and can be."""
 
     module: fx.GraphModule
     inputs: list[Any]
     packs: GraphPacks
+    compared: _Wrapper | None
 
 
 def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: BackendOptions) -> _Ready | None:
@@ -134,9 +142,13 @@ def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: Back
                 lift_into=None if setting.training else "placeholder",
                 compiled_for=setting,
             )
-            _report(fused.report)
+            why_not = _why_not_compared(fused, settings)
+            _report(fused.report, (*fused.notes, *filter(None, [why_not])))
             _report_unmatched(fused, settings, ends_at_graph_break(gm))
-            return _make_ready(fused, captured) if fused.report.groups else None
+            if not fused.report.groups:
+                return None
+            compared = _comparison(fused, captured, settings) if settings.verify == "paranoid" and not why_not else None
+            return _make_ready(fused, captured, compared)
     except (OptionError, PlanError, MissingWeightsError):
         raise
     except Exception as error:
@@ -168,8 +180,30 @@ def _compiled_for(captured: CapturedGraph, settings: BackendOptions) -> Setting:
     )
 
 
-def _report(report: GraphReport) -> None:
-    _reports.append(FusionReport(graphs=(report,)))
+def _why_not_compared(fused: Fused, settings: BackendOptions) -> str:
+    """A note on why the first calls cannot be compared, where that was asked for."""
+    if settings.verify != "paranoid" or fused.parallel is None:
+        return ""
+    as_eager = settings.compiler != "inductor" or inductor_draws_as_eager(settings.inductor)
+    why = why_not_compared(fused.parallel.graph, as_eager)
+    return f"paranoid: calls are not compared, because {why}" if why else ""
+
+
+def _comparison(fused: Fused, captured: CapturedGraph, settings: BackendOptions) -> _Wrapper:
+    assert fused.parallel is not None
+    attributes = {node.name for node in fused.parallel.graph.nodes if node.op == "get_attr"}
+    constants = {name: value for name, value in captured.values.items() if name in attributes}
+    members = fused.report.groups[0].members
+    name = f"{members[0].name} to {members[-1].name}"
+    return partial(
+        ParanoidCallable, parallel=fused.parallel, constants=constants, calls=settings.paranoid_calls, name=name
+    )
+
+
+def _report(report: GraphReport, notes: tuple[str, ...]) -> None:
+    for note in notes:
+        log.warning("fxfusion: %s", note)
+    _reports.append(FusionReport(graphs=(report,), notes=notes))
     del _reports[:-_KEPT_REPORTS]
 
 
@@ -196,11 +230,12 @@ def _report_unmatched(fused: Fused, settings: BackendOptions, more_follows: bool
     log.warning("fxfusion: %d planned groups were not fused: %s", len(unmatched), words)
 
 
-def _make_ready(fused: Fused, captured: CapturedGraph) -> _Ready:
+def _make_ready(fused: Fused, captured: CapturedGraph, compared: _Wrapper | None) -> _Ready:
     """Compute the packed weights. Raises `MissingWeightsError` where they are on the meta device."""
     packs = GraphPacks([_bind(pack, captured) for pack in fused.packs])
     packed = packs.tensors(captured.inputs) if fused.packs else []
-    return _Ready(module=fused.module, inputs=[*captured.inputs, *_dress(fused, packed)], packs=packs)
+    inputs = [*captured.inputs, *_dress(fused, packed)]
+    return _Ready(module=fused.module, inputs=inputs, packs=packs, compared=compared)
 
 
 def _bind(pack: Pack, captured: CapturedGraph) -> PackBinding:

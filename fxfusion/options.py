@@ -11,11 +11,11 @@ from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
-VerifyMode = Literal["off", "structure", "numeric"]
+VerifyMode = Literal["off", "structure", "numeric", "paranoid"]
 FormRequest = Literal["auto", "concatenated", "prepacked", "members"]
 
 _COMPILERS = ("inductor", "aot_eager", "eager")
-_VERIFY_MODES = ("off", "structure", "numeric")
+_VERIFY_MODES = ("off", "structure", "numeric", "paranoid")
 _FORMS = ("auto", "concatenated", "prepacked", "members")
 
 
@@ -23,12 +23,12 @@ _FORMS = ("auto", "concatenated", "prepacked", "members")
 class BackendOptions:
     """Checked options.
 
-    `choice`: the policy or plan. `compiler`: what compiles the rewritten graph. `mode`: one of
-    Inductor's modes; `inductor`: Inductor config keys. `verify`: `"structure"` checks the graph,
-    after each pass, `"numeric"` also compares each fused group with its parallel form, `"off"` does
-    neither. `form`: how a group's sum is computed; `"auto"` follows the rule of `passes/choose_form.py`, the
-    others are `"concatenated"`, `"prepacked"` and `"members"`. `strict`: raise where fxfusion would otherwise
-    fall back.
+    `choice`: the policy or plan. `compiler`: what compiles the rewritten graph. `mode`: one of Inductor's modes;
+    `inductor`: Inductor config keys. `verify`: `"structure"` checks the graph after each pass, `"numeric"` also
+    compares the whole graph with its parallel form, `"paranoid"` does so again at the first `paranoid_calls` calls of
+    each compiled graph, `"off"` does none of it. `form`: how a group's sum is computed; `"auto"` follows the rule of
+    `passes/choose_form.py`, the others are `"concatenated"`, `"prepacked"` and `"members"`. `strict`: raise where
+    fxfusion would otherwise fall back.
     """
 
     choice: FusionPolicy | FusionPlan = field(default_factory=FusionPolicy)
@@ -38,6 +38,7 @@ class BackendOptions:
     verify: VerifyMode = "structure"
     form: FormRequest = "auto"
     strict: bool = False
+    paranoid_calls: int = 3
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> BackendOptions:
@@ -61,7 +62,10 @@ class BackendOptions:
             verify=cast(VerifyMode, _one_of("verify", given.get("verify", "structure"), _VERIFY_MODES)),
             form=cast(FormRequest, _one_of("form", given.get("form", "auto"), _FORMS)),
             strict=_boolean("strict", given.get("strict", False)),
+            paranoid_calls=_count("paranoid_calls", given.get("paranoid_calls", 3)),
         )
+        if "paranoid_calls" in given and parsed.verify != "paranoid":
+            raise OptionError(f"paranoid_calls: only verify='paranoid' takes it, verify is {parsed.verify!r}")
         if parsed.compiler != "inductor" and (parsed.mode or parsed.inductor):
             wrong = "mode" if parsed.mode else "inductor"
             raise OptionError(f"{wrong}: only compiler='inductor' takes it, compiler is {parsed.compiler!r}")
@@ -77,6 +81,12 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
 def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{name}: expected a whole number from 1, got {value!r}")
     return value
 
 

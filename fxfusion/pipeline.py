@@ -24,11 +24,12 @@ from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.inline import drop_unused_state
 from fxfusion.graph.pass_base import History, Pass
 from fxfusion.graph.pass_manager import run_passes
+from fxfusion.options import VerifyMode
 from fxfusion.pack_values import own, packed_values
 from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.choose_form import Setting, choose_forms
 from fxfusion.passes.concat_parallel_mixers import ConcatParallelMixers
-from fxfusion.passes.concatenate import GROUP_TAG, Concatenate
+from fxfusion.passes.concatenate import Concatenate
 from fxfusion.passes.concatenate_grouped import ConcatenateGrouped
 from fxfusion.passes.drop_no_ops import DropNoOps
 from fxfusion.passes.drop_zero_branches import DropZeroBranches
@@ -52,10 +53,9 @@ from fxfusion.policy import FusionPolicy
 from fxfusion.report import FusionReport, GraphReport
 from fxfusion.summary import blocks_after, blocks_before, summarise_chain, summarise_group
 from fxfusion.unwrap import unwrapped
-from fxfusion.verify import Region, Verification, extract_region, verify_group
+from fxfusion.verify import Part, Proof, prove_rewrite
 
 Choice = FusionPolicy | FusionPlan
-VerifyMode = Literal["off", "structure", "numeric"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,11 +72,14 @@ class Analysis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fused:
-    """One graph after the rewrite. `packs` say how the packed weights that it reads are computed."""
+    """One graph after the rewrite. `packs` say how the packed weights that it reads are computed. `notes`: what its
+    proof did not see. `parallel`: its parallel form, where something fused and is proved in numbers."""
 
     module: fx.GraphModule
     packs: tuple[Pack, ...]
     report: GraphReport
+    notes: tuple[str, ...] = ()
+    parallel: fx.GraphModule | None = None
 
 
 def choose(policy: str | Mapping[str, object] | FusionPolicy | None, plan: Any) -> Choice:
@@ -103,17 +106,16 @@ def fuse_captured(
     work = captured.copy()
     history = History(check=verify != "off")
     numbers = _normalise(work, history)
+    cleaned = work.copy().module if verify in ("numeric", "paranoid") else None
     order = {node.name: place for place, node in enumerate(work.module.graph.nodes)}  # before anything moves
     found = with_forms(hoist_and_analyse(work, choice, history), choice, compiled_for or Setting())
     blocks = blocks_before(found.matches, found.groups, order)
     chains = tuple(summarise_chain(chain) for chain in found.chains)
     groups = tuple(summarise_group(group) for group in found.groups)
     after, fused_blocks = captured.module, blocks
-    packs: tuple[Pack, ...] = ()
-    proofs: tuple[Verification, ...] = ()
+    made = _Rewritten()
     if found.groups:
-        lowered = found if compiled_for else _portable(found)
-        packs, proofs = _rewrite(work, lowered, history, verify, lift_into)
+        made = _rewrite(captured, cleaned, work, found if compiled_for else _portable(found), history, lift_into)
         numbers.guard()
         after, fused_blocks = work.module, blocks_after(blocks, groups)
     _log(found)
@@ -122,7 +124,7 @@ def fuse_captured(
         groups=groups,
         refusals=(*found.refusals, *history.refusals),
         history=tuple(record.to_dict() for record in history.records),
-        verifications=tuple(proof.to_dict() for proof in proofs),
+        verifications=tuple(row.to_dict() for row in made.proof.rows),
         blocks_before=blocks,
         blocks_after=fused_blocks,
         before=captured.module,
@@ -130,7 +132,7 @@ def fuse_captured(
         nodes_before=len(captured.module.graph.nodes),
         nodes_after=len(after.graph.nodes),
     )
-    return Fused(module=after, packs=packs, report=report)
+    return Fused(module=after, packs=made.packs, report=report, notes=made.proof.notes, parallel=made.parallel)
 
 
 def _normalise(work: CapturedGraph, history: History) -> SpecialiseNumbers:
@@ -205,39 +207,63 @@ def _match(captured: CapturedGraph) -> tuple[GraphFacts, Matches]:
     return facts, match_residual(facts, opaque)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rewritten:
+    packs: tuple[Pack, ...] = ()
+    parallel: fx.GraphModule | None = None
+    proof: Proof = Proof()
+
+
 def _rewrite(
+    captured: CapturedGraph,
+    cleaned: fx.GraphModule | None,
     work: CapturedGraph,
     found: Analysis,
     history: History,
-    verify: VerifyMode,
     lift_into: Literal["placeholder", "get_attr"] | None,
-) -> tuple[tuple[Pack, ...], tuple[Verification, ...]]:
-    """Parallelise, concatenate (and prove it), prepack, join the mixers of wide windows, lift."""
+) -> _Rewritten:
+    """Parallelise; concatenate, prepack, join the mixers of wide windows and lift, all exact; prove that they are.
+
+    `cleaned`: the graph before any group was touched; None where nothing is to be proved.
+    """
     groups = found.groups
     run_passes(work.module, [Parallelise(groups)], history)
-    numeric = verify == "numeric"
-    parallel = [extract_region(group.members[0].stream, group.members[-1].add) for group in groups] if numeric else []
+    parallel = work.copy().module if cleaned is not None else None
     prepack = [PrepackWeights(groups)] if any(group.is_prepacked for group in groups) else []
     run_passes(work.module, [Concatenate(groups), ConcatenateGrouped(groups), *prepack], history)
-    proofs = _prove(work, groups, parallel) if numeric else ()
     if found.beside:
         run_passes(work.module, [ConcatParallelMixers(found.beside, work.weights, work.opaque, len(groups))], history)
-    if lift_into is None:
-        return (), proofs
-    lift = LiftWeights(work.weights, lift_into)
-    run_passes(work.module, [lift], history)
-    return lift.packs, proofs
+    packs: tuple[Pack, ...] = ()
+    if lift_into is not None:
+        lift = LiftWeights(work.weights, lift_into)
+        run_passes(work.module, [lift], history)
+        packs = lift.packs
+    if cleaned is None or parallel is None:
+        return _Rewritten(packs)
+    proof = prove_rewrite(captured, cleaned, parallel, work.module, packs, _parts(found))
+    return _Rewritten(packs, parallel, proof)
 
 
-def _prove(work: CapturedGraph, groups: Sequence[Group], parallel: Sequence[Region]) -> tuple[Verification, ...]:
-    ends = {node.meta[GROUP_TAG]: node for node in work.module.graph.nodes if GROUP_TAG in node.meta}
-    replaced = {group.members[-1].add: ends[index] for index, group in enumerate(groups) if index in ends}
-    streams = [group.members[0].stream for group in groups]
-    return tuple(
-        verify_group(index, before, extract_region(replaced.get(stream, stream), ends[index]), work.values)
-        for index, (stream, before) in enumerate(zip(streams, parallel, strict=True))
-        if index in ends  # computed member by member, a group is its parallel form
-    )
+def _parts(found: Analysis) -> tuple[Part, ...]:
+    """What of the parallel form one node may stand for: groups, and blocks of mixers that read one stream."""
+    groups = [
+        Part(
+            label=f"group {index}",
+            end=group.members[-1].add.name,
+            nodes=frozenset(node.name for member in group.members for node in (*member.nodes, member.add)),
+            group=index,
+        )
+        for index, group in enumerate(found.groups)
+    ]
+    blocks = [
+        Part(
+            label=f"mixers {index}",
+            end=block[-1].add.name,
+            nodes=frozenset(node.name for mixer in block for node in (*mixer.nodes, mixer.add)),
+        )
+        for index, block in enumerate(found.beside)
+    ]
+    return (*groups, *blocks)
 
 
 def _log(found: Analysis) -> None:
@@ -279,13 +305,18 @@ def fuse_graph(
     Weights that are attributes of `gm` are packed into new parameters of the copy; weights that are
     inputs (Dynamo) stay inputs, and are concatenated in the graph. `gm` is not changed.
     """
+    if verify == "paranoid":
+        raise OptionError(
+            "verify: 'paranoid' looks at calls, and fuse_graph returns a graph; give it 'numeric', or give "
+            "'paranoid' to the backend ffn_fusion"
+        )
     choice = choose(policy, plan)
     captured = captured_from_graph(gm, example_inputs)
     portable = Setting(request="concatenated")
     fused = fuse_captured(captured, choice, verify=verify, lift_into="get_attr", compiled_for=portable)
     if fused.packs:
         _register_packs(fused, captured.values)
-    report = FusionReport(graphs=(fused.report,))
+    report = FusionReport(graphs=(fused.report,), notes=fused.notes)
     return fused.module, report
 
 

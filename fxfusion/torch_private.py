@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -53,6 +53,13 @@ def inductor_option_names() -> frozenset[str]:
     from torch._inductor import config
 
     return frozenset(config.get_config_copy())
+
+
+def inductor_draws_as_eager(options: Mapping[str, Any]) -> bool:
+    """Whether Inductor, with these config keys, draws the random numbers that eager mode would draw."""
+    from torch._inductor import config
+
+    return bool(options.get("fallback_random", config.fallback_random))
 
 
 def backend_named(name: str) -> Callable[..., Any]:

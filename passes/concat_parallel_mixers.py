@@ -9,7 +9,6 @@ After:
 Exact: gains are folded into weights, and a sum of linear layers is one linear layer on the concatenated inputs.
 The attentions between stay one operation for each layer: each reads and writes its own layer's cache, and to join
 their heads would copy the caches at every step. So heads, rotary angles, masks and q/k norms may differ.
-`verify="numeric"` compares fused FFNs only; this pass is held to the parallel form by its tests.
 Source: issue 7 (wide block).
 """
 
@@ -28,6 +27,7 @@ from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
+from fxfusion.passes.concatenate import STANDS_FOR
 from fxfusion.passes.ffn import Linear, Mixer
 from fxfusion.passes.match_mixer import MixerEnds, match_mixer
 from fxfusion.passes.pack_weights import PACK_TAG
@@ -109,7 +109,9 @@ def _join(ends: Sequence[MixerEnds], gains: Sequence[Sequence[fx.Node]], index: 
     heads = editor.call(torch.cat, [end.out.input for end in ends], -1)
     weight = editor.call(torch.cat, [_out_in(editor, end.out) for end in ends], 1)
     total = editor.call(F.linear, heads, _packed(weight, index), _summed_bias(editor, ends, index))
-    last.add.replace_all_uses_with(editor.call(operator.add, first.stream, total))
+    result = editor.call(operator.add, first.stream, total)
+    result.meta[STANDS_FOR] = last.add.name
+    last.add.replace_all_uses_with(result)
 
 
 def _plain_norm(editor: GraphEditor, end: MixerEnds, gains: Sequence[fx.Node]) -> fx.Node:

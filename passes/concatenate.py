@@ -33,6 +33,8 @@ from fxfusion.passes.pack_weights import PACK_TAG, WeightPacker
 
 GROUP_TAG = "fxfusion_group"
 """Marks the addition that ends a fused group with the group's index."""
+STANDS_FOR = "fxfusion_stands_for"
+"""Marks a node with the name of the one whose place it took: they compute the same."""
 
 
 class Concatenate(Pass):
@@ -77,6 +79,7 @@ def end_group(group: Group, index: int, total: fx.Node) -> None:
     """Let everybody read `total` instead of the last member's addition."""
     last = group.members[-1]
     total.meta[GROUP_TAG] = index
+    total.meta[STANDS_FOR] = last.add.name
     last.add.replace_all_uses_with(total)
     last.add.graph.erase_node(last.add)
 
@@ -85,8 +88,8 @@ def _forget_tags(graph: fx.Graph) -> None:
     """Take the marks of an earlier fusion off: a graph may be fused again, by another plan, and its numbers would be
     taken for ours."""
     for node in graph.nodes:
-        node.meta.pop(GROUP_TAG, None)
-        node.meta.pop(PACK_TAG, None)
+        for tag in (GROUP_TAG, PACK_TAG, STANDS_FOR):
+            node.meta.pop(tag, None)
 
 
 def erase_members(graph: fx.Graph, groups: Sequence[Group]) -> None:

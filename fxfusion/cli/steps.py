@@ -112,7 +112,7 @@ def compile_and_prove(subject: Subject, settings: Settings, screen: Screen) -> N
         changed_error, restored_error = _perturb(subject, witness, ids)
     proofs = subject.report.verifications
     for proof in proofs:
-        text = f"group {proof['group']} against its parallel form: {proof['error']:.1e}, allowed {proof['limit']:.0e}"
+        text = f"{proof['part']} against the parallel form: {proof['error']:.1e}, allowed {proof['limit']:.0e}"
         screen.verdict(bool(proof["passed"]), text)
     screen.verdict(error <= _LIMIT, f"all logits against a parallel form in plain modules: {error:.1e}, allowed 1e-05")
     text = f"with one weight changed the comparison fails, as it must: {changed_error:.1e}, above 1e-05"
@@ -123,7 +123,7 @@ def compile_and_prove(subject: Subject, settings: Settings, screen: Screen) -> N
     subject.result["exactness"] = {
         "passed": passed,
         "limit": _LIMIT,
-        "groups": list(proofs),
+        "proofs": list(proofs),
         "logits": error,
         "logits_with_a_changed_weight": changed_error,
         "logits_with_the_weight_restored": restored_error,

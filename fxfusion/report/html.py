@@ -145,6 +145,7 @@ def _graph(graph: GraphReport, index: int) -> dict[str, Any]:
             }
             for number, group in enumerate(graph.groups)
         ],
+        "proofs": [proof for proof in graph.verifications if proof["group"] is None],
         "chains": [(span(chain.members), chain) for chain in graph.chains],
         "kinds": kinds,
         "passes": graph.history,

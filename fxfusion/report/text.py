@@ -70,7 +70,17 @@ def groups(graph: GraphReport) -> str:
     header = ("group", "FFNs", "members", "width", "form", "norm", "packed MiB", "error")
     title = "Fused groups (error: against the parallel form, relative)"
     table = _table(title, header, rows, (None, None, 15, None, None, None, None, None))
-    return "\n".join([table, *_forms(graph)])
+    return "\n".join([table, *_proofs(graph), *_forms(graph)] if rows else [])
+
+
+def _proofs(graph: GraphReport) -> list[str]:
+    """What was proved beside the groups: blocks of mixers, the whole graph, its exact clean-up."""
+    return [
+        f"{proof['part']}: {'' if proof['passed'] else 'NOT '}proved, error {proof['error']:.1e} "
+        f"(limit {proof['limit']:.0e})"
+        for proof in graph.verifications
+        if proof["group"] is None
+    ]
 
 
 def _forms(graph: GraphReport) -> list[str]:

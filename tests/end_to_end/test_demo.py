@@ -26,7 +26,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_rewrite_is_exact_and_the_check_can_fail(result: dict[str, Any]) -> None:
     exact = result["exactness"]
-    assert exact["passed"] and exact["groups"]
+    assert exact["passed"] and exact["proofs"]
     assert exact["logits"] <= 1e-5 < exact["logits_with_a_changed_weight"]
 
 

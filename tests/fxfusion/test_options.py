@@ -19,6 +19,8 @@ def test_defaults() -> None:
         choice=FusionPolicy(), compiler="inductor", mode=None, inductor={}, verify="structure", strict=False
     )
     assert BackendOptions.parse({}, "default").mode is None
+    assert options.paranoid_calls == 3
+    assert BackendOptions.parse({"verify": "paranoid", "paranoid_calls": 7}, None).paranoid_calls == 7
 
 
 def test_everything_at_once() -> None:
@@ -47,7 +49,13 @@ WRONG = [
     ({"policy": "paper", "plan": {"groups": [[1, 2]]}}, "policy and plan were both given"),
     ({"compiler": "gcc"}, "compiler: expected one of 'inductor', 'aot_eager', 'eager', got 'gcc'"),
     ({"mode": "fast"}, "mode: expected one of .*'reduce-overhead'.*, got 'fast'"),
-    ({"verify": True}, "verify: expected one of 'off', 'structure', 'numeric', got True"),
+    ({"verify": True}, "verify: expected one of 'off', 'structure', 'numeric', 'paranoid', got True"),
+    ({"verify": "paranoid", "paranoid_calls": 0}, "paranoid_calls: expected a whole number from 1, got 0"),
+    ({"verify": "paranoid", "paranoid_calls": True}, "paranoid_calls: expected a whole number from 1, got True"),
+    (
+        {"verify": "numeric", "paranoid_calls": 2},
+        "paranoid_calls: only verify='paranoid' takes it, verify is 'numeric'",
+    ),
     ({"strict": "yes"}, "strict: expected True or False, got 'yes'"),
     ({"inductor": ["freezing"]}, "inductor: expected a dict of Inductor config keys, got list"),
     ({"inductor": {"epilogue_fussion": True}}, "inductor: 'epilogue_fussion' is no Inductor config key"),

@@ -30,6 +30,7 @@ TESTED = {
     "fake_mode_of",
     "fake_modes_of",
     "hooks_in",
+    "inductor_draws_as_eager",
     "inductor_modes",
     "inductor_option_names",
     "is_fsdp_managed",
@@ -304,6 +305,10 @@ def test_onednn_packs_and_reads_weights() -> None:
     address, size = private.onednn_memory(packed)
     assert address > 0 and size >= weight.numel() * 4
     torch.testing.assert_close(private.onednn_linear(x, packed, None), x @ weight.T)
+
+
+def test_whether_inductor_draws_as_eager_mode_does() -> None:
+    assert not private.inductor_draws_as_eager({}) and private.inductor_draws_as_eager({"fallback_random": True})
 
 
 def test_operations_of_the_dispatcher_are_told_from_those_of_torchscript() -> None:

@@ -1,92 +1,440 @@
-"""verify: a right rewrite passes, and every kind of wrong one fails."""
+"""verify: right rewrites pass in every precision, and every kind of wrong one fails, by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import fxfusion
+from fxfusion.capture import CapturedGraph
 from fxfusion.errors import VerificationError
 from fxfusion.graph import ops
-from fxfusion.passes.concatenate import GROUP_TAG, Concatenate
-from fxfusion.passes.parallelise import Parallelise
-from fxfusion.verify import Region, extract_region, verify_group
-from tests.helpers import Float32Rms, Gated, History, Plain, Rms, fuse, run_passes, stack, tokens
-from tests.passes.test_parallelise import planned
+from fxfusion.passes.choose_form import Setting
+from fxfusion.pipeline import Fused, fuse_captured
+from fxfusion.policy import FusionPolicy
+from fxfusion.verify import Proof, lowest_bits, made_up_inputs, prove
+from tests.helpers import Float32Rms, Gated, Plain, Rms, Stack, capture, fuse, randomise, stack, tokens
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def regions(model: Any) -> tuple[Region, Region, dict[str, torch.Tensor]]:
-    """The parallel form, the fused form, and the weights that both read."""
-    work, groups = planned(model)
-    stream, end = groups[0].members[0].stream, groups[0].members[-1].add
-    run_passes(work.module, [Parallelise(groups)], History())
-    parallel = extract_region(stream, end)
-    run_passes(work.module, [Concatenate(groups)], History())
-    total = next(node for node in work.module.graph.nodes if GROUP_TAG in node.meta)
-    return parallel, extract_region(stream, total), dict(work.values)
+def proved(model: Callable[..., Any], *inputs: Any, **policy: Any) -> Fused:
+    """The model's only graph, fused with wide weights and proved."""
+    setting = Setting(request="concatenated")
+    return fuse_captured(capture(model, *inputs), FusionPolicy(**policy), verify="numeric", compiled_for=setting)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def rows(fused: Fused) -> dict[str, dict[str, Any]]:
+    return {row["part"]: row for row in fused.report.verifications}
+
+
+def half_precise(dtype: torch.dtype) -> type[nn.Module]:
+    return Float32Rms if dtype.itemsize == 2 else nn.LayerNorm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_right_rewrite_passes(dtype: torch.dtype) -> None:
-    model = stack(Plain, Float32Rms if dtype.itemsize == 2 else nn.LayerNorm, hidden=32, dtype=dtype)
-    _, report = fuse(model, tokens(hidden=32, dtype=dtype), verify="numeric")
-    (proof,) = report.verifications
-    assert proof["passed"] and 0 < proof["error"] <= proof["limit"]
-    assert proof["dtype"] == str(dtype).removeprefix("torch.")
+    model = stack(Plain, half_precise(dtype), hidden=32, dtype=dtype)
+    fused = proved(model, tokens(hidden=32, dtype=dtype))
+    assert list(rows(fused)) == ["group 0", "whole graph", "clean-up"] and fused.notes == ()
+    row = rows(fused)["group 0"]
+    assert row["passed"] and 0 < row["error"] <= row["limit"] and row["group"] == 0
+    assert row["dtype"] == str(dtype).removeprefix("torch.")
     if dtype in (torch.float64, torch.float32):
-        assert proof["limit"] == {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
+        assert row["limit"] == {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
+    assert rows(fused)["whole graph"]["passed"] and rows(fused)["whole graph"]["group"] is None
 
 
-def linear_of(region: Region, index: int) -> fx.Node:
-    return [node for node in region.graph.nodes if ops.op_name(node) == "linear"][index]
+def test_what_is_not_fused_is_not_run() -> None:
+    assert proved(nn.Linear(8, 8), torch.randn(2, 8)).report.verifications == ()
+    fused = fuse_captured(
+        capture(stack(), tokens()), FusionPolicy(), verify="numeric", compiled_for=Setting(request="members")
+    )
+    assert list(rows(fused)) == ["clean-up"], "the members' sum is the parallel form"
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_wrong_rewrite_fails(dtype: torch.dtype) -> None:
-    model = stack(Gated, Float32Rms if dtype.itemsize == 2 else Rms, dtype=dtype)
-    parallel, fused, weights = regions(model)
-    assert verify_group(0, parallel, fused, weights).passed
-    down = linear_of(fused, -1)
-    with fused.graph.inserting_before(down):
-        down.args = (fused.graph.call_function(torch.mul, (down.args[0], 1.05)), *down.args[1:])
-    with pytest.raises(VerificationError, match="group 0: the fused FFN differs"):
-        verify_group(0, parallel, fused, weights)
+# --- wrong packing, of every group -----------------------------------------------------------------------
 
 
-def test_a_perturbed_weight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One entry of one packed weight, off by 1e-6, in float64."""
-    parallel, fused, weights = regions(stack())
-    cat = next(node for node in fused.graph.nodes if ops.op_name(node) == "cat")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_perturbed_weight_fails_by_the_name_of_its_group(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, wrong: int
+) -> None:
+    """The down projection of one of two groups is 10 % too large; in float64 one entry is off by 1e-6."""
+    from fxfusion.passes.pack_weights import WeightPacker
 
-    def shifted(parts: Any, dim: int) -> torch.Tensor:
-        value = torch.cat(parts, dim)
-        value.view(-1)[3] += 1e-6
-        return value
+    right = WeightPacker.down_weight
 
-    cat.target = shifted
-    with pytest.raises(VerificationError):
-        verify_group(0, parallel, fused, weights)
+    def down_weight(self: WeightPacker) -> fx.Node:
+        node = right(self)
+        if self.index != wrong:
+            return node
+        change = 1.1 if dtype != torch.float64 else torch.ones((), dtype=dtype) + 1e-6
+        made = self.editor.call(torch.mul, node, float(change))
+        node.meta.pop("fxfusion_pack")
+        made.meta["fxfusion_pack"] = self.index
+        return made
+
+    model = stack(Gated, Float32Rms if dtype.itemsize == 2 else Rms, count=4, hidden=32, dtype=dtype)
+    two = {"groups": [["layers.0.ffn", "layers.1.ffn"], ["layers.2.ffn", "layers.3.ffn"]]}
+    x = tokens(hidden=32, dtype=dtype)
+    assert len(fuse(model, x, plan=two, verify="numeric")[1].verifications) == 4
+    monkeypatch.setattr(WeightPacker, "down_weight", down_weight)
+    with pytest.raises(VerificationError, match=f"group {wrong} differs from the parallel form"):
+        fuse(model, x, plan=two, verify="numeric")
 
 
-def test_nan_in_one_form_only_fails_and_in_both_passes() -> None:
-    parallel, fused, weights = regions(stack())
-    name = next(name for name in weights if "down" in name)
-    poisoned = {**weights, name: torch.full_like(weights[name], float("nan"))}
-    assert verify_group(0, parallel, fused, poisoned).passed
-    silu = next(node for node in fused.graph.nodes if ops.op_name(node) == "silu")
-    silu.target = lambda x, inplace=False: x / 0.0
-    with pytest.raises(VerificationError, match="inf"):
-        verify_group(0, parallel, fused, weights)
+def test_weights_in_the_wrong_order_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lifted weights are computed from the right sources, in the wrong places."""
+    import fxfusion.verify
+
+    right = fxfusion.verify.packed_tensors
+
+    def swapped(*args: Any) -> dict[str, Tensor]:
+        found = right(*args)
+        return dict(zip(found, reversed(found.values()), strict=True))
+
+    monkeypatch.setattr(fxfusion.verify, "packed_tensors", swapped)
+    with pytest.raises(VerificationError, match="whole graph: linear.* does not run"):
+        proved(stack(hidden=8, widths=[12, 16]), tokens())
+
+
+def test_mixers_that_read_one_stream_are_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxfusion.passes import concat_parallel_mixers
+    from tests.passes.test_concat_parallel_mixers import decoder
+
+    policy = {"windows": [{"members": [0, 1, 2], "mixers": "wide"}]}
+    captured = capture(decoder(), tokens())
+
+    def run() -> Fused:
+        setting = Setting(request="concatenated")
+        return fuse_captured(captured, FusionPolicy.resolve(policy), verify="numeric", compiled_for=setting)
+
+    found = rows(run())
+    assert list(found) == ["mixers 0", "group 0", "whole graph", "clean-up"]
+    assert 0 < found["mixers 0"]["error"] <= found["mixers 0"]["limit"] == 1e-10 and found["mixers 0"]["group"] is None
+    monkeypatch.setattr(concat_parallel_mixers, "_folded", lambda editor, linear, own: linear.weight)
+    with pytest.raises(VerificationError, match="mixers 0 differs from the parallel form"):
+        run()
+
+
+# --- what is outside the groups --------------------------------------------------------------------------
+
+
+class Cached(Stack):
+    """Writes what it adds to the stream into a buffer, and into an input."""
+
+    def __init__(self) -> None:
+        super().__init__(stack().layers)
+        self.key = nn.Linear(8, 8)
+        self.register_buffer("cache", torch.zeros(2, 5, 8))
+
+    def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+        key = self.key(x).cumsum(1)
+        self.cache.copy_(key)
+        cache[:, 1:3] = key[:, 1:3]
+        return super().forward(x + self.cache + cache)
+
+
+def cached() -> tuple[nn.Module, Tensor, Tensor]:
+    return randomise(Cached()), tokens(), torch.zeros(2, 5, 8, dtype=torch.float64)
+
+
+def same_graph(captured: CapturedGraph, edit: Callable[[fx.Graph], None] | None = None) -> Proof:
+    """The captured graph against an edited copy of itself."""
+    tensors = made_up_inputs(captured.module, captured.inputs, captured.values)
+    other = captured.copy().module
+    if edit is not None:
+        edit(other.graph)
+    return prove(captured.module, other, tensors, "whole graph")
+
+
+def named(graph: fx.Graph, name: str) -> fx.Node:
+    return next(node for node in graph.nodes if ops.op_name(node) == name)
+
+
+def test_what_the_graph_writes_is_compared_and_the_callers_stays_as_it_is() -> None:
+    model, x, cache = cached()
+    (row,) = same_graph(capture(model, x, cache)).rows
+    assert (row.error, row.limit, row.passed) == (0.0, 1e-10, True)
+    assert not proved(model, x, cache).notes and not cache.any() and not model.cache.any()
+
+
+@pytest.mark.parametrize(("write", "name"), [("copy", "buffers_cache"), ("setitem", "l_args_1_")])
+def test_a_wrong_write_fails_by_the_name_of_what_is_written(write: str, name: str) -> None:
+    class Apart(Cached):
+        """Nothing but the writes shows what is written."""
+
+        def forward(self, x: Tensor, cache: Tensor) -> Tensor:
+            super().forward(x, cache)
+            return Stack.forward(self, x)
+
+    def slightly_more(graph: fx.Graph) -> None:
+        node = named(graph, write)
+        value = node.args[-1]
+        with graph.inserting_before(node):
+            node.args = (*node.args[:-1], graph.call_function(torch.mul, (value, 1.0 + 1e-9)))
+
+    captured = capture(randomise(Apart()), tokens(), torch.zeros(2, 5, 8, dtype=torch.float64))
+    with pytest.raises(VerificationError, match=rf"whole graph: \S*{name}\S*, which is written, differs .* 1e-09"):
+        same_graph(captured, slightly_more)
+
+
+def test_a_lost_write_and_changed_places_fail() -> None:
+    captured = capture(*cached())
+    with pytest.raises(VerificationError, match=r"effect 0 was copy_ and is setitem; 2 became 1"):
+        same_graph(captured, lambda graph: graph.erase_node(named(graph, "copy")))
+
+    def swap(graph: fx.Graph) -> None:
+        named(graph, "setitem").append(named(graph, "copy"))
+
+    with pytest.raises(VerificationError, match=r"effect 0 was copy_ and is setitem; 2 became 2"):
+        same_graph(captured, swap)
+
+
+class Noisy(Stack):
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        noise = nn.functional.dropout(self.embed(ids), 0.5, training=True)
+        return super().forward(x + noise).cumsum(1)
+
+
+def noisy(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, Tensor]:
+    model = Noisy(stack(Gated, Float32Rms).layers)
+    model.embed = nn.Embedding(100, 8)
+    return randomise(model, dtype=dtype), tokens(dtype=dtype), torch.full((2, 5), 99)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_both_forms_draw_the_same_and_the_users_random_numbers_stay(dtype: torch.dtype) -> None:
+    inputs = noisy(dtype)
+    state = torch.get_rng_state()
+    fused = proved(*inputs)
+    assert fused.notes == (), "ids are those of the call, so all of it could be run"
+    assert torch.equal(state, torch.get_rng_state())
+
+    def draw_otherwise(graph: fx.Graph) -> None:
+        node = named(graph, "dropout")
+        node.args = (node.args[0], 0.25)
+
+    with pytest.raises(VerificationError, match="value 0 that noise drew differs"):
+        same_graph(capture(*inputs), draw_otherwise)
+
+
+# --- what cannot be run ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fxverify::scaled", mutates_args=("log",))
+def scaled(x: Tensor, log: Tensor) -> Tensor:
+    log.add_(1)
+    return x * 2
+
+
+@scaled.register_fake
+def _(x: Tensor, log: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Opaque(Stack):
+    """An operation before the FFNs and one behind them that nobody knows; they count how often they ran."""
+
+    def __init__(self) -> None:
+        super().__init__(stack().layers)
+        self.register_buffer("log", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled(super().forward(scaled(x, self.log)), self.log)
+
+
+def test_what_is_not_understood_is_not_run_and_the_note_says_so() -> None:
+    model = randomise(Opaque())
+    fused = proved(model, tokens())
+    assert float(model.log) == 0.0 and 0 < rows(fused)["group 0"]["error"] <= 1e-10
+    (note,) = fused.notes
+    assert "2 operations not run" in note and "fxverify.scaled" in note and "is not understood" in note
+
+    def read_otherwise(graph: fx.Graph) -> None:
+        node = [node for node in graph.nodes if "scaled" in node.name][-1]
+        with graph.inserting_before(node):
+            node.replace_input_with(node.args[0], graph.call_function(torch.neg, (node.args[0],)))
+
+    with pytest.raises(VerificationError, match="value 0 that scaled.* reads differs"):
+        same_graph(capture(model, tokens()), read_otherwise)
+
+
+def test_what_fails_on_made_up_inputs_is_noted_and_the_groups_are_still_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Checked(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = torch.bernoulli(x)  # of normal numbers it has none
+            return super().forward(x + chosen)
+
+    model = randomise(Checked(stack().layers))
+    x = torch.rand(2, 5, 8, dtype=torch.float64)
+    fused = proved(model, x)
+    (note,) = fused.notes
+    assert "1 operation not run" in note and "bernoulli failed" in note
+    assert 0 < rows(fused)["group 0"]["error"] <= 1e-10
+    _break_packing(monkeypatch)
+    with pytest.raises(VerificationError, match="group 0 differs"):
+        proved(model, x)
+
+
+def test_what_fails_in_the_fused_graph_only_is_an_error() -> None:
+    def fail(graph: fx.Graph) -> None:
+        node = named(graph, "linear")
+        node.args = (node.args[0], node.args[0], None)
+
+    with pytest.raises(VerificationError, match="whole graph: linear does not run, .*linear failed: RuntimeError"):
+        same_graph(capture(stack(), tokens()), fail)
+
+
+def test_nan_in_one_form_only_fails_and_in_both_is_noted() -> None:
+    model = stack()
+    with torch.no_grad():
+        model.layers[1].ffn.down.weight.fill_(float("nan"))
+    assert any("no finite value" in note for note in proved(model, tokens()).notes)
+
+    def logarithm(graph: fx.Graph) -> None:
+        node = named(graph, "silu")
+        node.target, node.args, node.kwargs = torch.log, node.args[:1], {}
+
+    with pytest.raises(VerificationError, match="whole graph: output 0 differs from the parallel form by inf"):
+        same_graph(capture(stack(), tokens()), logarithm)
 
 
 def test_weights_on_meta_cannot_be_verified() -> None:
-    parallel, fused, weights = regions(stack())
-    missing = {name: value.to("meta") for name, value in weights.items()}
     with pytest.raises(VerificationError, match="meta device"):
-        verify_group(0, parallel, fused, missing)
+        proved(stack().to("meta"), tokens().to("meta"))
+
+
+# --- precision -------------------------------------------------------------------------------------------
+
+
+class Under(Stack):
+    """The blocks under a mode of the user's."""
+
+    def __init__(self, mode: Callable[[], Any], norm: Callable[[int], nn.Module] = Rms) -> None:
+        super().__init__(stack(Gated, norm, hidden=32, widths=[48, 64, 80]).layers)
+        self.mode = mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode():
+            return super().forward(x)
+
+
+class Nested(Under):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = x.cumsum(1) @ self.layers[0].ffn.gate.weight.T @ self.layers[0].ffn.gate.weight
+            with torch.autocast("cpu", enabled=False):
+                return Stack.forward(self, x + y.float())
+
+
+def _autocast(dtype: torch.dtype) -> Any:
+    return torch.autocast("cpu", dtype)
+
+
+class HalfInside(nn.Module):
+    """A float32 stream, and a branch in half precision; weights of float32 are cast at each call."""
+
+    def __init__(self, dtype: torch.dtype, cast: bool, width: int = 64) -> None:
+        super().__init__()
+        self.norm = Rms(32)
+        self.up, self.down = (nn.Parameter(torch.empty(width, 32)), nn.Parameter(torch.empty(32, width)))
+        self.half, self.cast = dtype, cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (w.to(self.half) if self.cast else w for w in (self.up, self.down))
+        h = nn.functional.silu(nn.functional.linear(self.norm(x).to(self.half), up))
+        return x + nn.functional.linear(h, down).float()
+
+
+def half_inside(dtype: torch.dtype, cast: bool) -> nn.Module:
+    model = randomise(Stack(HalfInside(dtype, cast, width) for width in (48, 64, 80)), dtype=torch.float32)
+    for layer in model.layers:
+        if not cast:
+            layer.up.data, layer.down.data = layer.up.data.to(dtype), layer.down.data.to(dtype)
+    return model
+
+
+HALF = [torch.bfloat16, torch.float16]
+PRECISE: dict[str, Callable[[], nn.Module]] = {
+    "autocast to bfloat16": lambda: Under(lambda: _autocast(torch.bfloat16)),
+    "autocast to float16": lambda: Under(lambda: _autocast(torch.float16)),
+    "autocast and a float32 norm": lambda: Under(lambda: _autocast(torch.bfloat16), Float32Rms),
+    "half weights, float32 stream": lambda: half_inside(torch.bfloat16, cast=False),
+    "weights cast to bfloat16": lambda: half_inside(torch.bfloat16, cast=True),
+    "weights cast to float16": lambda: half_inside(torch.float16, cast=True),
+}
+
+
+@pytest.mark.parametrize("name", PRECISE)
+def test_half_precision_inside_a_float32_stream(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    model = PRECISE[name]().float() if name.startswith("autocast") else PRECISE[name]()
+    x = tokens(hidden=32, dtype=torch.float32)
+    found = rows(proved(model, x))
+    assert (
+        found["group 0"]["dtype"] == "float32" and 1e-5 < found["group 0"]["error"] <= found["group 0"]["limit"] < 0.05
+    )
+    assert found["group 0"]["passed"] and found["whole graph"]["passed"]
+    _break_down(monkeypatch)
+    with pytest.raises(VerificationError, match="group 0 differs"):
+        proved(model, x)
+
+
+def test_autocast_switched_off_inside_is_judged_as_float32() -> None:
+    """What is around the group is in half precision, the group itself is not."""
+    model = Nested(lambda: None).float()
+    x = tokens(hidden=32, dtype=torch.float32)
+    found = rows(proved(model, x))
+    assert found["group 0"]["limit"] == 1e-5 and found["group 0"]["error"] > 0
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_around_the_compiled_model(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    model, x = stack(hidden=32).float(), tokens(hidden=32, dtype=torch.float32)
+    options = {"compiler": "eager", "verify": "numeric", "strict": True, "form": "concatenated"}
+
+    def run() -> None:
+        torch._dynamo.reset()
+        with torch.no_grad(), torch.autocast("cpu", dtype):
+            torch.compile(model, backend=fxfusion.ffn_fusion, options=options)(x)
+
+    run()
+    row = fxfusion.last_reports()[-1].verifications[0]
+    assert 1e-5 < row["error"] <= row["limit"] < 0.05
+    _break_down(monkeypatch)
+    with pytest.raises(VerificationError, match="group 0 differs"):
+        run()
+
+
+def test_autocast_keeps_no_cast_of_the_proof() -> None:
+    """A weight that the proof cast without gradients would have none in the user's own run under the same autocast."""
+    model, x = stack().float(), tokens(dtype=torch.float32)
+    options = {"compiler": "eager", "verify": "numeric", "strict": True}
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(model, backend=fxfusion.ffn_fusion, options=options)(x).sum().backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in model.parameters())
+
+
+def test_float32_inside_a_float64_model() -> None:
+    row = rows(proved(stack(Gated, Float32Rms), tokens()))["group 0"]
+    assert (row["dtype"], row["limit"]) == ("float64", 1e-6) and row["error"] > 0
+
+
+def test_the_lowest_precision_of_a_graph() -> None:
+    graph = capture(lambda x: (x.float().half() + 1).double() * 2, tokens()).module.graph
+    names = [node.name for node in graph.nodes]
+    assert lowest_bits(graph) == 16 and lowest_bits(graph, names[-2:-1]) == 64
+    assert lowest_bits(capture(lambda x: x + 1, torch.arange(3)).module.graph) == 64
+
+
+# --- where the proof stands ------------------------------------------------------------------------------
 
 
 def _break_packing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +442,21 @@ def _break_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxfusion.passes.pack_weights import WeightPacker
 
     monkeypatch.setattr(WeightPacker, "_fold_gains", lambda self, member, rows: rows)
+
+
+def _break_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The members' down projections in another order than their gates and ups."""
+    from fxfusion.passes.pack_weights import WeightPacker
+
+    right = WeightPacker.down_weight
+
+    def reversed_downs(self: WeightPacker) -> fx.Node:
+        node = right(self)
+        flipped = self.editor.call(torch.flip, node, [1])
+        flipped.meta["fxfusion_pack"] = node.meta.pop("fxfusion_pack")
+        return flipped
+
+    monkeypatch.setattr(WeightPacker, "down_weight", reversed_downs)
 
 
 def test_the_backend_does_not_run_what_was_not_proved(
@@ -111,3 +474,19 @@ def test_the_backend_does_not_run_what_was_not_proved(
         run(x)
     with pytest.raises(VerificationError):
         fuse(model, x, verify="numeric")
+
+
+def test_a_wrong_clean_up_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxfusion.passes.drop_no_ops import DropNoOps
+    from fxfusion.passes.functionalise_adds import FunctionaliseAdds
+
+    right = FunctionaliseAdds.run
+
+    def run(self: FunctionaliseAdds, graph: fx.Graph) -> Any:
+        named(graph, "silu").target = nn.functional.relu
+        return right(self, graph)
+
+    assert DropNoOps.exact and FunctionaliseAdds.exact
+    monkeypatch.setattr(FunctionaliseAdds, "run", run)
+    with pytest.raises(VerificationError, match="clean-up: output 0 differs"):
+        proved(stack(), tokens())

@@ -75,7 +75,8 @@ def test_the_whole_demo_runs_and_prints_one_json_document(ran: tuple[int, str, P
 
 def test_it_proves_and_shows_that_the_proof_can_fail(ran: tuple[int, str, Path]) -> None:
     found = json.loads(ran[1])["exactness"]
-    assert found["passed"] and len(found["groups"]) == 1 and found["groups"][0]["passed"]
+    assert [proof["part"] for proof in found["proofs"]] == ["group 0", "whole graph", "clean-up"]
+    assert found["passed"] and all(proof["passed"] for proof in found["proofs"])
     assert 0 < found["logits"] <= found["limit"] < found["logits_with_a_changed_weight"]
     assert found["logits_with_the_weight_restored"] == found["logits"]
 

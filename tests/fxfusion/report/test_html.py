@@ -177,6 +177,13 @@ def test_proofs_are_shown_with_their_verdict(passed: bool, mark: str) -> None:
     assert "not checked numerically" not in text
 
 
+@pytest.mark.parametrize(("passed", "mark"), [(True, "✓ whole graph: error 3.0e-07"), (False, "✗ whole graph")])
+def test_the_proof_of_the_whole_graph_is_shown(passed: bool, mark: str) -> None:
+    proof = {"part": "whole graph", "group": None, "dtype": "float32", "error": 3e-7, "limit": 1e-5, "passed": passed}
+    text = page(graph_report(verifications=(proof,)))
+    assert mark in text and "not checked numerically" in text and not parsed(text).wrong
+
+
 def test_a_graph_with_nothing_in_it() -> None:
     text = page(GraphReport(), notes=("graph breaks cut the model into 3 graphs",))
     assert "Nothing to fuse" in text and "No residual block" in text and "cut the model into 3" in text

@@ -64,7 +64,11 @@ def report() -> FusionReport:
         groups=(GroupSummary(members=members, norm="fold", width=860160, packed_bytes=2**36),),
         refusals=(refusal(RefusalCode.INNER_VALUE_READ, long, "language_model.decoder.layers.1.feed_forward"),),
         history=history,
-        verifications=({"group": 0, "dtype": "float32", "error": 3e-7, "limit": 1e-5, "passed": True},),
+        verifications=(
+            {"part": "group 0", "group": 0, "dtype": "float32", "error": 3e-7, "limit": 1e-5, "passed": True},
+            {"part": "whole graph", "group": None, "dtype": "int64", "error": 2e-8, "limit": 1e-5, "passed": True},
+            {"part": "mixers 0", "group": None, "dtype": "float32", "error": 1.0, "limit": 1e-5, "passed": False},
+        ),
     )
     return FusionReport(graphs=(graph,), notes=("a note",))
 
@@ -74,7 +78,18 @@ def test_the_text_fits_100_columns() -> None:
     assert max(map(len, lines)) <= 100, max(lines, key=len)
 
 
-@pytest.mark.parametrize("shown", ["a note", "40-69", "860160", "3.0e-07 (limit 1e-05)", "inner_value_read"])
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "a note",
+        "40-69",
+        "860160",
+        "3.0e-07 (limit 1e-05)",
+        "inner_value_read",
+        "whole graph: proved, error 2.0e-08",
+        "mixers 0: NOT proved",
+    ],
+)
 def test_the_text_says(shown: str) -> None:
     assert shown in str(report())
 
