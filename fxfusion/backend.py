@@ -30,6 +30,7 @@ from fxfusion.errors import (
     PlanError,
     RefusalCode,
 )
+from fxfusion.graph import ops
 from fxfusion.graph.effects import records_gradients
 from fxfusion.options import BackendOptions
 from fxfusion.packing import FusedCallable, GraphPacks, PackBinding, forget_looks
@@ -134,7 +135,7 @@ def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: Back
     try:
         captured = capture_dynamo(gm, inputs)
         setting = _compiled_for(captured, settings)
-        with _out_of_sight_of_hooks():
+        with _out_of_sight_of_hooks(captured.module.graph):
             fused = fuse_captured(
                 captured,
                 settings.choice,
@@ -161,12 +162,14 @@ def _fuse_or_fall_back(gm: fx.GraphModule, inputs: Sequence[Any], settings: Back
 
 
 @contextlib.contextmanager
-def _out_of_sight_of_hooks() -> Iterator[None]:
+def _out_of_sight_of_hooks(graph: fx.Graph) -> Iterator[None]:
     """What runs inside is nothing that the model computes, so hooks on saved tensors (activation checkpoints count with
-    them) must not see it."""
+    them) must not see it. Who forbids hooks in the graph has none, and the graph cannot be run under ours."""
+    forbids = any(ops.op_name(node) == "_saved_tensors_hooks_disable" for node in graph.nodes)
+    same = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(RuntimeError):  # where hooks are forbidden (`torch.func.grad`), nobody has one
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+            stack.enter_context(contextlib.nullcontext() if forbids else same)
         yield
 
 

@@ -192,10 +192,10 @@ class _Observer(fx.Interpreter):
 class _InFloat64(_Observer):
     """Every float in float64, casts between floats do nothing, and what the other run drew is drawn again."""
 
-    def __init__(
-        self, gm: fx.GraphModule, tensors: Mapping[str, Any], watch: Mapping[str, str], like: Seen | None
-    ) -> None:
-        super().__init__(gm, {name: _wide(value) for name, value in tensors.items()}, watch, like)
+    def observed(self, written: Collection[str]) -> Seen:
+        """Other weights are widened where they are read, one at a time."""
+        self.tensors |= {name: _wide(self.tensors[name]) for name in written}
+        return super().observed(written)
 
     def compute(self, n: fx.Node) -> Any:
         name = ops.op_name(n)

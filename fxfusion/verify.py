@@ -94,7 +94,7 @@ def made_up_inputs(gm: fx.GraphModule, inputs: Sequence[Any], weights: Mapping[s
     found: dict[str, Any] = dict(weights)
     for name, value in weights.items():
         if value.device.type == "meta" or isinstance(value, FakeTensor):
-            raise VerificationError(f"cannot verify: the weight {name} is on the meta device")
+            raise VerificationError(f"cannot verify: the weight {name} is fake or on the meta device")
     places = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     for name, value in zip(places, inputs, strict=True):
         if name not in weights:
@@ -176,7 +176,9 @@ def prove(
     ]
     rest = dict.fromkeys(name for seen in (one, other) for name in seen.values if name not in ends.values())
     rows.append(found.of(what, list(rest), lowest_bits(before.graph)))
-    return Proof(rows=tuple(rows), notes=tuple(_notes(one)))
+    apart = [label for label in ends.values() if label not in one.values]
+    inside = f"verify: {', '.join(apart)}: inside a transform of functorch, so compared by what the whole graph shows"
+    return Proof(rows=tuple(rows), notes=(*_notes(one), *([inside] if apart else [])))
 
 
 def lowest_bits(graph: fx.Graph, names: Collection[str] | None = None) -> int:
@@ -204,7 +206,7 @@ class Comparison:
 
         Raises `VerificationError` where they differ by more than is allowed.
         """
-        worst = Verification(part=part, group=group, dtype="", error=0.0, limit=0.0)
+        found: list[Verification] = []
         for name in names:
             before, after = self.one.values.get(name), self.other.values.get(name)
             error, limit = _difference(before, after, partial(self._true, name), bits)
@@ -214,9 +216,9 @@ class Comparison:
                 raise VerificationError(
                     f"{where} differs from the parallel form by {error:.3g}, allowed {limit:.3g} ({dtype})"
                 )
-            if not worst.dtype or error * (worst.limit or 1.0) > worst.error * (limit or 1.0):
-                worst = Verification(part=part, group=group, dtype=dtype, error=error, limit=limit)
-        return worst
+            found.append(Verification(part=part, group=group, dtype=dtype, error=error, limit=limit))
+        nothing = Verification(part=part, group=group, dtype="", error=0.0, limit=0.0)
+        return max(found, key=lambda each: (each.error / (each.limit or 1.0), each.limit), default=nothing)
 
     def _true(self, name: str) -> Any:
         truth = self.truth()
