@@ -9,6 +9,7 @@ why. So a graph can always be run to its end, and every mode that it switches on
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -109,19 +110,24 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def made_up(example: Any, name: str) -> Any:
-    """A value that looks like the example: floats are normal, truths true, integers 0 or 1. The name is the seed."""
+    """A value that looks like the example: floats scatter around 0 with variance 1, truths are true, integers 0 or 1.
+
+    The name is the seed, and no random number is drawn: `vmap` forbids that inside.
+    """
     if isinstance(example, (tuple, list)):
         return tuple(made_up(item, f"{name}.{place}") for place, item in enumerate(example))
     if not isinstance(example, torch.Tensor):
         return size_hint(example) if isinstance(example, torch.SymInt) else example
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     shape = [max(size_hint(size), 1) if size != 0 else 0 for size in example.shape]
     if example.dtype == torch.bool:
         return torch.ones(shape, dtype=torch.bool, device=example.device)
-    if example.is_floating_point() or example.is_complex():
-        kind = torch.complex128 if example.is_complex() else torch.float64
-        return torch.randn(shape, generator=generator, dtype=kind).to(dtype=example.dtype, device=example.device)
-    return torch.randint(2, shape, generator=generator).to(dtype=example.dtype, device=example.device)
+    wide = [*shape, 2] if example.is_complex() else shape
+    place = torch.arange(math.prod(wide), dtype=torch.float64) + zlib.crc32(name.encode()) % 65536
+    scattered = ((place * 12.9898).sin() * 43758.5453).frac().reshape(wide)  # in (-1, 1), dense and without a pattern
+    if example.is_complex():
+        return torch.view_as_complex(scattered * math.sqrt(3)).to(dtype=example.dtype, device=example.device)
+    made = scattered * math.sqrt(3) if example.is_floating_point() else scattered > 0
+    return made.to(dtype=example.dtype, device=example.device)
 
 
 class _Observer(fx.Interpreter):
@@ -131,16 +137,29 @@ class _Observer(fx.Interpreter):
         super().__init__(gm)
         self.tensors, self.watch, self.like = dict(tensors), watch, like
         self.seen = Seen()
+        self.reached: set[fx.Node] = set()
         self.levels = 0  # of functorch: what is made inside one means nothing outside
 
     def observed(self, written: Collection[str]) -> Seen:
         known = {node: self.tensors[node.name] for node in self.graph.nodes if node.name in self.tensors}
-        self.run(initial_env=known, enable_io_processing=False)
+        try:
+            self.run(initial_env=known, enable_io_processing=False)
+        except BaseException:
+            self._leave_modes()
+            raise
         for name in sorted(written):
             self._note(f"{name}, which is written,", self.tensors[name])
         return self.seen
 
+    def _leave_modes(self) -> None:
+        """Of a run that was cut short: autocast and levels of functorch are global, so what was entered is left."""
+        for n in self.graph.nodes:
+            if n not in self.reached and effect_of(n).switches and not effect_of(n).unknown:
+                with contextlib.suppress(Exception):
+                    self.compute(n)
+
     def run_node(self, n: fx.Node) -> Any:
+        self.reached.add(n)
         if n.op == "output":
             result = super().run_node(n)
             for place, value in enumerate(leaves(result)):
@@ -204,7 +223,7 @@ class _InFloat64(_Observer):
         if name in _FLOAT_CASTS:
             return _wide(self.env[n.all_input_nodes[0]].double())
         if n.op == "get_attr":
-            return _wide(super().compute(n))
+            return super().compute(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         try:
             return self._own(n, _wide(getattr(self, n.op)(n.target, _wide(args), _wide(kwargs))))
@@ -245,9 +264,9 @@ def _wide(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         wanted = _wide(value.dtype)
         return value.to(wanted) if value.dtype != wanted else value
-    if type(value) in (tuple, list):
-        return type(value)(map(_wide, value))
-    if type(value) is dict:
+    if isinstance(value, list) or type(value) is tuple:
+        return (list if isinstance(value, list) else tuple)(map(_wide, value))
+    if isinstance(value, dict):
         return {key: _wide(item) for key, item in value.items()}
     return value
 
