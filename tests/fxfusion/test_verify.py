@@ -13,10 +13,11 @@ import fxfusion
 from fxfusion.capture import CapturedGraph
 from fxfusion.errors import VerificationError
 from fxfusion.graph import ops
+from fxfusion.observe import Seen
 from fxfusion.passes.choose_form import Setting
 from fxfusion.pipeline import Fused, fuse_captured
 from fxfusion.policy import FusionPolicy
-from fxfusion.verify import Proof, lowest_bits, made_up_inputs, prove
+from fxfusion.verify import Comparison, Proof, lowest_bits, made_up_inputs, prove
 from tests.helpers import Float32Rms, Gated, Plain, Rms, Stack, capture, fuse, randomise, stack, tokens
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -309,6 +310,98 @@ def test_nan_in_one_form_only_fails_and_in_both_is_noted() -> None:
 def test_weights_on_meta_cannot_be_verified() -> None:
     with pytest.raises(VerificationError, match="meta device"):
         proved(stack().to("meta"), tokens().to("meta"))
+
+
+class GradientInside(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda y: Stack.forward(self, y).square().sum())(x)
+
+
+def test_a_group_inside_a_transform_is_judged_by_what_the_graph_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values mean nothing outside; the operation that forbids hooks on saved tensors runs all the same."""
+    model, x = randomise(GradientInside(stack().layers)), tokens()
+    options = {"compiler": "eager", "verify": "numeric", "strict": True, "form": "concatenated"}
+
+    def run() -> None:
+        torch._dynamo.reset()
+        torch.compile(model, backend=fxfusion.ffn_fusion, options=options)(x)
+
+    run()
+    report = fxfusion.last_reports()[-1]
+    assert [row["part"] for row in report.verifications] == ["whole graph", "clean-up"]
+    assert 0 < report.verifications[0]["error"] <= 1e-10
+    assert report.notes == (
+        "verify: group 0: inside a transform of functorch, so compared by what the whole graph shows",
+    )
+    _break_packing(monkeypatch)
+    with pytest.raises(VerificationError, match="whole graph: output 0 differs"):
+        run()
+
+
+# --- the rule --------------------------------------------------------------------------------------------
+
+ONE = torch.tensor([1.0, 2.0, 4.0])
+VALUES: dict[str, tuple[Any, Any, Any, int, bool]] = {  # before, after, in float64, bits of the narrowest float, right
+    "float64 to 1e-10": (ONE.double(), ONE.double() + 3e-10, None, 64, True),
+    "float64 and no more": (ONE.double(), ONE.double() + 5e-10, None, 64, False),
+    "float64 with float32 inside": (ONE.double(), ONE.double() + 3e-6, None, 32, True),
+    "float32 to 1e-5": (ONE, ONE + 3e-5, None, 32, True),
+    "float32 and no more": (ONE, ONE + 5e-5, None, 32, False),
+    "half: twice the other's own error": (ONE + 0.01, ONE - 0.019, ONE.double(), 16, True),
+    "half: more than twice": (ONE + 0.01, ONE - 0.021, ONE.double(), 16, False),
+    "complex": (torch.complex(ONE, ONE), torch.complex(ONE, ONE + 3e-5), None, 32, True),
+    "complex, the imaginary part": (torch.complex(ONE, ONE), torch.complex(ONE, ONE + 1e-3), None, 32, False),
+    "complex with half inside": (
+        torch.complex(ONE, ONE),
+        torch.complex(ONE, ONE + 1e-3),
+        torch.complex(ONE, ONE),
+        16,
+        False,
+    ),
+    "integers": (torch.arange(3), torch.arange(3), None, 64, True),
+    "one integer": (torch.arange(3), torch.tensor([0, 1, 3]), None, 32, False),
+    "integers with half inside": (torch.tensor([0, 1, 3]), torch.tensor([0, 1, 4]), torch.arange(3), 16, True),
+    "integers that were right": (torch.arange(3), torch.tensor([0, 1, 3]), torch.arange(3), 16, False),
+    "truths": (ONE > 1, ONE > 2, None, 64, False),
+    "another dtype": (ONE, ONE.double(), None, 32, False),
+    "another shape": (ONE, ONE[:2], None, 32, False),
+    "no tensor": (ONE, None, None, 32, False),
+    "numbers": (3, 3, None, 64, True),
+    "other numbers": (3, 4, None, 64, False),
+    "infinite in both": (ONE / 0, ONE / 0, None, 32, True),
+    "infinite with another sign": (ONE / 0, ONE / -0.0, None, 32, False),
+    "NaN in both": (ONE * torch.nan, ONE * torch.nan, None, 32, True),
+    "NaN in the second": (ONE, torch.tensor([1.0, 2.0, torch.nan]), None, 32, False),
+    "nothing in it": (ONE[:0], ONE[:0], None, 32, True),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_rule(name: str) -> None:
+    before, after, truth, bits, right = VALUES[name]
+    found = Comparison(Seen({"x": before}), Seen({"x": after}), lambda: Seen({"x": truth}))
+    if right:
+        assert found.of("part", ["x"], bits).passed
+        return
+    with pytest.raises(VerificationError, match="part: x differs from the parallel form"):
+        found.of("part", ["x"], bits)
+
+
+def test_float32_that_may_be_multiplied_with_less_is_judged_by_its_own_error() -> None:
+    found = Comparison(Seen({"x": ONE + 0.01}), Seen({"x": ONE - 0.01}), lambda: Seen({"x": ONE.double()}))
+    with pytest.raises(VerificationError):
+        found.of("part", ["x"], 32)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert found.of("part", ["x"], 32).passed
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_run_in_float64_that_fails_proves_nothing() -> None:
+    found = Comparison(Seen({"x": ONE}), Seen({"x": ONE + 1}), lambda: Seen({"x": ONE}, {"linear": "no kernel"}))
+    with pytest.raises(VerificationError, match="cannot verify: linear does not run in float64: no kernel"):
+        found.of("part", ["x"], 16)
 
 
 # --- precision -------------------------------------------------------------------------------------------
