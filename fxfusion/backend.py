@@ -188,13 +188,13 @@ def _why_not_compared(fused: Fused, settings: BackendOptions) -> str:
     if settings.verify != "paranoid" or fused.parallel is None:
         return ""
     as_eager = settings.compiler != "inductor" or inductor_draws_as_eager(settings.inductor)
-    why = why_not_compared(fused.parallel.graph, as_eager)
+    why = why_not_compared(fused.parallel.module.graph, as_eager)
     return f"paranoid: calls are not compared, because {why}" if why else ""
 
 
 def _comparison(fused: Fused, captured: CapturedGraph, settings: BackendOptions) -> _Wrapper:
     assert fused.parallel is not None
-    attributes = {node.name for node in fused.parallel.graph.nodes if node.op == "get_attr"}
+    attributes = {node.name for node in fused.parallel.module.graph.nodes if node.op == "get_attr"}
     constants = {name: value for name, value in captured.values.items() if name in attributes}
     members = fused.report.groups[0].members
     name = f"{members[0].name} to {members[-1].name}"

@@ -13,6 +13,7 @@ import math
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from fxfusion.graph import ops
 from fxfusion.graph.effects import GraphEffects, effect_of, records_gradients
 from fxfusion.torch_private import outside_fake_mode, size_hint
 
+Reads = Mapping[str, Mapping[str, str]]
+"""By the name of a node, which values it reads in place of which, by name."""
 _AUTOCAST = ("_enter_autocast", "_exit_autocast")
 _FLOAT_CASTS = ("float", "half", "bfloat16")
 
@@ -38,6 +41,7 @@ def observe(
     gm: fx.GraphModule,
     tensors: Mapping[str, Any],
     *,
+    reads: Reads | None = None,
     written: Collection[str] = (),
     watch: Mapping[str, str] | None = None,
     like: Seen | None = None,
@@ -46,7 +50,8 @@ def observe(
 ) -> Seen:
     """Run the graph on values for its inputs and weights, by node name.
 
-    `written`: which of those are copied first, and noted as they are in the end (see `written_inputs`).
+    `reads`: what nodes read in place of what the graph says.
+    `written`: which tensors are copied first, and noted as they are in the end (see `written_inputs`).
     `watch`: names of nodes whose values are wanted, and what to call them.
     `like`: the run that this one is compared with. What it did not run is not run here, and watched values are noted
     and then replaced by its own, so that every part is judged on the same inputs.
@@ -60,7 +65,7 @@ def observe(
         stack.enter_context(torch.enable_grad() if records_gradients(gm.graph) else torch.no_grad())
         for device in {device.type for device in devices} if exact else ():
             stack.enter_context(torch.autocast(device, enabled=False))
-        return kind(gm, tensors, watch or {}, like).observed(written)
+        return kind(gm, tensors, watch or {}, like, reads or {}).observed(written)
 
 
 def written_inputs(graph: fx.Graph) -> frozenset[str]:
@@ -132,9 +137,13 @@ def made_up(example: Any, name: str) -> Any:
 
 class _Observer(fx.Interpreter):
     def __init__(
-        self, gm: fx.GraphModule, tensors: Mapping[str, Any], watch: Mapping[str, str], like: Seen | None
+        self, gm: fx.GraphModule, tensors: Mapping[str, Any], watch: Mapping[str, str], like: Seen | None, reads: Reads
     ) -> None:
         super().__init__(gm)
+        named = {node.name: node for node in self.graph.nodes}
+        self.reads = {named[n]: {named[old]: named[new] for old, new in each.items()} for n, each in reads.items()}
+        self.wanted = {new for each in self.reads.values() for new in each.values()}
+        self.kept: dict[fx.Node, Any] = {}  # what is read out of its turn
         self.tensors, self.watch, self.like = dict(tensors), watch, like
         self.seen = Seen()
         self.reached: set[fx.Node] = set()
@@ -142,6 +151,7 @@ class _Observer(fx.Interpreter):
 
     def observed(self, written: Collection[str]) -> Seen:
         known = {node: self.tensors[node.name] for node in self.graph.nodes if node.name in self.tensors}
+        self.kept |= {node: value for node, value in known.items() if node in self.wanted}
         try:
             self.run(initial_env=known, enable_io_processing=False)
         except BaseException:
@@ -165,9 +175,24 @@ class _Observer(fx.Interpreter):
             for place, value in enumerate(leaves(result)):
                 self._note(f"output {place}", value)
             return result
-        value = self._value(n)
+        value = self.kept[n] if n in self.kept else self._watched(n, self._value(n))
+        if n in self.wanted:
+            self.kept[n] = value
         self.levels += ops.op_name(n).endswith("_increment_nesting") - ops.op_name(n).endswith("_decrement_nesting")
-        return self._watched(n, value)
+        return value
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        found: tuple[Any, Any] = fx.node.map_arg((n.args, n.kwargs), partial(self._read, n))
+        return found
+
+    def _read(self, n: fx.Node, source: fx.Node) -> Any:
+        """What the node gets for one of its arguments. What stands behind it is computed before its turn."""
+        source = self.reads.get(n, {}).get(source, source)
+        if source in self.env:
+            return self.env[source]
+        if source not in self.kept:
+            self.kept[source] = self.compute(source)
+        return self.kept[source]
 
     def compute(self, n: fx.Node) -> Any:
         return super().run_node(n)
@@ -184,7 +209,7 @@ class _Observer(fx.Interpreter):
                 why = f"{ops.op_name(n) or n.target} failed: {type(error).__name__}: {words}"
         self.seen.not_run[n.name] = why
         for place, source in enumerate(ops.nodes_of((n.args, n.kwargs))):
-            self._note(f"value {place} that {n.name} reads", self.env[source])
+            self._note(f"value {place} that {n.name} reads", self._read(n, source))
         return made_up(n.meta.get("example_value", n.meta.get("val")), n.name)
 
     def _drawn(self, n: fx.Node, value: Any) -> Any:
@@ -221,14 +246,14 @@ class _InFloat64(_Observer):
         if name in _AUTOCAST:
             return None
         if name in _FLOAT_CASTS:
-            return _wide(self.env[n.all_input_nodes[0]].double())
+            return _wide(self._read(n, n.all_input_nodes[0]).double())
         if n.op == "get_attr":
             return super().compute(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         try:
             return self._own(n, _wide(getattr(self, n.op)(n.target, _wide(args), _wide(kwargs))))
         except Exception:  # no kernel for float64: as it was, and rounded there
-            args, kwargs = fx.node.map_arg((n.args, n.kwargs), self._as_it_was)
+            args, kwargs = fx.node.map_arg((n.args, n.kwargs), partial(self._as_it_was, n))
             return _wide(getattr(self, n.op)(n.target, args, kwargs))
 
     def _value(self, n: fx.Node) -> Any:
@@ -248,10 +273,10 @@ class _InFloat64(_Observer):
         source = n.all_input_nodes[0] if n.all_input_nodes else n
         one, other = ops.tensor_value(source), ops.tensor_value(n)
         cast = one is not None and other is not None and one.dtype != other.dtype
-        return value.clone() if cast and isinstance(value, torch.Tensor) and value is self.env[source] else value
+        return value.clone() if cast and isinstance(value, torch.Tensor) and value is self._read(n, source) else value
 
-    def _as_it_was(self, source: fx.Node) -> Any:
-        value, example = self.env[source], ops.tensor_value(source)
+    def _as_it_was(self, n: fx.Node, source: fx.Node) -> Any:
+        value, example = self._read(n, source), ops.tensor_value(source)
         if isinstance(value, torch.Tensor) and example is not None and value.dtype != example.dtype:
             return value.to(example.dtype)
         return value

@@ -21,7 +21,7 @@ from fxfusion.errors import VerificationError
 from fxfusion.graph.effects import effect_of
 from fxfusion.observe import Seen, detached, leaves, observe, unknown_effects, written_inputs
 from fxfusion.torch_private import FakeTensor
-from fxfusion.verify import Comparison, lowest_bits
+from fxfusion.verify import Comparison, Form, lowest_bits
 
 log = logging.getLogger("fxfusion")
 
@@ -46,18 +46,19 @@ class ParanoidCallable:
     def __init__(
         self,
         call: Callable[..., Any],
-        parallel: fx.GraphModule,
+        parallel: Form,
         constants: Mapping[str, torch.Tensor],
         calls: int,
         name: str,
     ) -> None:
         self.call, self.name = call, name
         self.number, self.calls = 0, calls
-        self._parallel: fx.GraphModule | None = parallel
-        self._places = [node.name for node in parallel.graph.nodes if node.op == "placeholder"]
+        self._parallel: Form | None = parallel
+        graph = parallel.module.graph
+        self._places = [node.name for node in graph.nodes if node.op == "placeholder"]
         self._constants = dict(constants)
-        self._written = written_inputs(parallel.graph)
-        self._bits = lowest_bits(parallel.graph)
+        self._written = written_inputs(graph)
+        self._bits = lowest_bits(graph)
 
     def __call__(self, *inputs: Any) -> Any:
         parallel = self._parallel
@@ -68,12 +69,13 @@ class ParanoidCallable:
             self._parallel = None
         return self._compared(parallel, inputs)
 
-    def _compared(self, parallel: fx.GraphModule, inputs: tuple[Any, ...]) -> Any:
+    def _compared(self, parallel: Form, inputs: tuple[Any, ...]) -> Any:
         part = f"call {self.number} of the graph of {self.name}"
         values = {**self._constants, **dict(zip(self._places, inputs, strict=True))}
         with torch.no_grad():
             before = detached(values, self._written)
-        one = observe(parallel, before, written=self._written)
+        module, reads = parallel.module, parallel.reads
+        one = observe(module, before, reads=reads, written=self._written)
         result = self.call(*inputs)
         if one.not_run:
             raise VerificationError(
@@ -82,7 +84,7 @@ class ParanoidCallable:
         with torch.no_grad():
             other = Seen({f"output {place}": _plain(value) for place, value in enumerate(leaves(result))})
             other.values |= {f"{name}, which is written,": _plain(values[name]) for name in self._written}
-            truth = cache(lambda: observe(parallel, before, written=self._written, like=one, exact=True))
+            truth = cache(lambda: observe(module, before, reads=reads, written=self._written, like=one, exact=True))
             names = [name for name in one.values if not name.startswith("value ")]
             found = Comparison(one, other, truth).of(part, list(dict.fromkeys([*names, *other.values])), self._bits)
         log.info("fxfusion: %s equals its parallel form: error %.1e, limit %.0e", part, found.error, found.limit)

@@ -24,6 +24,7 @@ from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.inline import drop_unused_state
 from fxfusion.graph.pass_base import History, Pass
 from fxfusion.graph.pass_manager import run_passes
+from fxfusion.observe import Reads
 from fxfusion.options import VerifyMode
 from fxfusion.pack_values import own, packed_values
 from fxfusion.passes.check_group import GroupChecker
@@ -53,7 +54,7 @@ from fxfusion.policy import FusionPolicy
 from fxfusion.report import FusionReport, GraphReport
 from fxfusion.summary import blocks_after, blocks_before, summarise_chain, summarise_group
 from fxfusion.unwrap import unwrapped
-from fxfusion.verify import Part, Proof, prove_rewrite
+from fxfusion.verify import Form, Part, Proof, prove_rewrite
 
 Choice = FusionPolicy | FusionPlan
 
@@ -79,7 +80,7 @@ class Fused:
     packs: tuple[Pack, ...]
     report: GraphReport
     notes: tuple[str, ...] = ()
-    parallel: fx.GraphModule | None = None
+    parallel: Form | None = None
 
 
 def choose(policy: str | Mapping[str, object] | FusionPolicy | None, plan: Any) -> Choice:
@@ -210,7 +211,7 @@ def _match(captured: CapturedGraph) -> tuple[GraphFacts, Matches]:
 @dataclass(frozen=True, slots=True)
 class _Rewritten:
     packs: tuple[Pack, ...] = ()
-    parallel: fx.GraphModule | None = None
+    parallel: Form | None = None
     proof: Proof = Proof()
 
 
@@ -227,8 +228,8 @@ def _rewrite(
     `cleaned`: the graph before any group was touched; None where nothing is to be proved.
     """
     groups = found.groups
+    parallel = Form(work.copy().module, _parallel_reads(groups)) if cleaned is not None else None
     run_passes(work.module, [Parallelise(groups)], history)
-    parallel = work.copy().module if cleaned is not None else None
     prepack = [PrepackWeights(groups)] if any(group.is_prepacked for group in groups) else []
     run_passes(work.module, [Concatenate(groups), ConcatenateGrouped(groups), *prepack], history)
     if found.beside:
@@ -242,6 +243,20 @@ def _rewrite(
         return _Rewritten(packs)
     proof = prove_rewrite(captured, cleaned, parallel, work.module, packs, _parts(found))
     return _Rewritten(packs, parallel, proof)
+
+
+def _parallel_reads(groups: Sequence[Group]) -> Reads:
+    """What the members of each group read in the parallel form: its stream, with norm="last" through the last norm."""
+    reads: dict[str, dict[str, str]] = {}
+    for group in groups:
+        stream, last = group.members[0].stream, group.members[-1]
+        normed = last.normed if last.prologue else stream
+        for member, node in ((each, node) for each in group.members for node in each.nodes):
+            own = reads.setdefault(node.name, {})
+            own[member.stream.name] = stream.name
+            if group.norm == "last" and node not in member.prologue:
+                own[(member.normed if member.prologue else member.stream).name] = normed.name
+    return reads
 
 
 def _parts(found: Analysis) -> tuple[Part, ...]:

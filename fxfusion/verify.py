@@ -7,7 +7,8 @@ Compared are, in one run of each form (`observe`),
     the order of all effects that can be seen from outside
 
 and likewise the captured graph with what the exact clean-up made of it (`"clean-up"`). The parallel form is the graph
-before anything was concatenated. The tolerance follows the lowest precision inside what is compared:
+before any group was touched, run with the members of each group reading the group's stream; mixers of wide blocks read
+one stream already. The tolerance follows the lowest precision inside what is compared:
 
 | lowest precision inside | allowed |
 |---|---|
@@ -21,7 +22,7 @@ float64 at most twice the parallel form's own |
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -31,7 +32,7 @@ from torch import fx
 from fxfusion.capture import CapturedGraph
 from fxfusion.errors import VerificationError
 from fxfusion.graph.effects import GraphEffects
-from fxfusion.observe import Seen, leaves, made_up, observe, written_inputs
+from fxfusion.observe import Reads, Seen, leaves, made_up, observe, written_inputs
 from fxfusion.pack_values import own, packed_values
 from fxfusion.packing import packing_mode
 from fxfusion.passes.concatenate import STANDS_FOR
@@ -75,6 +76,15 @@ class Proof:
 
     rows: tuple[Verification, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A graph to run, and what its nodes read in place of what it says (`observe`): so the parallel form is the graph
+    before anything was fused, with the members of a group reading the group's stream. No pass made it."""
+
+    module: fx.GraphModule
+    reads: Reads = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +133,7 @@ def packed_tensors(packs: Sequence[Pack], tensors: Mapping[str, Any]) -> dict[st
 def prove_rewrite(
     captured: CapturedGraph,
     cleaned: fx.GraphModule,
-    parallel: fx.GraphModule,
+    parallel: Form,
     fused: fx.GraphModule,
     packs: Sequence[Pack],
     parts: Sequence[Part],
@@ -133,18 +143,16 @@ def prove_rewrite(
     `parts`: what of the parallel form a node of the fused graph may stand for. Raises `VerificationError`.
     """
     tensors = made_up_inputs(captured.module, captured.inputs, captured.values)
-    first = prove(captured.module, cleaned, tensors, CLEAN_UP)
+    first = prove(Form(captured.module), cleaned, tensors, CLEAN_UP)
     by_end = {part.end: part for part in parts}
-    stand_ins = {node.name: node.meta[STANDS_FOR] for node in fused.graph.nodes if STANDS_FOR in node.meta}
-    found = {name: by_end[end] for name, end in stand_ins.items() if end in by_end}
-    if not found:
-        return first  # computed member by member, every group is its parallel form
+    ends = {node.name: node.meta.get(STANDS_FOR, node.name) for node in fused.graph.nodes}
+    found = {name: by_end[end] for name, end in ends.items() if end in by_end}
     second = prove(parallel, fused, tensors | packed_tensors(packs, tensors), WHOLE, found)
     return Proof(rows=(*second.rows, *first.rows), notes=tuple(dict.fromkeys((*first.notes, *second.notes))))
 
 
 def prove(
-    before: fx.GraphModule,
+    form: Form,
     after: fx.GraphModule,
     tensors: Mapping[str, Any],
     what: str,
@@ -155,11 +163,12 @@ def prove(
     `parts`: of `before`, by the name of the node of `after` that stands for their end. Raises `VerificationError` that
     names the part, output, input or effect that differs.
     """
+    before, reads = form.module, form.reads
     _check_effects(before.graph, after.graph, what)
     parts = parts or {}
     written = (written_inputs(before.graph) | written_inputs(after.graph)) & tensors.keys()
     ends = {part.end: part.label for part in parts.values()}
-    one = observe(before, tensors, written=written, watch=ends, seed=0)
+    one = observe(before, tensors, reads=reads, written=written, watch=ends, seed=0)
     watch = {node: part.label for node, part in parts.items()}
     other = observe(after, tensors, written=written, watch=watch, like=one, seed=0)
     for name, why in other.not_run.items():
@@ -167,7 +176,9 @@ def prove(
             raise VerificationError(
                 f"{what}: {name} does not run, and there is no such fault before the rewrite: {why}"
             )
-    truth = cache(lambda: observe(before, tensors, written=written, watch=ends, like=one, exact=True, seed=0))
+    truth = cache(
+        lambda: observe(before, tensors, reads=reads, written=written, watch=ends, like=one, exact=True, seed=0)
+    )
     found = Comparison(one, other, truth)
     rows = [
         found.of(part.label, [part.label], lowest_bits(before.graph, part.nodes), part.group)

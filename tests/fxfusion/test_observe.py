@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 import fxfusion.prepacked  # noqa: F401  (registers the operators)
 from fxfusion.capture import CapturedGraph
+from fxfusion.graph import ops
 from fxfusion.observe import Seen, detached, leaves, made_up, observe, unknown_effects, written_inputs
 from tests.helpers import capture
 
@@ -97,6 +98,27 @@ def test_watched_values_are_noted_and_replaced() -> None:
     like = Seen({"product": torch.full((2, 4), 3.0)})
     seen = observe(captured.module, tensors_of(captured), watch={node: "product"}, like=like)
     assert torch.equal(seen.values["product"], X * 2) and seen.values["output 0"].eq(4).all()
+
+
+def test_a_node_reads_something_else_that_stands_before_or_behind_it() -> None:
+    """`one` is read after its last use, `three` before its turn; what is in place is computed once."""
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        one = x * 2
+        two = one + 1
+        three = (two * 10).mul_(3)
+        return two.sin(), three.cos()
+
+    captured = capture(function, X)
+    names = {node.name: ops.op_name(node) for node in captured.module.graph.nodes}
+    one, two, ten, three, sine, cosine = (name for name, what in names.items() if what in ("mul", "add", "sin", "cos"))
+    tensors = tensors_of(captured)
+    seen = observe(captured.module, tensors, reads={sine: {two: three}, cosine: {three: one}})
+    assert torch.equal(seen.values["output 0"], ((X * 2 + 1) * 10 * 3).sin())
+    assert torch.equal(seen.values["output 1"], (X * 2).cos())
+    argument = next(iter(tensors))
+    seen = observe(captured.module, tensors, reads={cosine: {three: argument}, ten: {two: one}})
+    assert torch.equal(seen.values["output 0"], (X * 2 + 1).sin()) and torch.equal(seen.values["output 1"], X.cos())
 
 
 # --- what is not run -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from fxfusion.observe import Seen
 from fxfusion.passes.choose_form import Setting
 from fxfusion.pipeline import Fused, fuse_captured
 from fxfusion.policy import FusionPolicy
-from fxfusion.verify import Comparison, Proof, lowest_bits, made_up_inputs, prove
+from fxfusion.verify import Comparison, Form, Proof, lowest_bits, made_up_inputs, prove
 from tests.helpers import Float32Rms, Gated, Plain, Rms, Stack, capture, fuse, randomise, stack, tokens
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -52,10 +52,6 @@ def test_a_right_rewrite_passes(dtype: torch.dtype) -> None:
 
 def test_what_is_not_fused_is_not_run() -> None:
     assert proved(nn.Linear(8, 8), torch.randn(2, 8)).report.verifications == ()
-    fused = fuse_captured(
-        capture(stack(), tokens()), FusionPolicy(), verify="numeric", compiled_for=Setting(request="members")
-    )
-    assert list(rows(fused)) == ["clean-up"], "the members' sum is the parallel form"
 
 
 # --- wrong packing, of every group -----------------------------------------------------------------------
@@ -88,6 +84,25 @@ def test_a_perturbed_weight_fails_by_the_name_of_its_group(
     monkeypatch.setattr(WeightPacker, "down_weight", down_weight)
     with pytest.raises(VerificationError, match=f"group {wrong} differs from the parallel form"):
         fuse(model, x, plan=two, verify="numeric")
+
+
+@pytest.mark.parametrize(("norm", "left_out"), [("fold", "_reread"), ("last", "_share_last_norm")])
+def test_a_pass_that_does_not_make_groups_parallel_is_caught(
+    monkeypatch: pytest.MonkeyPatch, norm: str, left_out: str
+) -> None:
+    """What the parallel form is, is not taken from the pass."""
+    from fxfusion.passes import parallelise
+
+    def by_members() -> Fused:
+        setting = Setting(request="members")
+        return fuse_captured(captured, FusionPolicy(norm=norm), verify="numeric", compiled_for=setting)
+
+    captured = capture(stack(), tokens())
+    found = rows(by_members())
+    assert list(found) == ["group 0", "whole graph", "clean-up"] and found["group 0"]["error"] <= 1e-10
+    monkeypatch.setattr(parallelise, left_out, lambda *_: None)
+    with pytest.raises(VerificationError, match="group 0 differs from the parallel form"):
+        by_members()
 
 
 def test_weights_in_the_wrong_order_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +167,7 @@ def same_graph(captured: CapturedGraph, edit: Callable[[fx.Graph], None] | None 
     other = captured.copy().module
     if edit is not None:
         edit(other.graph)
-    return prove(captured.module, other, tensors, "whole graph")
+    return prove(Form(captured.module), other, tensors, "whole graph")
 
 
 def named(graph: fx.Graph, name: str) -> fx.Node:

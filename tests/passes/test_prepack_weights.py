@@ -102,4 +102,4 @@ def test_the_proof_covers_the_packed_layers() -> None:
     proof, *_ = fused(stack().float(), tokens().float(), "prepacked").report.verifications
     assert proof["passed"] and proof["dtype"] == "float32"
     by_members = fused(stack().float(), tokens().float(), "members").report.verifications
-    assert [row["part"] for row in by_members] == ["clean-up"]
+    assert [row["part"] for row in by_members] == ["group 0", "whole graph", "clean-up"]
