@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -21,6 +21,8 @@ import torch
 from torch import fx
 
 from fxfusion.errors import CaptureError
+from fxfusion.graph import ops
+from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.effects import keep_unread
 from fxfusion.graph.inline import attribute, inline_modules, merge_attributes
 from fxfusion.torch_private import (
@@ -37,6 +39,8 @@ from fxfusion.torch_private import (
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _MACHINERY = frozenset(vars(torch.nn.Module()))  # what a module keeps about itself
+_DATA = {name: (0, "input") for name in ("linear", "mm", "matmul", "bmm")} | {"addmm": (1, "mat1")}
+"""Which argument of a linear layer holds the tokens."""
 _serial = count()
 
 
@@ -74,8 +78,9 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture
     values: dict[str, torch.Tensor] = {}
     opaque: dict[str, str] = {}
     weights = set()
+    data = _parameters_that_are_data(gm.graph, dict(zip(placeholders, example_inputs, strict=True)))
     for node, value in zip(placeholders, example_inputs, strict=True):
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or node in data:
             continue
         if is_module_state(node) or isinstance(value, torch.nn.Parameter):
             weights.add(node.name)
@@ -89,6 +94,35 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture
     return CapturedGraph(
         module=gm, inputs=tuple(example_inputs), weights=frozenset(weights), values=values, opaque=opaque
     )
+
+
+def _parameters_that_are_data(graph: fx.Graph, given: Mapping[fx.Node, Any]) -> Set[fx.Node]:
+    """Parameters of no module that linear layers take as their input: soft prompts, latents that are optimised.
+
+    What is computed from weights alone would count as constant, and no layer's input is.
+    """
+    state = {node for node in given if is_module_state(node)}
+    loose = {node for node, value in given.items() if isinstance(value, torch.nn.Parameter)} - state
+    data: set[fx.Node] = set()
+    while loose - data:
+        constants = GraphFacts(graph, state | loose - data).constants
+        inputs = (ops.argument(node, *_DATA[name]) for node in graph.nodes if (name := ops.op_name(node)) in _DATA)
+        sources = next((_sources(node) & loose for node in inputs if node in constants), set())
+        found = {node for node in sources if given[node].dim() > 1}  # not the gains of norms on the way
+        if not found:
+            break
+        data |= found
+    return data
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """All that a value is computed from."""
+    seen, pending = {node}, [node]
+    while pending:
+        new = set(pending.pop().all_input_nodes) - seen
+        seen |= new
+        pending += new
+    return seen
 
 
 def captured_from_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CapturedGraph:

@@ -7,12 +7,14 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import fxfusion
 from fxfusion.capture import CapturedGraph, capture_model, captured_from_graph
 from fxfusion.errors import CaptureError
 from fxfusion.graph import ops
-from tests.helpers import How, capture, run_graph, stack, tokens
+from tests.helpers import HIDDEN, How, capture, error_of, parallel_form, run_graph, stack, tokens
 
 
 @pytest.mark.parametrize("how", ["dynamo", "export", "symbolic"])
@@ -117,3 +119,40 @@ def test_a_capture_keeps_no_weight_alive() -> None:
     del model, graphs
     gc.collect()
     assert all(ref() is None for ref in weights)
+
+
+def gated(x: Tensor, weights: list[Tensor]) -> Tensor:
+    gain, gate, up, down = weights
+    n = F.rms_norm(x, (HIDDEN,), gain)
+    return x + F.linear(F.silu(F.linear(n, gate)) * F.linear(n, up), down)
+
+
+def plain_call(x: Tensor, members: list[list[Tensor]]) -> Tensor:
+    for weights in members:
+        x = gated(x, weights)
+    return x
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+def test_a_parameter_that_a_linear_layer_takes_as_its_input_is_no_weight(prompt: bool) -> None:
+    """Weights that are arguments, all of them parameters of no module; the input too, where it is a prompt."""
+    shapes = [(HIDDEN,), (6, HIDDEN), (6, HIDDEN), (HIDDEN, 6)]
+    members = [[nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes] for _ in range(2)]
+    x = nn.Parameter(tokens()) if prompt else tokens()
+    torch._dynamo.reset()
+    (captured,), _ = capture_model(plain_call, (x, members), {})
+    assert len(captured.weights) == 8 and not any(value is x for value in captured.values.values())
+    (report,) = fxfusion.explain(plain_call, x, members).graphs
+    assert [len(group.members) for group in report.groups] == [2]
+
+
+def test_a_soft_prompt_gets_its_gradient() -> None:
+    model, prompt = stack(), nn.Parameter(tokens())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=fxfusion.ffn_fusion, options={"compiler": "eager"})
+    (got,) = torch.autograd.grad(compiled(prompt).sum(), prompt)
+    (want,) = torch.autograd.grad(parallel_form(model, prompt).sum(), prompt)
+    assert error_of(got, want) < 1e-12
+    with torch.no_grad():
+        prompt.add_(1.0)
+    assert error_of(compiled(prompt), parallel_form(model, prompt)) < 1e-12
