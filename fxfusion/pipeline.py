@@ -21,6 +21,7 @@ from fxfusion import debug
 from fxfusion.capture import CapturedGraph, capture_model, captured_from_graph
 from fxfusion.errors import OptionError, Refusal
 from fxfusion.graph.dataflow import GraphFacts
+from fxfusion.graph.effects import forget_effects
 from fxfusion.graph.inline import drop_unused_state
 from fxfusion.graph.pass_base import History, Pass
 from fxfusion.graph.pass_manager import run_passes
@@ -119,6 +120,7 @@ def fuse_captured(
         made = _rewrite(captured, cleaned, work, found if compiled_for else _portable(found), history, lift_into)
         numbers.guard()
         after, fused_blocks = work.module, blocks_after(blocks, groups)
+    forget_effects(work.module.graph)
     _log(found)
     report = GraphReport(
         chains=chains,

@@ -21,7 +21,7 @@ from torch import fx
 
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor
-from fxfusion.graph.effects import GraphEffects
+from fxfusion.graph.effects import graph_effects
 from fxfusion.graph.pass_base import Pass, PassResult
 
 
@@ -30,7 +30,7 @@ class FunctionaliseAdds(Pass):
     exact: ClassVar[bool] = True
 
     def run(self, graph: fx.Graph) -> PassResult:
-        effects = GraphEffects(graph)
+        effects = graph_effects(graph)
         changed = 0
         # From the end, so that the facts, which are of the graph as it was, can only be too careful.
         for node in reversed(list(effects.of)):

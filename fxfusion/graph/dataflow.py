@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxfusion.graph import ops
-from fxfusion.graph.effects import GraphEffects, is_pure
+from fxfusion.graph.effects import graph_effects
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class GraphFacts:
 
     def __init__(self, graph: fx.Graph, weights: Iterable[fx.Node]) -> None:
         self.graph = graph
-        self.effects = GraphEffects(graph)
+        self.effects = graph_effects(graph)
         self.order: Mapping[fx.Node, int] = self.effects.order
         self.mode: Mapping[fx.Node, int] = self.effects.modes
         self.written: Set[fx.Node] = self.effects.written
@@ -52,10 +52,13 @@ class GraphFacts:
                 known = True
             else:
                 sources = node.all_input_nodes
-                known = bool(sources) and all(source in constant for source in sources) and is_pure(node)
+                known = bool(sources) and all(source in constant for source in sources) and self._is_pure(node)
             if known and not self.is_written(node):
                 constant.add(node)
         return constant
+
+    def _is_pure(self, node: fx.Node) -> bool:
+        return node.op != "output" and self.effects.of[node].is_none
 
     def is_written(self, node: fx.Node) -> bool:
         """Whether some node writes the value, or one that may share its memory."""

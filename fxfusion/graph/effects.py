@@ -34,6 +34,7 @@ from fxfusion.torch_private import (
 
 KEPT = "fxfusion_kept"
 """Marks a node that nobody read when the graph was captured: it is there for its effect, and is never erased."""
+_READ = "fxfusion_effects"  # where a graph keeps what `graph_effects` read
 
 PURE_FUNCTIONS = frozenset(
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d affine_grid "
@@ -177,11 +178,11 @@ def writes_in_place(node: fx.Node) -> bool:
     return bool(effect_of(node).writes)
 
 
-def shares_memory_with(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The arguments that the result may share memory with."""
+def shares_memory_with(node: fx.Node, effect: Effect | None = None) -> tuple[fx.Node, ...]:
+    """The arguments that the result may share memory with. `effect`: the node's, where the caller knows it."""
     if node.op not in ("call_function", "call_method", "call_module") or _is_number(node):
         return ()
-    effect = effect_of(node)
+    effect = effect or effect_of(node)
     if effect.unknown:
         return effect.writes
     if ops.op_name(node) in ALIASING_OPS:
@@ -316,8 +317,8 @@ class GraphEffects:
         return effect.draws or effect.switches or effect.acts or not all(map(self.is_private, effect.writes))
 
     def _join_values(self) -> None:
-        for node in self.of:
-            for source in shares_memory_with(node):
+        for node, effect in self.of.items():
+            for source in shares_memory_with(node, effect):
                 self._join(source, node)
 
     def _join_storages(self) -> None:
@@ -336,6 +337,32 @@ class GraphEffects:
         first, second = (one, other) if self.order[one] < self.order[other] else (other, one)
         self._first[second] = first
         self._members.setdefault(first, [first]).extend(self._members.pop(second, [second]))
+
+
+def graph_effects(graph: fx.Graph) -> GraphEffects:
+    """The effects of the graph, read once while it stays as it is.
+
+    They are kept on the graph with all that they were read from, and read anew where one of these is another object:
+    nodes and their order, targets, arguments (fx never changes them in place), example values.
+    """
+    read_from = _read_from(graph)
+    kept: tuple[list[Any], GraphEffects] | None = vars(graph).get(_READ)
+    if kept is None or len(kept[0]) != len(read_from) or not all(map(operator.is_, kept[0], read_from)):
+        kept = vars(graph)[_READ] = (read_from, GraphEffects(graph))
+    return kept[1]
+
+
+def forget_effects(graph: fx.Graph) -> None:
+    """Take off the graph what `graph_effects` keeps there, erased nodes among it."""
+    vars(graph).pop(_READ, None)
+
+
+def _read_from(graph: fx.Graph) -> list[Any]:
+    found: list[Any] = []
+    for node in graph.nodes:
+        meta = node.meta
+        found += (node, node.target, node.args, node.kwargs, meta.get("example_value"), meta.get("val"))
+    return found
 
 
 def keep_unread(nodes: Iterable[fx.Node]) -> None:

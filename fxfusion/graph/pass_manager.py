@@ -16,7 +16,7 @@ from fxfusion import debug
 from fxfusion.errors import PassError
 from fxfusion.graph import ops
 from fxfusion.graph.editor import erase_dead_code
-from fxfusion.graph.effects import GraphEffects
+from fxfusion.graph.effects import graph_effects
 from fxfusion.graph.pass_base import History, Pass, PassRecord
 
 
@@ -67,7 +67,7 @@ def _run_one(gm: fx.GraphModule, step: Pass, history: History) -> int:
 
 def _effects(graph: fx.Graph) -> list[str]:
     """What the graph does that can be seen from outside, in order."""
-    return [node.name for node in GraphEffects(graph).observable()]
+    return [node.name for node in graph_effects(graph).observable()]
 
 
 def _effect_changes(before: list[str], after: list[str]) -> list[str]:

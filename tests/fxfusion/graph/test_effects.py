@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxfusion.graph import effects, ops
-from fxfusion.graph.effects import GraphEffects, effect_of, is_pure, records_gradients, shares_memory_with
+from fxfusion.graph.effects import (
+    GraphEffects,
+    effect_of,
+    forget_effects,
+    graph_effects,
+    is_pure,
+    records_gradients,
+    shares_memory_with,
+)
 from tests.fxfusion.graph.test_ops import ATEN, call
 
 library = torch.library.Library("fxeffects", "DEF")
@@ -422,3 +430,82 @@ def test_names_of_switches_from_elsewhere_are_not_believed() -> None:
 
     assert effect_of(call(_set_grad_enabled, "x")).unknown
     assert ops.op_name(call(_set_grad_enabled, "x")) == "_set_grad_enabled"
+
+
+def test_effects_are_read_once_while_the_graph_stays_as_it_is() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.relu, (x,))
+    z = graph.call_function(torch.sigmoid, (y,))
+    graph.output(z)
+    first = graph_effects(graph)
+    assert graph_effects(graph) is first
+    forget_effects(graph)
+    assert graph_effects(graph) is not first
+
+
+def _change_a_target(graph: fx.Graph, y: fx.Node) -> None:
+    y.target = torch.relu_
+
+
+def _change_an_argument(graph: fx.Graph, y: fx.Node) -> None:
+    y.args = (next(iter(y.users)).args[1],)
+
+
+def _change_a_keyword(graph: fx.Graph, y: fx.Node) -> None:
+    y.kwargs = {"out": y.args[0]}
+
+
+def _replace_an_input(graph: fx.Graph, y: fx.Node) -> None:
+    y.replace_input_with(y.args[0], next(iter(y.users)).args[1])
+
+
+def _add_a_node(graph: fx.Graph, y: fx.Node) -> None:
+    with graph.inserting_after(y):
+        graph.call_method("add_", (y, 1))
+
+
+def _give_an_example_value(graph: fx.Graph, y: fx.Node) -> None:
+    y.args[0].meta["example_value"] = torch.ones(2)
+
+
+def _erase_a_node(graph: fx.Graph, y: fx.Node) -> None:
+    next(iter(y.users)).replace_all_uses_with(y)
+    graph.erase_node(list(graph.nodes)[-2])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _change_a_target,
+        _change_an_argument,
+        _change_a_keyword,
+        _replace_an_input,
+        _add_a_node,
+        _give_an_example_value,
+        _erase_a_node,
+    ],
+)
+def test_effects_are_read_anew_after_any_change(change: Callable[[fx.Graph, fx.Node], None]) -> None:
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    y = graph.call_function(torch.relu, (x,))
+    graph.output(graph.call_function(torch.add, (y, w)))
+    before = graph_effects(graph)
+    change(graph, y)
+    after = graph_effects(graph)
+    assert after is not before
+    assert after.of == GraphEffects(graph).of
+    assert after.order == GraphEffects(graph).order
+
+
+def test_effects_are_read_anew_after_nodes_changed_places() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.relu, (x,))
+    z = graph.call_method("add_", (x, 1))
+    graph.output((y, z))
+    before = graph_effects(graph)
+    z.append(y)
+    assert list(graph_effects(graph).order) == [x, z, y, graph.output_node()]
+    assert graph_effects(graph) is not before
