@@ -30,6 +30,7 @@ from fxfusion.torch_private import FakeTensor, size_hint
 
 MOST_BYTES = 2**30  # of the random weights of one group
 MOST_PRODUCTS = 6 * 10**9  # weights times tokens of one group
+MOST_OF_TWO = 2 * 10**10  # the same, where only two members are left
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,8 @@ class Region:
 
     @property
     def fits(self) -> bool:
-        return self.bytes <= MOST_BYTES and self.bytes // 8 * self.tokens <= MOST_PRODUCTS
+        most = MOST_OF_TWO if len(self.adds) == 2 else MOST_PRODUCTS
+        return self.bytes <= MOST_BYTES and self.bytes // 8 * self.tokens <= most
 
     @property
     def bytes(self) -> int:
