@@ -116,7 +116,7 @@ class _Reader:
         self.graph = fx.Graph()
         self.inputs: list[fx.Node] = []
         self.weights: set[fx.Node] = set()
-        self.named: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "True": True, "False": False}
+        self.named: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "Ellipsis": ...}
 
     def read(self, forward: ast.FunctionDef) -> None:
         for argument in forward.args.args[1:]:
