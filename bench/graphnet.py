@@ -56,7 +56,9 @@ def measure(sample: Path, found: dict[str, Any]) -> None:
             if graph is not None:
                 _one_form(graph, found[what], name)
         except FxFusionError as error:
-            found["coded_errors"].append({"graph": name, "form": what, "error": f"{type(error).__name__}: {error}"[:600]})
+            found["coded_errors"].append(
+                {"graph": name, "form": what, "error": f"{type(error).__name__}: {error}"[:600]}
+            )
         except Exception as error:
             found["crashes"].append({"graph": name, "form": what, "error": f"{type(error).__name__}: {error}"[:600]})
 

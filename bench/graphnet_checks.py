@@ -35,8 +35,11 @@ MOST_OF_TWO = 2 * 10**10  # the same, where only two members are left
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was found about one group. `error`: relative, of the fused against the parallel form; None where not even two
-    members are small enough to be computed here. `run`: how many of its first members were computed. `false`, `wrong`: in words; empty where all is well."""
+    """What was found about one group. `run`: how many of its first members were computed here; as many as fit.
+
+    `error`: relative, of the fused against the parallel form; None where not even two members fit. `false`, `wrong`:
+    why, in words; empty where all is well.
+    """
 
     members: int
     run: int = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxfusion.testing import spec
+from fxfusion.testing import effects, spec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -75,15 +75,15 @@ class Ffn(nn.Module):
         self.gate = nn.Linear(hidden, width, bias=bias) if given.layout == "separate" else None
         self.down = nn.Linear(width, hidden, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.with_norm(x, self.norm)
+    def forward(self, x: Tensor, held: effects.Memory) -> Tensor:
+        return self.with_norm(x, self.norm, held)
 
-    def with_norm(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """The branch with another block's norm; `[batch, seq, hidden]` to the same shape."""
+    def with_norm(self, x: Tensor, norm: nn.Module, held: effects.Memory) -> Tensor:
+        """The branch with another block's norm; `[batch, seq, hidden]` to the same shape. `held`: for `within`."""
         shape = x.shape
         if self.given.flat:
             x = x.reshape(-1, self.hidden)
-        h = self._middle(norm(x))
+        h = _within(self.given.within, self._middle(norm(x)), held)
         if self.given.inner == "softmax":
             h = torch.softmax(h, dim=-1)
         elif self.inner is not None:
@@ -112,6 +112,21 @@ class Ffn(nn.Module):
         else:
             gate, up = h[..., ::2], h[..., 1::2]
         return cast(Tensor, act(gate) * up)
+
+
+def _within(kind: spec.Within, h: Tensor, held: effects.Memory) -> Tensor:
+    """An effect on the intermediate value, `[..., width]`."""
+    if kind == "scaled":
+        h.mul_(0.5)
+    elif kind == "set":
+        effects.put(h, (..., 0), 0.5)
+    elif kind == "out":
+        torch.mul(h, 0.5, out=h)
+    elif kind == "dropout":
+        return F.dropout(h, 0.25, True)
+    elif kind == "kept":
+        held["other"].copy_(h.sum())
+    return h
 
 
 class Mixer(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -34,6 +34,43 @@ def check_graph(given: StackSpec, norm: NormMode = "fold") -> int:
     _assert_close(got, want, TOLERANCE, "output")
     _assert_close(_input_gradient(got, x), _input_gradient(want, x), GRADIENT_TOLERANCE, "input gradient")
     return len(groups)
+
+
+def check_effects(given: StackSpec, norm: NormMode = "fold") -> int:
+    """Outputs, the input and the stack's memory after a call are those of the parallel form, random draws included.
+
+    Where all effects are understood the groups are the right ones, elsewhere they are parts of them. Returns how many.
+    """
+    model = Stack(given)
+    x = model.example()
+    with torch.no_grad():
+        fused, report = fuse_graph(_traced(model), [x], policy={"norm": norm})
+        found = [[member.name for member in group.members] for group in report.groups]
+        refusals = [(refusal.code.value, refusal.layer, refusal.message) for refusal in report.refusals]
+        if given.is_certain:
+            right = model.names(model.groups())
+            assert found == right, f"fused {found}, right is {right}; refused: {refusals}"
+        groups = model.numbered(found)
+        check_outcome(model, x, fused, lambda y: model.parallel_forward(y, groups, norm))
+    return len(groups)
+
+
+def check_outcome(
+    model: Stack, x: Tensor, run: Callable[[Tensor], Sequence[Tensor]], right: Callable[[Tensor], Sequence[Tensor]]
+) -> None:
+    """Both from the same memory and random state, each on an input of its own; the memory is left as it was."""
+    assert torch.equal(x, model.example()), "the input was written before the graph ran"
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    outcomes = []
+    for function in (run, right):
+        given = x.clone()
+        torch.manual_seed(model.given.seed)
+        # All that can be seen: outputs, the input, the memory, and how many random numbers were drawn.
+        outputs = [output.clone() for output in function(given)]
+        outcomes.append([*outputs, given, *(value.clone() for _, value in model.named_buffers()), torch.rand(1)])
+        for name, value in model.named_buffers():
+            value.copy_(before[name])
+    _assert_close(outcomes[0], outcomes[1], TOLERANCE, "outcome")
 
 
 def check_twice(given: StackSpec) -> None:
@@ -90,11 +127,16 @@ def _input_gradient(outputs: Sequence[Tensor], x: Tensor) -> list[Tensor]:
 
 def _traced(model: Stack) -> fx.GraphModule:
     """A traced graph; every other one with its modules opened already, which takes another way in."""
-    if model.given.seed % 2:
-        return fx.symbolic_trace(model)
-    return fx.GraphModule(model, _OpenTracer().trace(model))
+    tracer = _Tracer() if model.given.seed % 2 else _OpenTracer()
+    return fx.GraphModule(model, tracer.trace(model))
 
 
-class _OpenTracer(fx.Tracer):
+class _Tracer(fx.Tracer):
+    """Makes nodes of buffers as of parameters: an effect on one would otherwise happen while it is traced."""
+
+    proxy_buffer_attributes = True
+
+
+class _OpenTracer(_Tracer):
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
         return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Layout = Literal["separate", "chunk", "split", "slices", "interleaved", "plain", "conv1d"]
@@ -26,6 +26,42 @@ LookAlike = Literal[
     "tied_outside",
 ]
 
+EffectKind = Literal[
+    "count",
+    "foreach_count",
+    "out_count",
+    "put_count",
+    "set_count",
+    "view_count",
+    "copy_count",
+    "noise",
+    "custom_count",
+    "python_count",
+    "copy_cache",
+    "set_cache",
+    "out_cache",
+    "foreach_cache",
+    "custom_cache",
+    "add_",
+    "set_channel",
+    "put_batch",
+    "scale_view",
+    "scale_flat",
+    "foreach_scale",
+    "out_scale",
+    "copy_from_cache",
+    "custom_write",
+    "view_read_later",
+    "dropout",
+]
+Within = Literal["nothing", "scaled", "set", "out", "dropout", "counted", "kept"]
+Sum = Literal["new", "into_branch", "into_stream"]
+
+_CHANGE_STREAM = frozenset(
+    "add_ set_channel put_batch scale_view scale_flat foreach_scale out_scale copy_from_cache custom_write "
+    "dropout".split()
+)
+_UNCERTAIN = frozenset(("custom_count", "python_count", "custom_cache", "view_read_later")) | _CHANGE_STREAM
 PACKED: tuple[Layout, ...] = ("chunk", "split", "slices")
 
 
@@ -34,6 +70,8 @@ class Ffn:
     """A residual feed-forward block, `x + output(scale * F(norm(x)))`. `flat`: computed on `[tokens, hidden]`.
 
     `inner`: what is computed over all intermediate channels, between the activation and the last linear layer.
+    `within`: an effect on the intermediate value, behind the activation: written in place, dropped out in training,
+    read by the stack's memory. `sum`: whether the addition makes a new tensor or writes one of the two.
     """
 
     layout: Layout = "separate"
@@ -45,6 +83,13 @@ class Ffn:
     width: int = 8
     inner: Inner = "none"
     output: NormKind = "none"
+    within: Within = "nothing"
+    sum: Sum = "new"
+
+    @property
+    def acts(self) -> bool:
+        """Whether it does more than return a value."""
+        return self.within != "nothing" or self.sum != "new"
 
     @property
     def kind(self) -> tuple[str, ...]:
@@ -63,6 +108,7 @@ class Ffn:
             self.inner,
             self.output,
             scale,
+            self.within if self.within != "counted" else "nothing",  # which has nothing to do with the value
         )
 
 
@@ -99,7 +145,18 @@ class NotFfn:
     kind: LookAlike = "one_linear"
 
 
-Block = Ffn | Again | Mixer | StreamNorm | Tap | NotFfn
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effect:
+    """Something done to the stream or to the stack's memory between two blocks; see `fxfusion.testing.effects`."""
+
+    kind: EffectKind = "count"
+
+    @property
+    def changes_stream(self) -> bool:
+        return self.kind in _CHANGE_STREAM
+
+
+Block = Ffn | Again | Mixer | StreamNorm | Tap | NotFfn | Effect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,3 +167,31 @@ class StackSpec:
     seed: int = 0
     hidden: int = 8
     tokens: tuple[int, int] = (2, 3)
+
+    @property
+    def has_effects(self) -> bool:
+        return any(isinstance(block, Effect) or _acts(block) for block in self.blocks)
+
+    def without_effects(self) -> StackSpec:
+        """The same stack, which computes and does nothing else."""
+        kept = [number for number, block in enumerate(self.blocks) if not isinstance(block, Effect)]
+        blocks: list[Block] = []
+        for number in kept:
+            block = self.blocks[number]
+            if isinstance(block, Again):
+                block = Again(block=kept.index(block.block))
+            elif isinstance(block, Ffn):
+                block = replace(block, within="nothing", sum="new")
+            blocks.append(block)
+        return replace(self, blocks=tuple(blocks))
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether it is known what must be fused. Where it is not, less may be: the compiler understands less."""
+        return not any(
+            _acts(block) or (isinstance(block, Effect) and block.kind in _UNCERTAIN) for block in self.blocks
+        )
+
+
+def _acts(block: Block) -> bool:
+    return isinstance(block, Ffn) and block.acts

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fxfusion.testing import spec
+from fxfusion.testing import effects, spec
 from fxfusion.testing.blocks import Ffn, Mixer, Norm
 from fxfusion.testing.look_alikes import NotFfn
 
@@ -28,8 +28,11 @@ class Stack(nn.Module):
         super().__init__()
         self.given = given
         self.blocks = nn.ModuleList(self._build(block) for block in given.blocks)
+        if given.has_effects:
+            for name, value in effects.memory(given.tokens, given.hidden).items():
+                self.register_buffer(name, value)
         generator = torch.Generator().manual_seed(given.seed)
-        self.to(torch.float64)
+        self.double()
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5)
@@ -49,29 +52,42 @@ class Stack(nn.Module):
 
     def parallel_forward(self, x: Tensor, groups: Groups, norm: Literal["fold", "last"] = "fold") -> tuple[Tensor, ...]:
         """The stack where every member of a group reads the group's input. No groups: the stack as it is."""
+        held = self._memory()
         first = {group[0]: group for group in groups}
         inside = {index for group in groups for index in group}
         streams, outputs = [x], []
         for index, block in enumerate(self.given.blocks):
+            if self._counts(index):
+                held["counter"].add_(1.0)  # where the block stands, wherever its branch is computed
             if index in first:
-                x = self._parallel(x, first[index], norm)
+                x = self._parallel(x, first[index], norm, held)
+            elif isinstance(block, spec.Effect):
+                x, extra = effects.apply(block.kind, x, held)
+                outputs += extra
             elif index not in inside:
-                x, extra = self._step(x, index, block, streams)
+                x, extra = self._step(x, index, block, streams, held)
                 outputs += extra
             streams.append(x)
         return (x, *outputs)
 
-    def _parallel(self, x: Tensor, group: Sequence[int], norm: str) -> Tensor:
+    def _parallel(self, x: Tensor, group: Sequence[int], norm: str, held: effects.Memory) -> Tensor:
         members = [self._ffn(index) for index in group]
-        total = x
-        for member in members:
-            total = total + member.with_norm(x, members[-1].norm if norm == "last" else member.norm)
-        return total
+        norms = [members[-1].norm if norm == "last" else member.norm for member in members]
+        branches = [member.with_norm(x, used, held) for member, used in zip(members, norms, strict=True)]
+        for member, branch in zip(members, branches, strict=True):
+            x = _sum(x, branch, member.given.sum)
+        return x
 
-    def _step(self, x: Tensor, index: int, block: spec.Block, streams: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _memory(self) -> effects.Memory:
+        """The buffers that effects write, by name."""
+        return {name: getattr(self, name) for name in effects.NAMES} if self.given.has_effects else {}
+
+    def _step(
+        self, x: Tensor, index: int, block: spec.Block, streams: list[Tensor], held: effects.Memory
+    ) -> tuple[Tensor, list[Tensor]]:
         module = self.blocks[index]
         if isinstance(block, (spec.Ffn, spec.Again)):
-            return x + self._ffn(index)(x), []
+            return _sum(x, self._ffn(index)(x, held), self._ffn(index).given.sum), []
         if isinstance(block, spec.Mixer):
             return x + module(x), []
         if isinstance(block, spec.StreamNorm):
@@ -86,6 +102,11 @@ class Stack(nn.Module):
         found = self.blocks[self.home(index)]
         assert isinstance(found, Ffn)
         return found
+
+    def _counts(self, index: int) -> bool:
+        return (
+            isinstance(self.given.blocks[index], (spec.Ffn, spec.Again)) and self._ffn(index).given.within == "counted"
+        )
 
     def home(self, index: int) -> int:
         """The block that owns the FFN module which block `index` calls."""
@@ -102,7 +123,7 @@ class Stack(nn.Module):
         read = self._read_by_others()
         runs: list[list[int]] = [[]]
         for index, block in enumerate(self.given.blocks):
-            if isinstance(block, spec.Tap):
+            if _passes_on(block):
                 continue
             if not isinstance(block, (spec.Ffn, spec.Again)):
                 runs.append([])
@@ -128,6 +149,18 @@ class Stack(nn.Module):
         """Module paths of the members, as a report shows them."""
         return [[f"blocks.{self.home(index)}" for index in group] for group in groups]
 
+    def numbered(self, names: Sequence[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
+        """Groups found, as numbers of blocks. Raises `AssertionError` where one is no part of a chain's run."""
+        found: list[tuple[int, ...]] = []
+        for group in names:
+            runs = (chain[at : at + len(group)] for chain in self.chains() for at in range(len(chain)))
+            fitting = [run for run in runs if self.names([run]) == [list(group)] and not set(run) & set(sum(found, ()))]
+            assert fitting, f"{list(group)} is no run of FFNs with nothing between them"
+            found.append(fitting[0])
+            first = fitting[0]
+            assert all(self._fits(first[:at], first[at]) for at in range(1, len(first))), f"{group} do not fit"
+        return tuple(found)
+
     def _fits(self, run: Sequence[int], index: int) -> bool:
         homes = [self.home(other) for other in run]
         return self.home(index) not in homes and self._ffn(index).given.kind == self._ffn(run[0]).given.kind
@@ -139,21 +172,49 @@ class Stack(nn.Module):
         return {self._next(position) for position in read}
 
     def _stream_read(self, index: int) -> int:
-        """Which stream a tap or look-alike reads besides its own input: the one after so many blocks."""
+        """Which stream a tap or look-alike reads besides its own input: the one after so many blocks.
+
+        Memory that an addition has written since shows the stream behind that addition.
+        """
+        position = self._stream_meant(index)
+        while (reader := self._next(position)) < index and self._writes_stream(reader):
+            position = reader + 1
+        return position
+
+    def _stream_meant(self, index: int) -> int:
         block = self.given.blocks[index]
         if isinstance(block, spec.Tap):
             return max(index - block.back, 0)
-        before = [other for other in range(index) if not isinstance(self.given.blocks[other], spec.Tap)]
+        if isinstance(block, spec.Effect):
+            return index
+        before = [other for other in range(index) if not _passes_on(self.given.blocks[other])]
         if not before:
             raise ValueError(f"block {index} reads an earlier stream, and there is none")
         return before[-1]
 
+    def _writes_stream(self, index: int) -> bool:
+        is_ffn = isinstance(self.given.blocks[index], (spec.Ffn, spec.Again))
+        return is_ffn and self._ffn(index).given.sum == "into_stream"
+
     def _next(self, position: int) -> int:
-        """The first block at or after the position that is not a tap: the reader of that stream."""
-        while position < len(self.given.blocks) and isinstance(self.given.blocks[position], spec.Tap):
+        """The first block at or after the position that takes the stream and gives another: the reader of it."""
+        while position < len(self.given.blocks) and _passes_on(self.given.blocks[position]):
             position += 1
         return position
 
 
+def _sum(x: Tensor, branch: Tensor, kind: spec.Sum) -> Tensor:
+    if kind == "new":
+        return x + branch
+    return branch.add_(x) if kind == "into_branch" else x.add_(branch)
+
+
+def _passes_on(block: spec.Block) -> bool:
+    """Whether the stream after the block is the very tensor that was before it."""
+    return isinstance(block, (spec.Tap, spec.Effect)) and not (isinstance(block, spec.Effect) and block.changes_stream)
+
+
 def _reads_more(block: spec.Block) -> bool:
+    if isinstance(block, spec.Effect):
+        return block.kind in effects.READING or block.kind == "view_read_later"
     return isinstance(block, spec.Tap) or (isinstance(block, spec.NotFfn) and block.kind in _READS_EARLIER)

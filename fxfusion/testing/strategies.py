@@ -7,11 +7,13 @@ def test_mine(spec):
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args
 
 from hypothesis import strategies as st
 
 from fxfusion.testing import spec
+from fxfusion.testing.effects import BESIDE
 
 
 def ffns() -> st.SearchStrategy[spec.Ffn]:
@@ -65,6 +67,56 @@ def others() -> st.SearchStrategy[spec.Block]:
         st.builds(spec.NotFfn, kind=st.sampled_from(get_args(spec.LookAlike))),
         st.just(spec.StreamNorm()),
     )
+
+
+@st.composite
+def effect_stacks(draw: Any) -> spec.StackSpec:
+    """Short stacks with effects between the blocks and inside the FFNs."""
+    given: spec.StackSpec = draw(st.one_of(_alike(), _alike(), stacks(max_runs=1)))
+    blocks: list[spec.Block] = []
+    places: list[int] = []  # where each block went: a repeated module is named by its block's number
+    for block in given.blocks:
+        if draw(st.integers(0, 3)) == 3:
+            blocks.append(draw(_effects()))
+        if isinstance(block, spec.Again):
+            block = spec.Again(block=places[block.block])
+        places.append(len(blocks))
+        blocks.append(draw(_with_effect(block)))
+    done = replace(given, blocks=tuple(blocks))
+    if not done.has_effects or draw(st.booleans()):
+        blocks.append(draw(_effects()))
+    return replace(given, blocks=tuple(blocks))
+
+
+@st.composite
+def _alike(draw: Any) -> spec.StackSpec:
+    """Two to four FFNs that fit each other, and at most one block of another kind behind them."""
+    model: spec.Ffn = draw(ffns())
+    members = st.builds(
+        lambda width, bias: replace(model, width=width, bias=bias), st.sampled_from((8, 4, 6)), st.booleans()
+    )
+    run = draw(st.lists(members, min_size=2, max_size=4))
+    after = draw(st.lists(others(), max_size=1))
+    tokens = draw(st.sampled_from(((2, 3), (1, 8))))
+    return spec.StackSpec(blocks=(*run, *after), seed=draw(st.integers(0, 2**16)), tokens=tokens)
+
+
+def _effects() -> st.SearchStrategy[spec.Effect]:
+    """Every kind; those that leave the stream alone, and so the groups around them whole, more often."""
+    kinds = (*sorted(BESIDE), *get_args(spec.EffectKind))
+    return st.builds(spec.Effect, kind=st.sampled_from(kinds))
+
+
+def _with_effect(block: spec.Block) -> st.SearchStrategy[spec.Block]:
+    """The block itself as a rule; an FFN sometimes with an effect inside or another kind of addition."""
+    if not isinstance(block, spec.Ffn):
+        return st.just(block)
+    acting = st.builds(
+        lambda within, total: replace(block, within=within, sum=total),
+        st.sampled_from(get_args(spec.Within)),
+        st.sampled_from(get_args(spec.Sum)),
+    )
+    return st.one_of(*[st.just(block)] * 5, acting)
 
 
 @st.composite
