@@ -131,7 +131,7 @@ WRITES: dict[str, Write] = {
     "copy_": _each(lambda parameter, value: parameter.copy_(value)),
     "copy_ through data": _each(lambda parameter, value: parameter.data.copy_(value)),
     "new data": _each(_set_data),
-    "set_": _each(lambda parameter, value: parameter.data.set_(value)),
+    "set_": _each(lambda parameter, value: parameter.set_(value)),
     "one value": _each(lambda parameter, value: parameter.view(-1)[:1].fill_(0.25)),
     "numpy": _each(_by_numpy),
     "foreach": lambda model: torch._foreach_mul_(list(model.parameters()), 0.5),

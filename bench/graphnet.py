@@ -10,12 +10,14 @@ code (`bench/graphnet_samples.py`), then goes through the compiler twice:
 
 Every group found in either is held against `bench/graphnet_checks.py`: is it *false* (no run of FFNs with nothing
 between them), is it *wrong* (the fused form is not the parallel form). A crash is any exception that is not fxfusion's
-own. What cannot be rebuilt is counted by reason. The same command continues where it was stopped.
+own; what was found before it in the graph does not count. What cannot be rebuilt is counted by reason. The same command
+continues where it was stopped, and measures graphs that crashed again.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 import warnings
@@ -37,12 +39,13 @@ from fxfusion.graph.pass_manager import run_passes
 from fxfusion.pipeline import Analysis, analyse, fuse_captured, normalising_passes
 from fxfusion.policy import FusionPolicy
 
+FORMS = ("as it is", "mixers removed")
 EVERY = 25  # samples between two writes of the result
 
 
-def measure(sample: Path, found: dict[str, Any]) -> None:
-    """Add what one sample shows to `found`."""
-    name = "/".join(sample.parts[-2:])
+def measure(sample: Path, found: dict[str, Any], folder: Path) -> None:
+    """Add what one sample, below the folder, shows to `found`."""
+    name = sample.relative_to(folder).as_posix()
     try:
         captured = rebuild(sample)
     except NotRebuilt as reason:
@@ -50,17 +53,27 @@ def measure(sample: Path, found: dict[str, Any]) -> None:
         return
     found["graphs"] += 1
     found["nodes"] += len(captured.module.graph.nodes)
-    for what, of in (("as it is", captured), ("mixers removed", None)):
-        try:
-            graph = of or without_mixers(captured)
-            if graph is not None:
-                _one_form(graph, found[what], name)
-        except FxFusionError as error:
-            found["coded_errors"].append(
-                {"graph": name, "form": what, "error": f"{type(error).__name__}: {error}"[:600]}
-            )
-        except Exception as error:
-            found["crashes"].append({"graph": name, "form": what, "error": f"{type(error).__name__}: {error}"[:600]})
+    for what in FORMS:
+        _measure_form(what, captured, found, name)
+
+
+def _measure_form(what: str, captured: CapturedGraph, found: dict[str, Any], name: str) -> None:
+    form = copy.deepcopy(found[what])
+    try:
+        graph = captured if what == "as it is" else without_mixers(captured)
+        if graph is not None:
+            _one_form(graph, form, name)
+        found[what] = form
+    except Exception as error:
+        kind = "coded_errors" if isinstance(error, FxFusionError) else "crashes"
+        found[kind].append({"graph": name, "form": what, "error": f"{type(error).__name__}: {error}"[:600]})
+
+
+def _crashed_again(found: dict[str, Any], folder: Path) -> None:
+    """Measure what crashed before once more: the cause may have been mended since."""
+    before, found["crashes"] = found["crashes"], []
+    for crash in before:
+        _measure_form(crash["form"], rebuild(folder / crash["graph"]), found, crash["graph"])
 
 
 def _one_form(captured: CapturedGraph, into: dict[str, Any], name: str) -> None:
@@ -120,10 +133,7 @@ def empty() -> dict[str, Any]:
         "not_rebuilt": {},
         "crashes": [],
         "coded_errors": [],
-        **{
-            what: {**form, "slowest": [0.0, "", 0], "refusals": {}, "false": [], "wrong": []}
-            for what in ("as it is", "mixers removed")
-        },
+        **{what: {**form, "slowest": [0.0, "", 0], "refusals": {}, "false": [], "wrong": []} for what in FORMS},
     }
 
 
@@ -141,7 +151,7 @@ def _load(path: Path, of: int) -> dict[str, Any]:
 
 
 def _write(found: dict[str, Any], path: Path, complete: bool) -> None:
-    for what in ("as it is", "mixers removed"):
+    for what in FORMS:
         form = found[what]
         form["cpu_seconds"] = round(form["cpu_seconds"], 3)
         form["cpu_seconds_per_1000_nodes"] = round(1000 * form["cpu_seconds"] / max(form["nodes"], 1), 4)
@@ -166,12 +176,13 @@ def main() -> int:
         folders = [folders[place * len(folders) // options.limit] for place in range(options.limit)]
     found = _load(options.out, len(folders))
     columns = (TextColumn("graphnet"), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    _crashed_again(found, options.folder)
     with Progress(*columns) as progress:
         task = progress.add_task("", total=len(folders), completed=found["samples_done"])
         while found["samples_done"] < len(folders):
             sample = folders[found["samples_done"]]
             progress.update(task, description=sample.name[:40])
-            measure(sample, found)
+            measure(sample, found, options.folder)
             found["samples_done"] += 1
             progress.advance(task)
             done = found["samples_done"] == len(folders)
@@ -191,7 +202,7 @@ def _summary(found: dict[str, Any]) -> str:
         f"{found['graphs']} graphs of {found['nodes']:,} nodes, {sum(found['not_rebuilt'].values())} not rebuilt, "
         f"{len(found['crashes'])} crashes, {len(found['coded_errors'])} errors of fxfusion's own"
     ]
-    for what in ("as it is", "mixers removed"):
+    for what in FORMS:
         form = found[what]
         lines.append(
             f"{what}: {form['groups']} groups in {form['graphs_with_a_group']} of {form['graphs']} graphs, "

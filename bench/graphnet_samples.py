@@ -267,7 +267,7 @@ def _function(path: str) -> Callable[..., Any]:
 
 
 def _plain_name(name: str) -> str:
-    if name.startswith("_") and not hasattr(operator, name):
+    if name.startswith("_") and not callable(vars(operator).get(name)):
         raise NotRebuilt(f"the private attribute {name} is not let in")
     return name
 

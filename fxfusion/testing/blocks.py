@@ -75,15 +75,15 @@ class Ffn(nn.Module):
         self.gate = nn.Linear(hidden, width, bias=bias) if given.layout == "separate" else None
         self.down = nn.Linear(width, hidden, bias=bias)
 
-    def forward(self, x: Tensor, held: effects.Memory) -> Tensor:
+    def forward(self, x: Tensor, held: effects.Memory | None = None) -> Tensor:
         return self.with_norm(x, self.norm, held)
 
-    def with_norm(self, x: Tensor, norm: nn.Module, held: effects.Memory) -> Tensor:
+    def with_norm(self, x: Tensor, norm: nn.Module, held: effects.Memory | None = None) -> Tensor:
         """The branch with another block's norm; `[batch, seq, hidden]` to the same shape. `held`: for `within`."""
         shape = x.shape
         if self.given.flat:
             x = x.reshape(-1, self.hidden)
-        h = _within(self.given.within, self._middle(norm(x)), held)
+        h = _within(self.given.within, self._middle(norm(x)), held or {})
         if self.given.inner == "softmax":
             h = torch.softmax(h, dim=-1)
         elif self.inner is not None:
