@@ -1,4 +1,4 @@
-"""Take each guard of the matcher away, one at a time, and see whether a test notices.
+"""Take each guard of the matcher and of the effects model away, one at a time, and see whether a test notices.
 
     python -m bench.mutation_check --out bench/results/mutation_check.json
     python -m bench.mutation_check --only passes/match_ffn.py --only check_group.py:43
@@ -13,6 +13,12 @@ A guard is one of these:
 | matchers | `return False` behind an `if` | `pass` |
 | normalising passes | `return False` | `return True` |
 | normalising passes | `continue` | `pass` |
+| effects | `return Effect(...)` | `return NONE` |
+| effects | `return _Known(...)` that denies something | the same, understood |
+| effects | `yield from ...` (what is written), `self._join...(...)` (what shares memory) | `pass` |
+| effects | `return True` behind an `if` | `pass` |
+| effects | `return not any(...)` | `return True` |
+| effects | another answer of a function that says yes or no | `return False` |
 
 Each mutant is a copy of the source tree in a temporary folder; the fast tests named below run on it until
 one fails. A survivor is a guard that no test needs. A guard that was killed before is not tried again while
@@ -56,8 +62,18 @@ MATCHERS = (
     "fxfusion/graph/token_wise.py",
 )
 NORMALISERS = ("passes/drop_no_ops.py", "passes/drop_zero_branches.py", "passes/functionalise_adds.py")
-TESTS = ("tests/test_look_alikes.py", "tests/passes", "tests/fxfusion/graph/test_token_wise.py")
+EFFECTS = "fxfusion/graph/effects.py"
+TESTS = (
+    "tests/test_look_alikes.py",
+    "tests/passes",
+    "tests/fxfusion/graph/test_token_wise.py",
+    "tests/fxfusion/graph/test_effects.py",
+)
 SHARED = ("tests/conftest.py", "tests/helpers.py", "tests/blocks.py", "tests/look_alikes.py")
+EFFECTS_BECOME = {
+    "Effect": "return NONE",
+    "_Known": "return _Known(is_understood=True, is_registered=True)",
+}
 REFUSALS = ("Refused", "_refuse", "_refusal")
 
 
@@ -89,7 +105,7 @@ class Guard:
 def guards() -> Iterator[Guard]:
     """Every guard of the listed files, in order."""
     tests = _tests_digest()
-    for file in (*MATCHERS, *NORMALISERS):
+    for file in (*MATCHERS, *NORMALISERS, EFFECTS):
         source = (ROOT / file).read_text(encoding="utf-8")
         lines = source.splitlines()
         of = hashlib.sha256((source + tests).encode()).hexdigest()[:16]
@@ -101,14 +117,17 @@ def _mutations(source: str, file: str) -> Iterator[tuple[ast.stmt, str]]:
     """Each guard's statement, and what it becomes."""
     tree = ast.parse(source)
     behind_if = {statement for node in ast.walk(tree) if isinstance(node, ast.If) for statement in node.body}
+    answers = {statement for node in ast.walk(tree) if _answers(node) for statement in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.stmt):
-            becomes = _mutation(node, file, node in behind_if)
+            becomes = _mutation(node, file, node in behind_if, node in answers)
             if becomes is not None:
                 yield node, becomes
 
 
-def _mutation(node: ast.stmt, file: str, behind_if: bool) -> str | None:
+def _mutation(node: ast.stmt, file: str, behind_if: bool, answers: bool) -> str | None:
+    if file == EFFECTS:
+        return _mutation_of_effects(node, behind_if, answers)
     if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and _called(node.exc) in REFUSALS:
         return "pass"
     if isinstance(node, ast.Continue) and file in NORMALISERS:
@@ -122,6 +141,28 @@ def _mutation(node: ast.stmt, file: str, behind_if: bool) -> str | None:
     refuses = isinstance(node.value, ast.Call) and _called(node.value) == "Refused"
     refuses |= isinstance(node.value, ast.Tuple) and "RefusalCode" in ast.dump(node.value)
     return "return None" if refuses and file in MATCHERS else None
+
+
+def _answers(node: ast.AST) -> bool:
+    """Whether it is a function that answers yes or no."""
+    return isinstance(node, ast.FunctionDef) and isinstance(node.returns, ast.Name) and node.returns.id == "bool"
+
+
+def _mutation_of_effects(node: ast.stmt, behind_if: bool, answers: bool) -> str | None:
+    value = getattr(node, "value", None)
+    if isinstance(node, ast.Expr):
+        joins = isinstance(value, ast.Call) and _called(value).startswith("_join")
+        return "pass" if joins or isinstance(value, ast.YieldFrom) else None
+    if not isinstance(node, ast.Return):
+        return None
+    if isinstance(value, ast.Call) and _called(value) in EFFECTS_BECOME:
+        becomes = EFFECTS_BECOME[_called(value)]
+        return None if ast.unparse(value) == "_Known(is_understood=True)" else becomes
+    if isinstance(value, ast.Constant):
+        return "pass" if behind_if and value.value is True else None
+    if isinstance(value, ast.UnaryOp) and isinstance(value.operand, ast.Call) and _called(value.operand) == "any":
+        return "return True"
+    return "return False" if answers else None
 
 
 def _code(node: ast.AST) -> str:

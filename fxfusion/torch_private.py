@@ -31,6 +31,8 @@ __all__ = ["FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", 
 
 FUNCTIONAL_NN = "torch._C._nn"
 """Module of `linear`, `gelu` and other functions that Dynamo puts into graphs."""
+FOREACH = {name: getattr(torch, f"_foreach_{name}_") for name in ("add", "copy", "mul")}
+"""Writes of many tensors at once, as optimizers do them: `FOREACH["add"]([a, b], 1.0)`."""
 
 
 def compile_with_inductor(

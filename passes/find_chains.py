@@ -21,6 +21,7 @@ from fxfusion.passes.ffn import Chain, FfnNode, Matches, Mixer
 from fxfusion.passes.match_pieces import behind_views
 
 Break = tuple[RefusalCode, str]
+_FAR = 24  # nodes; what stands between two FFNs and is longer is not looked at
 
 
 def find_chains(matches: Matches, facts: GraphFacts) -> tuple[tuple[Chain, ...], tuple[Refusal, ...]]:
@@ -78,8 +79,8 @@ def _is_function_of(value: fx.Node, source: fx.Node, facts: GraphFacts) -> bool:
     """Whether `value` was computed from `source` alone, other than by a residual addition."""
     if facts.order[value] < facts.order[source] or ops.op_name(value) == "add" and source in value.all_input_nodes:
         return False
-    found = facts.slice_between(value, source)
-    return found.reaches_stop and not found.leaks and len(found.nodes) < 24
+    found = facts.slice_between(value, source, most=_FAR)
+    return found.reaches_stop and not found.leaks and len(found.nodes) < _FAR
 
 
 def _start_of(ffn: FfnNode, matches: Matches) -> str:

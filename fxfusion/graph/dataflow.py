@@ -64,8 +64,8 @@ class GraphFacts:
         """Whether some node writes the value, or one that may share its memory."""
         return self.effects.root(node) in self.written
 
-    def slice_between(self, start: fx.Node, stop: fx.Node) -> Slice:
-        """Everything `start` needs that was computed after `stop`."""
+    def slice_between(self, start: fx.Node, stop: fx.Node, most: int | None = None) -> Slice:
+        """Everything `start` needs that was computed after `stop`. `most`: look no further once it is so many nodes."""
         floor = self.order[stop]
         inside: set[fx.Node] = set()
         constants: dict[fx.Node, None] = {}
@@ -73,7 +73,7 @@ class GraphFacts:
         leaks: dict[fx.Node, None] = {}
         reaches = False
         pending = [start]
-        while pending:
+        while pending and (most is None or len(inside) < most):
             node = pending.pop()
             if node is stop:
                 reaches = True

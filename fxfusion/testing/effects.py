@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxfusion.testing import spec
+from fxfusion.torch_private import FOREACH
 
 Memory = Mapping[str, Tensor]
 """`counter`, `other`: [4]; `places`: [2], integers; `cache`: as the stream, `[batch, seq, hidden]`; `noise`: [4]."""
@@ -76,7 +77,7 @@ def _call(function: Callable[..., Any], *args: Any) -> None:
 
 BESIDE: dict[str, Callable[[Memory], object]] = {
     "count": lambda held: held["counter"].add_(1.0),
-    "foreach_count": lambda held: torch._foreach_add_([held["counter"], held["other"]], 1.0),
+    "foreach_count": lambda held: FOREACH["add"]([held["counter"], held["other"]], 1.0),
     "out_count": lambda held: torch.add(held["counter"], 1.0, out=held["other"]),
     "put_count": lambda held: held["counter"].index_put_((held["places"],), held["other"][:2] + 1.0),
     "set_count": lambda held: put(held["counter"], 0, 2.0),
@@ -91,7 +92,7 @@ READING: dict[str, Callable[[Tensor, Memory], object]] = {
     "copy_cache": lambda x, held: held["cache"].copy_(x),
     "set_cache": lambda x, held: put(held["cache"], (slice(None), 0), x[:, 0]),
     "out_cache": lambda x, held: torch.mul(x, 2.0, out=held["cache"]),
-    "foreach_cache": lambda x, held: torch._foreach_copy_([held["cache"]], [x]),
+    "foreach_cache": lambda x, held: FOREACH["copy"]([held["cache"]], [x]),
     "custom_cache": lambda x, held: keep(x, held["cache"]),
 }
 """Effects that write what they read from the stream."""
@@ -101,7 +102,7 @@ WRITING: dict[str, Callable[[Tensor, Memory], object]] = {
     "put_batch": lambda x, held: x.index_put_((held["places"][1:],), held["cache"][:1]),
     "scale_view": lambda x, held: x[..., :2].mul_(0.5),
     "scale_flat": lambda x, held: x.view(-1).mul_(0.5),
-    "foreach_scale": lambda x, held: torch._foreach_mul_([x], 0.5),
+    "foreach_scale": lambda x, held: FOREACH["mul"]([x], 0.5),
     "out_scale": lambda x, held: torch.mul(x, 0.5, out=x),
     "copy_from_cache": lambda x, held: x.copy_(held["cache"]),
     "custom_write": lambda x, held: count(x),

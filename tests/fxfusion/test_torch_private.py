@@ -334,3 +334,12 @@ def test_the_compiled_model_is_found_while_it_is_compiled() -> None:
     model = torch.nn.Sequential(torch.nn.ReLU())
     torch.compile(model, backend=backend)(torch.ones(2))
     assert found == [model] and private.compiled_model() is None
+
+
+def test_many_tensors_are_written_at_once() -> None:
+    a, b = torch.zeros(2), torch.ones(3)
+    private.FOREACH["add"]([a, b], 1.0)
+    private.FOREACH["mul"]([a, b], 3.0)
+    assert a.tolist() == [3, 3] and b.tolist() == [6, 6, 6]
+    private.FOREACH["copy"]([a], [torch.tensor([5.0, 7.0])])
+    assert a.tolist() == [5, 7]
