@@ -24,7 +24,7 @@ from torch import fx
 
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor, write_out
-from fxfusion.graph.effects import GraphEffects, is_pure
+from fxfusion.graph.effects import graph_effects, is_pure
 from fxfusion.graph.pass_base import Pass, PassResult
 from fxfusion.passes.drop_no_ops import is_contiguous
 from fxfusion.torch_private import OpOverload
@@ -61,7 +61,7 @@ class _Sources:
     """For each tensor the earliest one that is known to have its size, dtype and device."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.effects = GraphEffects(graph)
+        self.effects = graph_effects(graph)
         self.symbolic = any(map(_is_symbolic, graph.nodes))
         self._first: dict[_Look, fx.Node] = {}
         if self.symbolic:
