@@ -509,3 +509,47 @@ def test_effects_are_read_anew_after_nodes_changed_places() -> None:
     z.append(y)
     assert list(graph_effects(graph).order) == [x, z, y, graph.output_node()]
     assert graph_effects(graph) is not before
+
+
+def test_numbers_share_no_memory_and_lists_of_tensors_do() -> None:
+    x = fx.Graph().placeholder("x")
+    item = x.graph.call_function(operator.getitem, (x, 0))
+    parts = x.graph.call_method("chunk", (x, 2))
+    item.meta["example_value"] = 3
+    parts.meta["example_value"] = (torch.ones(1), torch.ones(1))
+    assert shares_memory_with(item) == () and shares_memory_with(parts) == (x,)
+    item.meta["example_value"] = torch.ones(2)
+    parts.meta["example_value"] = (1, 1)
+    assert shares_memory_with(item) == (x,) and shares_memory_with(parts) == ()
+
+
+def test_what_export_puts_before_a_graph_to_check_its_inputs_stays() -> None:
+    gm = torch.export.export(nn.ReLU(), (torch.ones(2),)).module()
+    (guard,) = [node for node in gm.graph.nodes if node.op == "call_module"]
+    assert effect_of(guard) == effects.Effect(acts=True) and not is_pure(guard)
+
+
+@pytest.mark.parametrize(("dropout", "training", "draws"), [(0.5, True, True), (0.5, False, False), (0.0, True, False)])
+def test_dropout_inside_attention_and_recurrence_draws(dropout: float, training: bool, draws: bool) -> None:
+    attention = ("a", "a", "a", 4, 2, "b", None, None, None, False, dropout, "c", None, training)
+    recurrence = ("a", ["b", "b"], ["c"], True, 1, dropout, training, False, False)
+    assert effects.is_random(many(F.multi_head_attention_forward, *attention)) is draws
+    assert effects.is_random(many(torch.lstm, *recurrence)) is draws
+
+
+def test_what_the_caller_gets_escapes_and_so_do_its_views() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.relu, (x,))
+    z = graph.call_function(torch.sigmoid, (y,))
+    graph.output(graph.call_method("view", (z, -1)))
+    facts = GraphEffects(graph)
+    assert facts.escapes(z) and not facts.escapes(y)
+
+
+def test_a_module_that_could_not_be_opened_may_do_anything() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    effect = effect_of(graph.call_module("some.path", (x,)))
+    assert effect.writes == (x,) and effect.draws and effect.switches and effect.acts
+    assert "could not be opened" in effect.unknown
