@@ -553,3 +553,9 @@ def test_a_module_that_could_not_be_opened_may_do_anything() -> None:
     effect = effect_of(graph.call_module("some.path", (x,)))
     assert effect.writes == (x,) and effect.draws and effect.switches and effect.acts
     assert "could not be opened" in effect.unknown
+
+
+def test_a_method_of_a_number_is_plain_and_one_of_nothing_is_not() -> None:
+    x = fx.Graph().placeholder("x")
+    assert effect_of(x.graph.call_method("add", (1, x))).is_none
+    assert effect_of(x.graph.call_method("add", (None, x))).unknown
