@@ -37,6 +37,8 @@ _DTYPE_AS = frozenset("type_as to".split())
 _MAKERS = {f"{name}_like": getattr(torch, name) for name in ("zeros", "ones", "full", "empty")}
 _NEW = {f"new_{name}": getattr(torch, name) for name in ("zeros", "ones", "full", "empty")}
 
+_SPELLED = _AS.keys() | _DTYPE_AS | _MAKERS.keys() | _NEW.keys()
+
 _Look = tuple[object, ...]
 
 
@@ -147,6 +149,8 @@ def _spell_out(node: fx.Node, made_by: str) -> int:
     `zeros(x.size(), dtype=x.dtype, device=x.device)`, where x lies in memory as that does.
     """
     name = ops.op_name(node)
+    if name not in _SPELLED:
+        return 0
     editor = GraphEditor(node, made_by, ())
     made: fx.Node | None = None
     tensors = [value for value in node.args[:2] if isinstance(value, fx.Node) and ops.tensor_value(value) is not None]
@@ -203,7 +207,7 @@ def _size_of(editor: GraphEditor, node: fx.Node, like: fx.Node) -> fx.Node | lis
 
 
 def _reads_a_look(node: fx.Node) -> bool:
-    return ops.op_name(node) in _AS.keys() | _DTYPE_AS | _MAKERS.keys() | _NEW.keys() or _reads_only_looks(node)
+    return ops.op_name(node) in _SPELLED or _reads_only_looks(node)
 
 
 def _reads_only_looks(node: fx.Node) -> bool:

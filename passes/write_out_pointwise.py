@@ -41,13 +41,12 @@ class WriteOutPointwise(Pass):
         changed = 0
         for node in list(graph.nodes):
             name = ops.op_name(node)
-            editor = GraphEditor(node, self.name, ())
             if name == "prelu":
-                written = _prelu(editor, node)
+                written = _prelu(GraphEditor(node, self.name, ()), node)
             elif name in _RRELU:
-                written = _rrelu(editor, node, _RRELU[name])
+                written = _rrelu(GraphEditor(node, self.name, ()), node, _RRELU[name])
             elif "batch_norm" in name:
-                written = _batch_norm(editor, node)
+                written = _batch_norm(GraphEditor(node, self.name, ()), node)
             else:
                 continue
             changed += written is not None and _replace(node, written)
