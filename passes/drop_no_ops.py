@@ -3,9 +3,9 @@
 Before:
     h = x.to(torch.float32)                    x: [batch, seq, hidden], float32 already
     d = dropout(h, 0.1, training=False)
-    f = d.view(-1, hidden);  b = f.view(batch, seq, hidden)
+    f = d.view(-1, hidden);  b = f.view(batch, seq, hidden);  g = d.view(-1, hidden)
 After:
-    every reader of h, d and b reads x
+    every reader of h, d and b reads x, and every reader of g reads f
 
 Exact: each dropped node returns the very tensor it was given (or an equal view of it), so results
 keep every bit. Metadata assertions of `torch.export` go too: they were proved at capture.
@@ -36,11 +36,12 @@ class DropNoOps(Pass):
     def run(self, graph: fx.Graph) -> PassResult:
         facts = GraphFacts(graph, ())
         changed = 0
+        views: dict[object, fx.Node] = {}
         for node in list(graph.nodes):
             if ops.op_name(node) == "_assert_tensor_metadata":
                 graph.erase_node(node)
                 changed += 1
-            elif (same := _returned_input(node, facts)) is not None:
+            elif (same := _returned_input(node, facts) or _first_such_view(node, views, facts)) is not None:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)  # by hand: a dropout marked `inplace` would count as a write
                 changed += 1
@@ -80,6 +81,15 @@ def _cancelled_view(source: fx.Node, node: fx.Node, facts: GraphFacts) -> fx.Nod
         if ops.op_name(start) not in _VIEWS or not start.all_input_nodes:
             return None
         start = start.all_input_nodes[0]
+
+
+def _first_such_view(node: fx.Node, views: dict[object, fx.Node], facts: GraphFacts) -> fx.Node | None:
+    """The same view of the same value, where the model wrote it before."""
+    if ops.op_name(node) not in _VIEWS or not node.users:
+        return None
+    key = (facts.mode[node], node.op, node.target, repr(node.args), repr(node.kwargs))
+    first = views.setdefault(key, node)
+    return None if first is node or _is_told_apart(node, first, facts) else first
 
 
 def _copies(node: fx.Node) -> bool:

@@ -54,6 +54,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
         found = facts.slice_between(branch, stream)
         has_linear = any(ops.op_name(node) in LINEARS for node in found.nodes)
         if not has_linear and (not found.reaches_stop or tokens.are_apart_in(found)):
+            refusals += _filled(add, branch, stream, facts)
             continue
         understood = False
         try:
@@ -184,6 +185,16 @@ def mixes_tokens(node: fx.Node, facts: GraphFacts) -> bool:
     return sum(source not in facts.constants for source in tensors) > 1 or (
         bool(tensors) and tensors[0] in facts.constants
     )
+
+
+def _filled(add: fx.Node, branch: fx.Node, stream: fx.Node, facts: GraphFacts) -> list[Refusal]:
+    """A refusal where a layer's result is written into the branch, so that the branch itself does not show it."""
+    for write in facts.effects.writers_of(branch) if facts.is_written(branch) else ():
+        found = facts.slice_between(write, stream)
+        if facts.order[write] < facts.order[add] and any(ops.op_name(node) in LINEARS for node in found.nodes):
+            refused = Refused(RefusalCode.MUTATION, f"{branch} is filled in place, by {write}", write)
+            return [_refusal(refused, add, found, facts)]
+    return []
 
 
 def _mixer(add: fx.Node, found: Slice, facts: GraphFacts) -> Mixer:

@@ -53,7 +53,9 @@ class ReadSizesEarly(Pass):
         sources = _Sources(graph)
         sizes = _Sizes(graph, sources)
         for node in list(graph.nodes):
-            if _reads_only_looks(node):
+            if ops.op_name(node) == "stride":
+                changed += sizes.write_out(node)
+            elif _reads_only_looks(node):
                 changed += sources.redirect(node)
                 changed += sizes.settle(node)
         return PassResult(changed)
@@ -113,10 +115,9 @@ class _Sizes:
         """Write out a plain number, replace a value that is there already, or move the node up; whether it did."""
         if not node.users or self._sources.are_written(node):
             return 0
-        value = _value(node)
-        if self._sources.symbolic and type(value) in (int, torch.SymInt) and str(value).isdecimal():
-            write_out(node, int(str(value)))  # a SymInt too, where the number is known
+        if self.write_out(node):
             return 1
+        value = _value(node)
         call = (node.op, node.target, repr(node.args), repr(node.kwargs))
         same = self._by_call.setdefault(call, node)
         if isinstance(value, torch.SymInt) and same is node:
@@ -126,6 +127,15 @@ class _Sizes:
             node.graph.erase_node(node)
             return 1
         return _move_up(node)
+
+    def write_out(self, node: fx.Node) -> int:
+        """Put the number in the place of the node, where that is known: a SymInt may be a constant."""
+        value = _value(node)
+        known = type(value) in (int, torch.SymInt) and str(value).isdecimal()
+        if not (self._sources.symbolic and known and node.users):
+            return 0
+        write_out(node, int(str(value)))
+        return 1
 
 
 def _move_up(node: fx.Node) -> int:

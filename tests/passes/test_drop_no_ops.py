@@ -37,6 +37,7 @@ NO_OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "unsqueeze and squeeze": lambda x: x.unsqueeze(1).squeeze(1) * 2,
     "view of its own shape": lambda x: x.view(2, 5, 8) * 2,
     "contiguous": lambda x: x.contiguous() * 2,
+    "a view of its own shape by another's": lambda x: x.expand(2, 5, 8) * 2,
     "three views": lambda x: x.reshape(80).reshape(-1, 8).reshape(2, 5, 8) * 2,
 }
 
@@ -47,6 +48,8 @@ KEPT: dict[str, Callable[[Tensor], object]] = {
     "a copy that is returned": lambda x: x.to(torch.float64, copy=True),
     "a copy that the caller gets, behind a view": lambda x: x.to(torch.float64, copy=True).view(80),
     "training dropout": lambda x: F.dropout(x, 0.5, training=True) * 2,
+    "two views, one written": lambda x: x.mul(2).view(-1).add_(1).sum() + x.view(-1).mean(),
+    "two views, the second returned": lambda x: (x.view(-1, 8) * 2, x.view(-1, 8)),
     "half of a way": lambda x: x.view(-1, 8) * 2,
     "another layout": lambda x: x[None].contiguous(memory_format=torch.channels_last) * 2,
     "contiguous of a transpose": lambda x: x.transpose(0, 1).contiguous() * 2,
@@ -64,6 +67,22 @@ def test_no_ops_go_and_results_keep_every_bit(function: Callable[[Tensor], Tenso
     assert torch.equal(run_graph(work), function(tokens()))
     _, again = apply(work, DropNoOps())
     assert again[0].changed == 0
+
+
+def test_one_view_of_a_value_is_enough() -> None:
+    captured = capture(Of(lambda x: x.view(-1, 8) * x.view(-1, 8) + x.view(80)[:8]), tokens(), how="symbolic")
+    work, records = apply(captured, DropNoOps())
+    assert records[0].changed == 1 and len(nodes_named(work, "view")) == 2
+    assert torch.equal(run_graph(work), run_graph(captured))
+
+
+def test_views_in_two_modes_are_two() -> None:
+    def body(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            constant = x.view(-1, 8) * 2
+        return constant + x.view(-1, 8)
+
+    assert apply(capture(body, tokens()), DropNoOps())[1][0].changed == 0
 
 
 @pytest.mark.parametrize("function", KEPT.values(), ids=KEPT)

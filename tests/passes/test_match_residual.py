@@ -342,6 +342,18 @@ def test_what_must_stay_stays_with_a_reason(case: tuple[Run, RefusalCode, str]) 
     assert_not_fused(model, [tokens()], code, words)
 
 
+def test_a_result_that_is_written_into_memory_made_before_is_refused_with_a_reason() -> None:
+    def run(m: Any, x: Tensor) -> Tensor:
+        made = torch.empty_like(x)
+        made[:] = f1(m, x)
+        y = x + made
+        return y + f2(m, y)
+
+    found = match(Wired(run), tokens())
+    assert [str(ffn.add) for ffn in found.ffns] == ["add_1"]
+    refusal_with(found.refusals, RefusalCode.MUTATION, "filled in place, by setitem")
+
+
 @pytest.mark.parametrize("name", [name for name in STAYS if name not in ("a convolution", "a broadcasting sum")])
 def test_what_must_stay_stays_where_all_sizes_coincide(name: str) -> None:
     """Batch = sequence = hidden = width: no shape can tell the axes apart."""
