@@ -49,6 +49,7 @@ from fxfusion.passes.plan_groups import plan_by_plan, plan_by_policy
 from fxfusion.passes.prepack_weights import PrepackWeights
 from fxfusion.passes.read_sizes_early import ReadSizesEarly
 from fxfusion.passes.specialise_numbers import SpecialiseNumbers
+from fxfusion.passes.write_out_layers import WriteOutLayers
 from fxfusion.passes.write_out_pointwise import WriteOutPointwise
 from fxfusion.plan import FusionPlan
 from fxfusion.policy import FusionPolicy
@@ -149,6 +150,7 @@ def _normalise(work: CapturedGraph, history: History) -> SpecialiseNumbers:
 def normalising_passes(weights: frozenset[str]) -> tuple[Pass, ...]:
     """Exact clean-up, in order. `weights`: names of the placeholders that hold module state."""
     return (
+        WriteOutLayers(),
         DropNoOps(),  # first: casts and views hide the stream from everything that follows
         FunctionaliseAdds(),  # before zero branches: `branch += 0` is an addition too
         ReadSizesEarly(),  # behind it: what is written in place keeps its sizes to itself

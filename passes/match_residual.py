@@ -23,6 +23,7 @@ from fxfusion.graph.isomorphism import describe_region
 from fxfusion.graph.token_wise import check_token_wise
 from fxfusion.passes.ffn import FfnNode, Matches, Mixer
 from fxfusion.passes.match_ffn import FfnMatcher
+from fxfusion.passes.write_out_layers import LAYER
 
 LINEARS = frozenset("linear addmm matmul mm bmm baddbmm einsum bilinear".split())
 MIXERS = frozenset(
@@ -45,7 +46,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
     matcher, tokens = FfnMatcher(facts), _TokenWise(facts)
     ffns: list[FfnNode] = []
     mixers: list[Mixer] = []
-    refusals = [_higher_order(node) for node in facts.graph.nodes if is_higher_order(node)]
+    refusals = [_hidden(node) for node in facts.graph.nodes if is_higher_order(node) or ops.op_name(node) == LAYER]
     for add in facts.graph.nodes:
         operands = _residual_operands(add, facts)
         if operands is None:
@@ -310,10 +311,13 @@ def linear_layers(found: Slice, facts: GraphFacts) -> tuple[fx.Node, ...]:
     return tuple(node for node in linears if not mixes_tokens(node, facts))
 
 
-def _higher_order(node: fx.Node) -> Refusal:
+def _hidden(node: fx.Node) -> Refusal:
+    whole = "is a whole layer in one operation, with a mask or with its norms on the stream"
+    inside = "holds a sub-graph (activation checkpointing?)"
     return Refusal(
         code=RefusalCode.HIGHER_ORDER,
-        message=f"{node.target} holds a sub-graph (activation checkpointing?); FFNs in it are not looked at",
+        message=f"{node.target if is_higher_order(node) else LAYER} {inside if is_higher_order(node) else whole}; "
+        "FFNs in it are not looked at",
         node=str(node),
         layer=provenance.module_path(node),
         source=provenance.source_line(node),
