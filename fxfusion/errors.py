@@ -86,6 +86,7 @@ class RefusalCode(str, Enum):
     DIFFERENT_OPS = "different_ops"
     DIFFERENT_LITERAL = "different_literal"
     DIFFERENT_DTYPE = "different_dtype"
+    DIFFERENT_DEVICE = "different_device"
     # Fusable, but not chosen.
     ALONE = "alone"
     POLICY = "policy"

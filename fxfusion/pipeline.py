@@ -19,7 +19,7 @@ from torch import fx
 
 from fxfusion import debug
 from fxfusion.capture import CapturedGraph, capture_model, captured_from_graph
-from fxfusion.errors import OptionError, Refusal
+from fxfusion.errors import OptionError, Refusal, RefusalCode
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.effects import forget_effects
 from fxfusion.graph.inline import drop_unused_state
@@ -60,6 +60,11 @@ from fxfusion.verify import Form, Part, Proof, prove_rewrite
 
 Choice = FusionPolicy | FusionPlan
 
+_BY_NUMBERS = frozenset(
+    {RefusalCode.STRUCTURE, RefusalCode.RANDOM, RefusalCode.SCALED_STREAM, RefusalCode.NOT_POINTWISE}
+)
+"""Refusals of branches that another number may lift: a scale that was 0, a dropout."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Analysis:
@@ -71,6 +76,13 @@ class Analysis:
     refusals: tuple[Refusal, ...]
     hoisted: Hoisted
     beside: tuple[tuple[Mixer, ...], ...] = ()  # mixers that were made to read one stream, by window
+
+    @property
+    def depends_on_numbers(self) -> bool:
+        """Whether there are two FFNs, or what other numbers in the graph could make two FFNs."""
+        adds = {ffn.add.name for ffn in self.matches.ffns}
+        adds |= {refusal.node for refusal in self.matches.refusals if refusal.code in _BY_NUMBERS}
+        return len(adds) > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +131,10 @@ def fuse_captured(
     made = _Rewritten()
     if found.groups:
         made = _rewrite(captured, cleaned, work, found if compiled_for else _portable(found), history, lift_into)
-        numbers.guard()
         after, fused_blocks = work.module, blocks_after(blocks, groups)
     forget_effects(work.module.graph)
+    if found.depends_on_numbers:
+        numbers.guard()
     _log(found)
     report = GraphReport(
         chains=chains,

@@ -12,13 +12,13 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.source import AttrSource, ConstantSource
 from torch._guards import TracingContext
 from torch._inductor import list_mode_options as _list_mode_options
 from torch._logging import trace_structured
@@ -111,20 +111,37 @@ def is_module_state(node: fx.Node) -> bool:
     return "_parameters[" in source.name or "_buffers[" in source.name
 
 
-def module_number(node: fx.Node) -> tuple[torch.SymFloat, float] | None:
-    """A float that Dynamo, at work now, read off a module and made an input of the graph, and what it is.
+def held_number(node: fx.Node) -> tuple[torch.SymFloat, float] | None:
+    """A float that Dynamo, at work now, read off a module, another object or a global variable and made an input of the
+    graph, and what it is. None for a number that the caller passes.
 
     `node` reads it from its input, a tensor of no axes.
     """
     if node.op != "call_method" or node.target != "item" or TracingContext.try_get() is None:
         return None
     source = placeholder_source(node.all_input_nodes[0])
-    if source is None or "NN_MODULE" not in source.guard_source.name or is_module_state(node.all_input_nodes[0]):
+    if source is None or is_module_state(node.all_input_nodes[0]) or not _is_held(source):
         return None
     number = node.meta.get("example_value")
     if not isinstance(number, torch.SymFloat) or number.node.hint is None:
         return None
     return number, float(number.node.hint)
+
+
+def _is_held(source: Any) -> bool:
+    """Whether a value is no argument of the call, nor an item of one."""
+    if source.guard_source.name != "LOCAL":
+        return True
+    while not isinstance(source, AttrSource):
+        if not hasattr(source, "base"):
+            return False
+        source = source.base
+    return True
+
+
+def is_batched(value: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a tensor belongs to a level of `torch.vmap`. Its shape is that of one example."""
+    return isinstance(value, torch.Tensor) and bool(torch._C._functorch.is_batchedtensor(value))
 
 
 def is_fsdp_managed(node: fx.Node) -> bool:

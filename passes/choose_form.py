@@ -23,9 +23,10 @@ import torch
 
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph import ops
+from fxfusion.graph.effects import autocasts
 from fxfusion.options import FormRequest
 from fxfusion.passes.ffn import FfnNode, Form, Group
-from fxfusion.torch_private import onednn_packs, size_hint
+from fxfusion.torch_private import is_batched, onednn_packs, size_hint
 
 SMALL = 1 << 20
 """Bytes of a group's weights below which the cost of a call outweighs what a better layout gains."""
@@ -38,14 +39,12 @@ FEW = 16
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """What a graph is compiled for. `request`: a form, or `"auto"`; `training`: gradients are recorded, around the
-    graph or inside it (`effects.records_gradients`)."""
+    graph or inside it (`effects.records_gradients`); `autocast`: it is on, on the CPU, where the graph is called."""
 
     request: FormRequest = "auto"
     training: bool = False
     autocast: bool = False
 
-
-_RECORD = frozenset({"grad_increment_nesting", "jvp_increment_nesting", "enter_dual_level", "requires_grad_"})
 
 # One rule serves groups with norms on their outputs: their gates and ups are wide as others' are, and GEMMs of the same
 # shapes (256 x 704 and 1024 x 2816, 1 to 128 tokens) were measured to gain and lose in the same places.
@@ -145,7 +144,10 @@ def _why_no_layout(group: Group, setting: Setting) -> str:
         return "oneDNN's layouts were measured on x86 processors only"
     if not onednn_packs(_dtype(group)):
         return f"oneDNN packs no {_name(_dtype(group))} weights here"
-    return "autocast is on" if setting.autocast else ""
+    first = group.members[0]
+    if is_batched(ops.tensor_value(first.stream)):
+        return "the group is inside torch.vmap"
+    return "autocast is on" if autocasts(first.add, "cpu", setting.autocast) else ""
 
 
 def _dtype(group: Group) -> torch.dtype:

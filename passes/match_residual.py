@@ -141,6 +141,7 @@ def _check_branch(
     if add.kwargs.get("alpha", 1) != 1:
         raise Refused(RefusalCode.STRUCTURE, f"the addition scales the branch (alpha={add.kwargs['alpha']})", add)
     check_shapes(add, branch, found.stop)
+    _check_devices(add, found, facts)
     _check_readers(add, branch, found, facts)
     _check_effects(add, found, facts)
     if len({facts.mode[node] for node in (*found.nodes, add)}) > 1:
@@ -233,6 +234,18 @@ def check_shapes(add: fx.Node, branch: fx.Node, stream: fx.Node) -> None:
     if summed.dtype != carried.dtype:
         message = f"the addition turns a {carried.dtype} stream into {summed.dtype}"
         raise Refused(RefusalCode.DIFFERENT_DTYPE, message, add)
+
+
+def _check_devices(add: fx.Node, found: Slice, facts: GraphFacts) -> None:
+    """A branch is computed where its stream is, and its weights are kept there."""
+    home = ops.device_of(found.stop)
+    weights = {weight for constant in found.constants for weight in weight_leaves(constant, facts)}
+    for node in (*sorted(weights, key=facts.order.__getitem__), *found.nodes, add):
+        device = ops.device_of(node)
+        if device is not None and device != home:
+            offloaded = " (offloaded?)" if device.type == "meta" else ""
+            words = f"{node} is on {device}{offloaded}, the stream on {home}"
+            raise Refused(RefusalCode.DIFFERENT_DEVICE, words, node)
 
 
 def _check_readers(add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFacts) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from fxfusion.backend import forget_reports
 
@@ -20,6 +22,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def own_reports() -> None:
     """Each test sees only the reports of its own compiles (the backend keeps the last 64)."""
     forget_reports()
+
+
+@pytest.fixture
+def clean_dynamo() -> Iterator[None]:
+    """Nothing compiled before counts, and nothing compiled here is left: no graph, and no packed weights."""
+    torch._dynamo.reset()
+    gc.collect()
+    yield
+    torch._dynamo.reset()
+    gc.collect()
 
 
 @pytest.fixture

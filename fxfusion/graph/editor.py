@@ -16,7 +16,7 @@ from torch import fx
 
 from fxfusion.graph.effects import KEPT, is_pure
 from fxfusion.graph.provenance import copy_provenance
-from fxfusion.torch_private import FakeTensor, fake_mode_of, outside_fake_mode
+from fxfusion.torch_private import FakeTensor, fake_mode_of, is_batched, outside_fake_mode
 
 
 class GraphEditor:
@@ -75,6 +75,11 @@ def set_example_value(node: fx.Node, mode: Any) -> None:
 
     def value_of(found: fx.Node) -> Any:
         value = found.meta.get("example_value", found.meta.get("val"))
+        if mode is not None and is_batched(
+            value
+        ):  # its `vmap` is over: what stands for it has the shape of one example
+            with outside_fake_mode(), mode:
+                return torch.empty(value.shape, dtype=value.dtype, device=value.device)
         if mode is not None and isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
             return mode.from_tensor(value, static_shapes=True)
         return value

@@ -239,6 +239,21 @@ def records_gradients(graph: fx.Graph) -> bool:
     return False
 
 
+def autocasts(node: fx.Node, device: str, around: bool) -> bool:
+    """Whether autocast for a type of device is on where a node stands. `around`: whether it is where the graph is
+    called."""
+    entered: dict[fx.Node, bool] = {}
+    for before in node.graph.nodes:
+        if before is node:
+            break
+        name = ops.op_name(before)
+        if name == "_enter_autocast" and ops.argument(before, 0, "device_type", device) == device:
+            entered[before] = ops.argument(before, 2, "enabled", True) is not False
+        elif name == "_exit_autocast":
+            entered.pop(before.all_input_nodes[0], None)
+    return next(reversed(entered.values()), around)
+
+
 class GraphEffects:
     """The effects of a whole graph. Values that may share memory are one class, named by its first node.
 

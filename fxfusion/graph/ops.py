@@ -80,6 +80,12 @@ def tensor_value(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def device_of(node: fx.Node) -> torch.device | None:
+    """Where the node's value is; None for what is no tensor, and for single numbers, which may be anywhere."""
+    value = tensor_value(node)
+    return None if value is None or value.dim() == 0 else value.device
+
+
 def is_shape_value(node: fx.Node) -> bool:
     """Whether the node is a size, a number or a tuple of sizes rather than a tensor."""
     value = node.meta.get("example_value", node.meta.get("val"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,12 +14,7 @@ from fxfusion import FusionPlan, RefusalCode, explain, ffn_fusion, fuse_graph, l
 from fxfusion.errors import CaptureError, MissingWeightsError, NotFusedError, OptionError
 from tests.helpers import Stack, assert_exact, parallel_form, refusal_with, stack, tokens
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 
 def compiled(model: nn.Module, **options: Any) -> Callable[..., Any]:

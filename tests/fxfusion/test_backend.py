@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,9 @@ from fxfusion import FusionPlan, RefusalCode, ffn_fusion, last_reports
 from fxfusion.errors import MissingWeightsError, NotFusedError, OptionError
 from fxfusion.graph import ops
 from fxfusion.packing import live_packs
-from tests.helpers import Plain, assert_exact, error_of, parallel_form, refusal_with, stack, tokens
+from tests.helpers import Plain, assert_exact, error_of, parallel_form, randomise, refusal_with, stack, tokens
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 
 def compiled(model: Callable[..., Any], compiler: str = "eager", **options: Any) -> Callable[..., Any]:
@@ -69,6 +62,104 @@ def test_vmap_in_the_model_survives() -> None:
     mask = torch.ones(x.shape[1], x.shape[1]).triu().sum()
     assert_exact(compiled(model, strict=True)(x), parallel_form(model.ffns, x) + mask, torch.float64)
     assert len(last_reports()[-1].groups) == 1
+
+
+class Mapped(nn.Module):
+    """A stack that sees one example at a time, or one token."""
+
+    def __init__(self, levels: int = 1) -> None:
+        super().__init__()
+        self.ffns, self.levels = stack(), levels
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = torch.vmap(self.ffns.forward)
+        return torch.vmap(run)(x) if self.levels == 2 else run(x)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("form", ["auto", "members", "concatenated", "prepacked"])
+def test_ffns_inside_vmap_fuse(form: str, levels: int) -> None:
+    model, x = Mapped(levels), tokens()
+    with torch.no_grad():
+        result = compiled(model, strict=True, verify="numeric", form=form)(x)
+    assert_exact(result, parallel_form(model.ffns, x), torch.float64)
+    (group,) = last_reports()[-1].groups
+    assert len(group.members) == 3 and group.form == ("members" if form == "members" else "concatenated")
+    assert len(fxfusion.explain(model, x).groups) == 1
+
+
+def test_gradients_of_ffns_inside_vmap() -> None:
+    model, x = Mapped(), tokens()
+    run = compiled(model, strict=True)
+    got = gradients(model.ffns, run(x).square().sum())
+    for name, wanted in gradients(model.ffns, parallel_form(model.ffns, x).square().sum()).items():
+        assert_exact(got[name], wanted, torch.float64, gradient=True)
+    assert len(last_reports()[-1].groups) == 1
+
+
+class ByLayer(nn.Module):
+    """Layers of one class, each of two FFNs, or of one."""
+
+    def __init__(self, per_layer: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(stack(count=per_layer) for _ in range(3))
+        for seed, layer in enumerate(self.layers):
+            randomise(layer, seed)
+
+    def compile_each(self, **options: Any) -> None:
+        for layer in self.layers:
+            layer.compile(backend=ffn_fusion, options={"compiler": "eager", **options})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def parallel(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = parallel_form(layer, x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "choice", [{}, {"plan": {"groups": [[0, 1]]}}, {"plan": {"groups": [["layers.0.ffn", "layers.1.ffn"]]}}]
+)
+def test_layers_compiled_one_by_one_fuse_their_own_ffns(choice: Any) -> None:
+    """One compiled graph serves all layers, each with packed weights of its own, which follow the optimizer."""
+    model, x = ByLayer(2), tokens()
+    model.compile_each(strict=True, **choice)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for _ in range(3):
+        with torch.no_grad():
+            assert_exact(model(x), model.parallel(x), torch.float64)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    reports = last_reports()
+    assert len(reports) == 3, "one for inference, and with gradients two: what comes in has one, or none"
+    assert all([len(group.members) for group in report.groups] == [2] for report in reports)
+
+
+def test_layers_of_one_ffn_compiled_one_by_one_compute_what_they_did() -> None:
+    model, x = ByLayer(1), tokens()
+    wanted = model(x)
+    model.compile_each(strict=True)
+    assert torch.equal(model(x), wanted)
+    for report in last_reports():
+        refusal_with(report.refusals, RefusalCode.STREAM_READ, "no neighbour to fuse with")
+
+
+@pytest.mark.parametrize("choice", [{"plan": {"groups": [[1, 2]]}}, {"policy": {"windows": [[1, 2]]}}])
+def test_a_plan_over_several_layers_does_not_fit_layers_compiled_one_by_one(choice: Any) -> None:
+    model, x = ByLayer(1), tokens()
+    wanted = model(x)
+    model.compile_each(**choice)
+    assert torch.equal(model(x), wanted)
+    refusal_with(last_reports()[-1].refusals, RefusalCode.PLAN_ABSENT, "none of them holds an FFN of this graph")
+    torch._dynamo.reset()
+    model.compile_each(strict=True, **choice)
+    with pytest.raises(NotFusedError, match="none of them holds an FFN of this graph"):
+        model(x)
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,12 +13,7 @@ from fxfusion import RefusalCode, ffn_fusion, last_reports
 from fxfusion.errors import NotFusedError
 from tests.helpers import Plain, Stack, assert_exact, parallel_form, refusal_with, stack, tokens
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 
 def compiled(model: Callable[..., Any], compiler: str = "eager", **options: Any) -> Callable[..., Any]:

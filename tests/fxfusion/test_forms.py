@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,13 +20,7 @@ from tests.passes.output_norms import post_parallel, post_stack
 FORMS = ("concatenated", "prepacked", "members")
 
 
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    torch._dynamo.reset()
-    gc.collect()
-    yield
-    torch._dynamo.reset()
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 
 def compiled(model: nn.Module, form: str, compiler: str = "eager", **options: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,14 +14,7 @@ import fxfusion
 from fxfusion.packing import live_packs
 from tests.helpers import Block, Plain, Rms, Stack, assert_exact, error_of, parallel_form, randomise, stack, tokens
 
-
-@pytest.fixture(autouse=True)
-def _clean() -> Iterator[None]:
-    torch._dynamo.reset()
-    gc.collect()
-    yield
-    torch._dynamo.reset()
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 
 def compiled(model: nn.Module, compiler: str = "eager", **options: Any) -> Callable[..., Any]:

@@ -37,7 +37,8 @@ TESTED = {
     "is_module_state",
     "lazy_graph_module",
     "mark_static_weight",
-    "module_number",
+    "held_number",
+    "is_batched",
     "onednn_linear",
     "onednn_memory",
     "onednn_pack",
@@ -106,6 +107,17 @@ def test_module_state_is_told_from_inputs(captured: tuple[fx.GraphModule, list[A
     assert not private.is_module_state(placeholders(plain)[0])
 
 
+def test_tensors_of_vmap_are_told() -> None:
+    seen: list[bool] = []
+
+    def look(row: torch.Tensor) -> torch.Tensor:
+        seen.append(private.is_batched(row))
+        return row
+
+    torch.vmap(look)(tokens())
+    assert seen == [True] and not private.is_batched(tokens()) and not private.is_batched(3)
+
+
 def test_numbers_of_modules_are_told_from_those_of_the_caller() -> None:
     class Scaled(nn.Module):
         scale = 0.5
@@ -116,7 +128,7 @@ def test_numbers_of_modules_are_told_from_those_of_the_caller() -> None:
     found: list[Any] = []
 
     def collect(gm: fx.GraphModule, inputs: list[Any]) -> Any:
-        found.extend((node, private.module_number(node)) for node in gm.graph.nodes)
+        found.extend((node, private.held_number(node)) for node in gm.graph.nodes)
         return gm.forward
 
     private.reset_dynamo()
@@ -125,7 +137,7 @@ def test_numbers_of_modules_are_told_from_those_of_the_caller() -> None:
     assert node.target == "item" and number is not None and number[1] == 0.5
     assert isinstance(number[0], torch.SymFloat)
     assert sum(node.target == "item" for node, _ in found) == 2 and sum(pair[1] is not None for pair in found) == 1
-    assert private.module_number(node) is None, "no compile is at work any more"
+    assert private.held_number(node) is None, "no compile is at work any more"
 
 
 def test_fsdp_is_recognised_by_the_source(captured: tuple[fx.GraphModule, list[Any]]) -> None:

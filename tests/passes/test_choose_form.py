@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxfusion
 from fxfusion.errors import RefusalCode
@@ -49,6 +49,49 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_small_groups_are_concatenated() -> None:
     assert chosen(group_of()) == ("concatenated", "small: fewer calls are all that counts")
+
+
+class Autocasting(nn.Module):
+    """A stack inside autocast regions, outermost first."""
+
+    def __init__(self, regions: Sequence[tuple[str, bool]], before: bool) -> None:
+        super().__init__()
+        self.inner, self.regions, self.before = stack().float(), regions, before
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.regions)
+
+    def run(self, x: Tensor, regions: Sequence[tuple[str, bool]]) -> Tensor:
+        if not regions:
+            return x.clone() if self.before else self.inner(x)
+        (device, enabled), *inside = regions
+        with torch.autocast(device, torch.bfloat16, enabled=enabled):
+            x = self.run(x, inside)
+        return self.inner(x) if self.before else x
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("ambient", [False, True])
+@pytest.mark.parametrize(
+    ("regions", "before", "on"),
+    [
+        ([("cpu", True)], False, True),
+        ([("cpu", False)], False, False),
+        ([("cpu", True), ("cpu", False)], False, False),
+        ([("cpu", False), ("cpu", True)], False, True),
+        ([("cpu", True)], True, None),
+        ([], False, None),
+    ],
+)
+def test_autocast_counts_where_the_group_is(regions: Any, before: bool, on: bool | None, ambient: bool) -> None:
+    """oneDNN's layout would not cast. `on`: None where what is around the graph decides."""
+    model, x = Autocasting(regions, before), tokens(seq=4).float()
+    (group,) = analyse(capture(model, x), FusionPolicy()).groups
+    form, why = chosen(group, autocast=ambient)
+    is_on = ambient if on is None else on
+    assert (form == "concatenated") == is_on and ("autocast is on" in why) == is_on
+    form, why = chosen(group, autocast=ambient, request="prepacked")
+    assert form == ("concatenated" if is_on else "prepacked")
 
 
 @pytest.mark.usefixtures("large")

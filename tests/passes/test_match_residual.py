@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxfusion
 from fxfusion.errors import RefusalCode
 from fxfusion.graph import ops
 from tests.helpers import (
@@ -476,6 +477,61 @@ def test_a_stream_that_changes_its_dtype_is_refused() -> None:
     captured = capture(model, tokens(), how="symbolic")
     _, report = fuse_captured_graph(captured)
     assert not report.groups and report.refusals
+
+
+class Moving(nn.Module):
+    """Blocks whose weights are elsewhere: a branch goes there and comes back, or its weights come at each call."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.inner, self.way = stack(), way
+        for layer in self.inner.layers:
+            (layer.ffn.down if way == "inside" else layer.ffn if way == "weights" else layer).to("meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.inner.layers:
+            x = x + self.branch(layer, x)
+        return x
+
+    def branch(self, layer: Any, x: Tensor) -> Tensor:
+        ffn = layer.ffn
+        if self.way == "inside":
+            n = layer.norm(x)
+            return ffn.down((F.silu(ffn.gate(n)) * ffn.up(n)).to(ffn.down.weight.device)).to(x.device)
+        if self.way == "weights":
+            n = layer.norm(x)
+            gate, up, down = (getattr(ffn, name).weight.to(x.device) for name in ("gate", "up", "down"))
+            return F.linear(F.silu(F.linear(n, gate)) * F.linear(n, up), down)
+        y = ffn(layer.norm(x.to(ffn.gate.weight.device)))
+        ways = {"to": lambda: y.to(x.device), "to like": lambda: y.to(x), "type_as": lambda: y.type_as(x)}
+        return {**ways, "cpu": lambda: y.cpu()}[self.way]()
+
+
+@pytest.mark.parametrize("way", ["to", "to like", "type_as", "cpu", "inside", "weights"])
+def test_branches_that_move_between_devices_are_refused(way: str) -> None:
+    report = fxfusion.explain(Moving(way), tokens())
+    assert not report.groups and not report.notes
+    found = [refusal for refusal in report.refusals if refusal.code is RefusalCode.DIFFERENT_DEVICE]
+    assert len(found) == 3 and all("is on meta (offloaded?), the stream on cpu" in each.message for each in found)
+    assert all(f"layers_modules_{index}_" in each.message for index, each in enumerate(found))
+
+
+def test_a_stream_that_goes_on_on_another_device_starts_another_group() -> None:
+    class Split(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x.to(layer.ffn.down.weight.device))
+            return x
+
+    blocks = stack(count=4).layers
+    for block in blocks[2:]:
+        block.to("meta")
+    report = fxfusion.explain(Split(blocks), tokens())
+    assert [[member.name for member in group.members] for group in report.groups] == [
+        ["layers.0.ffn", "layers.1.ffn"],
+        ["layers.2.ffn", "layers.3.ffn"],
+    ]
+    assert not report.notes
 
 
 def test_a_hand_written_gelu_is_no_residual_node() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,16 +15,22 @@ from fxfusion import ffn_fusion, last_reports
 from fxfusion.capture import capture_dynamo
 from fxfusion.graph import ops
 from fxfusion.passes.specialise_numbers import SpecialiseNumbers
-from tests.helpers import History, Rms, Stack, assert_exact, error_of, graph_text, parallel_form, run_passes, tokens
+from tests.helpers import (
+    History,
+    Plain,
+    Rms,
+    Stack,
+    assert_exact,
+    error_of,
+    graph_text,
+    parallel_form,
+    run_passes,
+    tokens,
+)
 from tests.helpers import stack as stack_of
 from tests.passes.output_norms import post_parallel, post_stack
 
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 
 BUILDS: dict[str, tuple[Callable[[], Stack], Callable[[Any, Tensor], Tensor], str]] = {
@@ -129,3 +136,89 @@ def test_nothing_is_guarded_where_nothing_is_fused() -> None:
         assert_exact(call(x, 1.5), model(x, 1.5), torch.float64)
     new = [report for report in fxfusion.last_reports() if not any(report is old for old in before)]
     assert len(new) == 1 and not new[0].groups
+
+
+HELD = {"global": 1.0}
+
+
+class Scheduled(Plain):
+    """A branch with a number that changes between calls, as schedules of depth or strength do."""
+
+    number = 1.0
+
+    def forward(self, n: Tensor) -> Tensor:
+        return super().forward(n) * self.number
+
+
+class Reversed(Scheduled):
+    def forward(self, n: Tensor) -> Tensor:
+        return Plain.forward(self, n) * (1 - self.number)
+
+
+class OfObject(Scheduled):
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self.config = types.SimpleNamespace(number=1.0)
+
+    def forward(self, n: Tensor) -> Tensor:
+        return Plain.forward(self, n) * self.config.number
+
+
+class OfGlobal(Scheduled):
+    def forward(self, n: Tensor) -> Tensor:
+        return Plain.forward(self, n) * HELD["global"]
+
+
+class Dropped(Scheduled):
+    def forward(self, n: Tensor) -> Tensor:
+        return nn.functional.dropout(Plain.forward(self, n), self.number)
+
+
+class Inner(Scheduled):
+    def forward(self, n: Tensor) -> Tensor:
+        return self.fc2(nn.functional.elu(self.fc1(n), self.number))
+
+
+def set_number(model: Stack, number: float, layers: Sequence[int]) -> None:
+    HELD["global"] = number
+    for layer in layers:
+        ffn: Any = model.layers[layer].ffn
+        ffn.number = number
+        if hasattr(ffn, "config"):
+            ffn.config.number = number
+
+
+def outcome(report: fxfusion.FusionReport) -> tuple[list[int], list[tuple[str, str]]]:
+    refusals = [(refusal.code.value, refusal.layer) for refusal in report.refusals]
+    return [len(group.members) for group in report.groups], sorted(refusals)
+
+
+SCHEDULES: dict[str, tuple[type[Scheduled], Sequence[float], Sequence[int]]] = {
+    "from nothing": (Scheduled, (0.0, 1.0, 0.5, 0.0), (0, 1, 2)),
+    "to nothing and back": (Scheduled, (1.0, 0.0, 0.5, 2.0), (0, 1, 2)),
+    "whole numbers": (Scheduled, (0, 1, 2), (0, 1, 2)),
+    "one of them": (Scheduled, (1.0, 0.0, 0.5), (1,)),
+    "arithmetic": (Reversed, (0.5, 1.0, 0.25), (0, 1, 2)),
+    "of an object": (OfObject, (1.0, 0.0, 0.5), (0, 1, 2)),
+    "of a global": (OfGlobal, (1.0, 0.0, 0.5), (0, 1, 2)),
+    "dropout": (Dropped, (0.0, 0.5, 0.25, 0.0), (0, 1, 2)),
+    "members that part and meet": (Inner, (2.0, 3.0, 1.0), (1,)),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_whether_ffns_fuse_depends_on_the_number_never_on_history(schedule: Any) -> None:
+    """What is compiled after other numbers is what is compiled for this number alone."""
+    kind, numbers, layers = schedule
+    x, model = tokens(), stack_of(kind, count=3)
+    run = torch.compile(model, backend=ffn_fusion, options={"compiler": "eager"})
+    for number in numbers:
+        set_number(model, number, layers)
+        torch.manual_seed(0)
+        before = last_reports()
+        got = run(x)
+        alone = outcome(fxfusion.explain(model, x))
+        torch.manual_seed(0)
+        assert_exact(got, parallel_form(model, x) if alone[0] else model(x), torch.float64)
+        for report in last_reports()[len(before) :]:
+            assert outcome(report) == alone, number
