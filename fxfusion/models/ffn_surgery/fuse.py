@@ -31,6 +31,7 @@ from fxfusion.models.drop_record import fused_entry, read_record
 from fxfusion.models.ffn_surgery.depth import DepthEditor
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.heads import put_heads
+from fxfusion.models.ffn_surgery.kept import KeptWeights
 from fxfusion.models.ffn_surgery.proof import ParallelForm, check_heads, check_widths
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.ffn_surgery.record import FusedState, set_fused_state, write_entry
@@ -75,8 +76,8 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
 
     Raises:
         PlanError: the plan is for another model, or names what cannot be one group.
-        SurgeryError: modules cannot hold the result, or a proof fails. The model is then as it was; where a later
-            group fails with `norm="fold"`, the weights of the groups before it are, to rounding.
+        SurgeryError: modules cannot hold the result, or a proof fails. The model is then as it was, bit
+            for bit; for groups that were finished before, copies are on disk until all is proved (`norm="fold"`).
     """
     bare = bare_model(model)
     chosen = FusionPlan.resolve(plan)
@@ -92,7 +93,8 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
         gc.collect()  # graphs are full of cycles, and hold the members' weights
         taken.read(surgery.recipe, check)
         if surgery.recipe.groups:
-            surgery.run()
+            with surgery.kept:
+                surgery.run()
         undo.pop_all()
     result: Any = taken.put_on()
     return cast(Model, result)
@@ -137,6 +139,7 @@ class _Surgery:
     form: ParallelForm | None
     before: TracedGraph | None
     residue: Residue = field(default_factory=dict)
+    kept: KeptWeights = field(default_factory=KeptWeights)
 
     @classmethod
     def plan(
@@ -173,6 +176,7 @@ class _Surgery:
                 check_widths(self.model, self.before, self.recipe, self.ids)
         except BaseException:
             give_back(self.model, depth, stubs, depth.changes(), done, self.residue)
+            self.kept.put_back(self.model)
             raise
         self._remember(depth, stubs)
 
@@ -194,6 +198,8 @@ class _Surgery:
             for part in parts:
                 self.residue |= residue_of(part, given)
             gone = self._take_out(recipe, depth, stubs, groups)
+            if self.plan_.norm == "fold":
+                self.kept.keep(given)
         except BaseException:
             depth.put(depth.layers)
             for name, before in home.items():

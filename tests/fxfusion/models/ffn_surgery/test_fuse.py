@@ -249,8 +249,10 @@ def test_no_transformers_model() -> None:
 @pytest.mark.parametrize("norm", ["fold", "last"])
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_failed_proof_takes_everything_back(monkeypatch: pytest.MonkeyPatch, failing: int, norm: str) -> None:
-    """Attention too. Groups that were finished before come back as `unfuse` gives them."""
+    """Attention too, and groups that were finished before: every bit, in the same modules, with their hooks."""
     model = llama()
+    modules, seen = dict(model.named_modules()), []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: seen.append(1))
     before, config = logits(model), model.config.to_dict()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     check = ParallelForm.check
@@ -264,12 +266,26 @@ def test_a_failed_proof_takes_everything_back(monkeypatch: pytest.MonkeyPatch, f
     with pytest.raises(SurgeryError, match="the proof fails here"):
         fxfusion.fuse(model, {"dropped_attention": [1, 2, 3], "groups": [[0, 1], [2, 3]], "norm": norm})
     assert model.config.to_dict() == config and len(model.model.layers) == 4
-    assert off(logits(model), before) <= 1e-5
+    assert dict(model.named_modules()) == modules
     assert model.state_dict().keys() == weights.keys()
-    if norm == "last" or failing == 1:
-        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    seen.clear()
+    assert torch.equal(logits(model), before) and seen
     with pytest.raises(SurgeryError, match="is not fused"):
         fxfusion.unfuse(model)
+
+
+def test_a_disk_that_does_not_take_the_copies_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SurgeryError, match="cannot be kept on disk.*No space left"):
+        fxfusion.fuse(model, PLAN)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def test_the_proof_notices_a_lost_member(monkeypatch: pytest.MonkeyPatch) -> None:
