@@ -4,7 +4,7 @@
 |---|---|
 | 1 | one line per pass, one summary per graph |
 | 2 | also every refusal |
-| 3 | also each graph before and after each pass, as files under `fxfusion_debug/` |
+| 3 | also each graph before and after each pass, as files under `fxfusion_debug/`, in a new folder for each graph |
 | 4 | also every candidate that the matcher looked at |
 
 Each level includes those below it. Graph dumps also go to torch's structured trace, where `tlparse`
@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
+import weakref
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     from torch import fx
 
 log = logging.getLogger("fxfusion")
+
+_folders: weakref.WeakKeyDictionary[fx.GraphModule, tuple[str, Path]] = weakref.WeakKeyDictionary()
+_serial = count(1)
 
 
 class PassLine(Protocol):
@@ -76,6 +82,14 @@ def dump_graph(gm: fx.GraphModule, title: str) -> None:
     text = str(gm.graph)
     emit_artifact(f"fxfusion_{title}", text)
     if to_file:
-        folder = Path(os.environ.get("FXFUSION_DEBUG_DIR", "fxfusion_debug")) / f"graph_{id(gm):x}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{title}.txt").write_text(text, encoding="utf-8")
+        (_folder_of(gm) / f"{title}.txt").write_text(text, encoding="utf-8")
+
+
+def _folder_of(gm: fx.GraphModule) -> Path:
+    """A new folder for each graph, whatever is there already."""
+    root = os.environ.get("FXFUSION_DEBUG_DIR", "fxfusion_debug")
+    found = _folders.get(gm)
+    if found is None or found[0] != root:
+        os.makedirs(root, exist_ok=True)
+        found = _folders[gm] = (root, Path(tempfile.mkdtemp(prefix=f"graph_{next(_serial):04}_", dir=root)))
+    return found[1]

@@ -41,6 +41,22 @@ def test_the_ladder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         assert before.count("linear") > after.count("linear") > 0
 
 
+def test_dumps_replace_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Graphs that die give their address to others; what was written of them stays."""
+    monkeypatch.setenv("FXFUSION_DEBUG", "3")
+    monkeypatch.setenv("FXFUSION_DEBUG_DIR", str(tmp_path))
+    (tmp_path / "graph_0001_note.txt").write_text("mine")
+    before: dict[Path, str] = {}
+    for _ in range(3):
+        fuse(stack(), tokens())
+        now = {file: file.read_text() for file in tmp_path.rglob("*.txt")}
+        assert all(now[file] == text for file, text in before.items()) and len(now) > len(before)
+        assert len({file.parent for file in now if file.name.startswith("06")}) == len(
+            [file for file in now if file.name.startswith("06") and "before" in file.name]
+        )
+        before = now
+
+
 @pytest.mark.parametrize("value", ["5", "-1", "yes", "1.0"])
 def test_bad_values_are_named(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXFUSION_DEBUG", value)
