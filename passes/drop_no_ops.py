@@ -64,7 +64,7 @@ def _returned_input(node: fx.Node, facts: GraphFacts) -> fx.Node | None:
     if name in ("alias", "lift_fresh", "Identity"):
         return source
     if name == "contiguous":
-        plain = is_contiguous(source) and _same_shape(node, source) and not _asks_for_layout(node)
+        plain = _is_contiguous(source) and _same_shape(node, source) and not _asks_for_layout(node)
         return source if plain else None
     if name in _VIEWS:
         return _cancelled_view(source, node, facts)
@@ -77,7 +77,7 @@ def _cancelled_view(source: fx.Node, node: fx.Node, facts: GraphFacts) -> fx.Nod
     while True:
         if _same_shape(start, node) and _same_kind(start, node):
             # A reshape may copy; handing back the original would then create an alias.
-            return start if is_contiguous(start) or not _is_told_apart(node, start, facts) else None
+            return start if _is_contiguous(start) or not _is_told_apart(node, start, facts) else None
         if ops.op_name(start) not in _VIEWS or not start.all_input_nodes:
             return None
         start = start.all_input_nodes[0]
@@ -118,7 +118,7 @@ def _same_shape(one: fx.Node, other: fx.Node) -> bool:
     return left is not None and right is not None and [str(s) for s in left.shape] == [str(s) for s in right.shape]
 
 
-def is_contiguous(node: fx.Node) -> bool:
+def _is_contiguous(node: fx.Node) -> bool:
     """Whether the value is known to lie in memory row by row."""
     value = ops.tensor_value(node)
     if value is None or value.layout != torch.strided:

@@ -16,6 +16,7 @@ Source: issue 13; https://github.com/pytorch/pytorch/issues/111190.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -26,7 +27,6 @@ from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor, write_out
 from fxfusion.graph.effects import graph_effects, is_pure
 from fxfusion.graph.pass_base import Pass, PassResult
-from fxfusion.passes.drop_no_ops import is_contiguous
 from fxfusion.torch_private import OpOverload
 
 _READS = frozenset("size dim ndimension numel nelement len sym_size sym_numel".split())
@@ -34,10 +34,9 @@ _ATTRIBUTES = frozenset("shape ndim dtype device layout is_cuda is_cpu".split())
 _KEEP_SIZE = frozenset("add sub mul div dropout clone contiguous".split())
 _AS = {"view_as": "view", "reshape_as": "reshape", "expand_as": "expand"}
 _DTYPE_AS = frozenset("type_as to".split())
-_MAKERS = {f"{name}_like": getattr(torch, name) for name in ("zeros", "ones", "full", "empty")}
-_NEW = {f"new_{name}": getattr(torch, name) for name in ("zeros", "ones", "full", "empty")}
 
-_SPELLED = _AS.keys() | _DTYPE_AS | _MAKERS.keys() | _NEW.keys()
+_SPELLED = _AS.keys() | _DTYPE_AS
+_LINEARS = frozenset("linear addmm mm bmm matmul baddbmm einsum".split())
 
 _Look = tuple[object, ...]
 
@@ -69,7 +68,8 @@ class _Sources:
         self.symbolic = any(map(_is_symbolic, graph.nodes))
         self._first: dict[_Look, fx.Node] = {}
         if self.symbolic:
-            for node in graph.nodes:
+            # Before the first linear layer: what stands in one branch is nothing for others to read.
+            for node in itertools.takewhile(lambda node: ops.op_name(node) not in _LINEARS, graph.nodes):
                 look = _look(node)
                 if look and not self._is_written(node):
                     self._first.setdefault(look, node)
@@ -132,7 +132,8 @@ class _Sizes:
         """Put the number in the place of the node, where that is known: a SymInt may be a constant."""
         value = _value(node)
         known = type(value) in (int, torch.SymInt) and str(value).isdecimal()
-        if not (self._sources.symbolic and known and node.users):
+        returned = any(user.op == "output" for user in node.users)
+        if not (self._sources.symbolic and known and node.users) or returned:
             return 0
         write_out(node, int(str(value)))
         return 1
@@ -155,8 +156,7 @@ def _move_up(node: fx.Node) -> int:
 def _spell_out(node: fx.Node, made_by: str) -> int:
     """Write what reads a tensor for its look alone as a function of sizes, dtype and device, where that is the same.
 
-    `view_as(a, x)`: `view(a, x.size())`. `type_as(a, x)`: `to(a, x.dtype)`, where the device stays. `zeros_like(x)`:
-    `zeros(x.size(), dtype=x.dtype, device=x.device)`, where x lies in memory as that does.
+    `view_as(a, x)`: `view(a, x.size())`. `type_as(a, x)`: `to(a, x.dtype)`, where the device stays.
     """
     name = ops.op_name(node)
     if name not in _SPELLED:
@@ -168,8 +168,6 @@ def _spell_out(node: fx.Node, made_by: str) -> int:
         made = _viewed(editor, node, *tensors)
     elif name in _DTYPE_AS and len(node.args) == len(tensors) == 2 and not node.kwargs:
         made = _cast(editor, node, *tensors)
-    elif name in _MAKERS | _NEW and len(tensors) == 1 and tensors[0] is node.args[0]:
-        made = _made(editor, node, tensors[0])
     if made is None:
         return 0
     node.replace_all_uses_with(made)
@@ -192,19 +190,6 @@ def _cast(editor: GraphEditor, node: fx.Node, value: fx.Node, like: fx.Node) -> 
     if isinstance(node.target, OpOverload):
         return editor.call(torch.ops.aten.to.dtype, value, example.dtype)
     return editor.method("to", value, editor.call(getattr, like, "dtype"))
-
-
-def _made(editor: GraphEditor, node: fx.Node, like: fx.Node) -> fx.Node | None:
-    name, example = ops.op_name(node), ops.tensor_value(like)
-    given: dict[str, Any] = {key: value for key, value in node.kwargs.items() if value not in (None, False)}
-    if example is None or not is_contiguous(like) or given.keys() - {"dtype", "device"}:
-        return None
-    aten = isinstance(node.target, OpOverload)
-    for key in {"dtype", "device"} - given.keys():
-        given[key] = getattr(example, key) if aten else editor.call(getattr, like, key)
-    if name in _NEW:
-        return editor.call(_NEW[name], *node.args[1:], **given)
-    return editor.call(_MAKERS[name], _size_of(editor, node, like), *node.args[1:], **given)
 
 
 def _size_of(editor: GraphEditor, node: fx.Node, like: fx.Node) -> fx.Node | list[Any]:

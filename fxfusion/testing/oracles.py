@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import fx
 
+from fxfusion.graph import ops
+
 
 def straddles(first: fx.Node, last: fx.Node, is_mixer: Callable[[fx.Node], bool]) -> str | None:
     """What is wrong with a group that reads `first` and writes `last`; None if nothing is.
@@ -29,7 +31,8 @@ def straddles(first: fx.Node, last: fx.Node, is_mixer: Callable[[fx.Node], bool]
     for node in between - {first}:
         if is_mixer(node):
             return f"{node} mixes tokens"
-        readers = set() if node is last else {user for user in node.users if user not in between}
+        asks = node is last or ops.is_shape_value(node)
+        readers = set() if asks else {user for user in node.users if user not in between}
         if readers:
             return f"{node} is also read by {readers.pop()}"
     return None

@@ -153,6 +153,7 @@ ACTIVATIONS: dict[str, Branch] = {
     "where": lambda m, h: torch.where(h > 0, h, 0.1 * h),
     "xielu": xielu,
     "learned slope per channel": lambda m, h: F.relu(h) * m.a + h,
+    "prelu": lambda m, h: F.prelu(h, m.one.reshape(1)),
     "prelu per number": lambda m, h: torch.where(h > 0, h, m.one * h),
     "snake": lambda m, h: h + torch.sin(m.a * h).pow(2) / m.a,
     "none": lambda m, h: h,
@@ -271,11 +272,6 @@ NOT_A_FEED_FORWARD: dict[str, tuple[Branch, RefusalCode, str]] = {
         lambda m, x: _plain(m, x, lambda m, h: F.silu(h.view(2, 5, 3, 4)).view(2, 5, 12)),
         RefusalCode.TOKEN_MIXING,
         "cuts or joins the channel axis",
-    ),
-    "prelu, whose vector lies along another axis": (
-        lambda m, x: _plain(m, x, lambda m, h: F.prelu(h, m.one.reshape(1))),
-        RefusalCode.NOT_POINTWISE,
-        "prelu",
     ),
     "half of the activation": (
         lambda m, x: F.linear(F.silu(F.linear(x, m.wide))[..., :12], m.w2),
