@@ -17,7 +17,7 @@ from fxfusion.cli.conversion import (
     say_engines,
     show,
 )
-from fxfusion.cli.options import ModelDir, check_folder, check_output
+from fxfusion.cli.options import ModelDir, check_folder, check_format, check_output
 
 
 @converting
@@ -37,6 +37,7 @@ def command(
     """
     check_folder(model_dir)
     check_output(out_dir, run.overwrite, model_dir, plan, results)
+    check_format(model_dir, Format.nemotron_nas.value)
     from fxfusion.plan import FusionPlan
 
     chosen = None if plan is None else FusionPlan.load(plan)

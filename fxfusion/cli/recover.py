@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxfusion.cli.options import DType, check_folder
+from fxfusion.cli.inputs import is_nemotron
+from fxfusion.cli.options import DType, check_folder, check_format
 from fxfusion.cli.session import Session, Work, measuring
 from fxfusion.errors import FxFusionError, OptionError
 
@@ -61,6 +62,8 @@ def command(
         check_folder(folder)
     run.require_text()
     run.check_output(output, reference)
+    if is_nemotron(run.common.model_dir):
+        check_format(run.common.model_dir, "nemotron-nas")
     intact = Session(replace(run.common, model_dir=reference))
     if run.common.dry_run:
         what = f"{steps} steps, forward and backward, of {run.common.model_dir}"
