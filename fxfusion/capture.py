@@ -36,6 +36,7 @@ from fxfusion.torch_private import (
     lazy_graph_module,
     size_hint,
 )
+from fxfusion.unwrap import offloaded
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 _MACHINERY = frozenset(vars(torch.nn.Module()))  # what a module keeps about itself
@@ -158,13 +159,14 @@ def capture_model(
             torch.compile(_fresh_caller(model), backend=collect, dynamic=False)(*args, **kwargs)
     except Exception as error:
         if not found:
-            raise CaptureError(f"the model could not be captured: {type(error).__name__}: {error}") from error
+            why = offloaded(model) or f"{type(error).__name__}: {error}"
+            raise CaptureError(f"the model could not be captured: {why}") from error
         stopped = f"capture stopped after {len(found)} graphs: {type(error).__name__}: {error}"
         return _taken(found), (stopped,)
     if not found:
         raise CaptureError("Dynamo found no graph in the model (does it compute anything on tensors?)")
-    notes = () if len(found) == 1 else (f"graph breaks cut the model into {len(found)} graphs",)
-    return _taken(found), notes
+    breaks = "" if len(found) == 1 else f"graph breaks cut the model into {len(found)} graphs"
+    return _taken(found), tuple(filter(None, (breaks, offloaded(model))))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from fxfusion.models.bare_model import bare_model
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.plan import FusionPlan
+from fxfusion.unwrap import offloaded
 
 FORMATS = ("canonical", "nemotron-nas")
 Format = Literal["canonical", "nemotron-nas"]
@@ -87,6 +88,8 @@ def save_pretrained(
     if format == "canonical":
         canonical_save.save(bare, where, plan=chosen, tokenizer=companions, **more)
         return
+    if offloaded(bare):
+        raise CheckpointError(f"the model cannot be written: {offloaded(bare)}; load it whole")
     if chosen is not None:
         fuse(model, chosen)
     nemotron_export.save(model, where, tokenizer=companions, **more)

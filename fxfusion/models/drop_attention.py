@@ -25,6 +25,7 @@ from fxfusion.models.drop_record import write_record
 from fxfusion.models.plain_save import warn_of_plain_save
 from fxfusion.models.surgery_proof import Proof
 from fxfusion.models.traced import TracedGraph
+from fxfusion.unwrap import offloaded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,6 +56,8 @@ def drop_attention(model: Model, layers: Iterable[int], *, check: bool = True) -
     """
     bare = bare_model(model)  # what `torch.compile` returned compiles anew then
     numbers = _layer_numbers(layers)
+    if offloaded(bare):
+        raise SurgeryError(f"attention cannot be dropped: {offloaded(bare)}; load it whole")
     with ExitStack() as undo:
         taken = Adapters.taken_off(model, bare, "carry", undo)
         drop_traced(bare, numbers, check)

@@ -44,6 +44,7 @@ from fxfusion.models.plain_save import warn_of_plain_save
 from fxfusion.models.surgery_proof import CacheProof, proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.plan import FusionPlan
+from fxfusion.unwrap import offloaded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,6 +81,8 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
             for bit; for groups that were finished before, copies are on disk until all is proved (`norm="fold"`).
     """
     bare = bare_model(model)
+    if offloaded(bare):
+        raise SurgeryError(f"the model cannot be fused: {offloaded(bare)}; load it whole")
     chosen = FusionPlan.resolve(plan)
     if fused_entry(getattr(bare, "config", None)) is not None:
         raise SurgeryError("the model is fused already: `unfuse` it first, then fuse by one plan for all groups")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfusion
-from fxfusion.errors import PlanError, SurgeryError
+from fxfusion.errors import CheckpointError, PlanError, SurgeryError
 from fxfusion.models.ffn_surgery import fuse as module
 from fxfusion.models.ffn_surgery.proof import ParallelForm
 from fxfusion.models.ffn_surgery.record import fused_state, plan_of
@@ -286,6 +286,25 @@ def test_a_disk_that_does_not_take_the_copies_stops_it(monkeypatch: pytest.Monke
     with pytest.raises(SurgeryError, match="cannot be kept on disk.*No space left"):
         fxfusion.fuse(model, PLAN)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["", "model.layers.2.mlp"])
+def test_offloaded_models_are_refused_by_the_weight_that_is_not_there(part: str, tmp_path: Path) -> None:
+    """Weights on the meta device until their module is called, as accelerate's hooks keep them."""
+    import accelerate
+
+    model = llama()
+    accelerate.cpu_offload(model if not part else model.get_submodule(part), torch.device("cpu"))
+    words = r"weights are not there \(model\..*weight is on the meta device: offloaded\?\)"
+    with pytest.raises(SurgeryError, match=words):
+        fxfusion.fuse(model, PLAN)
+    with pytest.raises(SurgeryError, match=words):
+        fxfusion.drop_attention(model, [1])
+    with pytest.raises(CheckpointError, match=words):
+        fxfusion.save_pretrained(model, tmp_path / "folder", "nemotron-nas")
+    with pytest.raises(CheckpointError, match="is on the meta device"):
+        fxfusion.save_pretrained(model, tmp_path / "folder")
+    assert any("is on the meta device: offloaded?" in note for note in fxfusion.explain(model, token_ids()).notes)
 
 
 def test_the_proof_notices_a_lost_member(monkeypatch: pytest.MonkeyPatch) -> None:
