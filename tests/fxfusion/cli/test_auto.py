@@ -117,3 +117,14 @@ def test_a_plan_over_roads_is_written_with_what_it_costs(run: Run, args: list[ob
     plan = FusionPlan.load(tmp_path / "results" / "plan.yaml")
     assert len(plan.groups) == 1 and plan.model is not None and plan.made_by is not None
     assert "FFNs one behind the other: 4 -> 3" in ran.out and "fxfusion fuse" in ran.out
+
+
+@pytest.mark.slow
+def test_a_nemotron_folder_becomes_another_one(run: Run, args: list[object], tmp_path: Path) -> None:
+    fxfusion.save_pretrained(model_of(), tmp_path / "intact", "nemotron-nas")
+    more = ["--format", "nemotron-nas", "--target-depth", 3, "--roads", "drop", "--max-window", 2, "--json"]
+    ran = run("auto", tmp_path / "intact", *args[1:], "--output", tmp_path / "fused", *more)
+    assert ran.code == 0, ran.err
+    assert ran.json["depth"] == {"intact": 4, "plan": 3}
+    loaded = fxfusion.from_pretrained(tmp_path / "fused")
+    assert loaded.config.model_type == "nemotron-nas"
