@@ -29,7 +29,7 @@ _NORM_SIGNS = frozenset("layer_norm rms_norm native_layer_norm group_norm mean v
 def match_output(branch: fx.Node, down: fx.Node, facts: GraphFacts) -> tuple[fx.Node, ...]:
     """The nodes from the result of the last linear layer to the branch, in graph order.
 
-    Empty where they read anything but that result, constants, and sizes that views take.
+    Empty where they read anything but that result, constants, and sizes or dtypes that are known before it.
     """
     floor = facts.order[down]
     inside: set[fx.Node] = set()
@@ -42,6 +42,8 @@ def match_output(branch: fx.Node, down: fx.Node, facts: GraphFacts) -> tuple[fx.
         if node is down or node in inside or node in facts.constants:
             continue
         if facts.order[node] < floor or node.op == "placeholder":
+            if ops.is_shape_value(node):
+                continue
             return ()
         inside.add(node)
         pending.extend(node.all_input_nodes[:1] if regroups_tokens(node) else node.all_input_nodes)

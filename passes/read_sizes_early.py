@@ -129,13 +129,14 @@ class _Sizes:
         return _move_up(node)
 
     def write_out(self, node: fx.Node) -> int:
-        """Put the number in the place of the node, where that is known: a SymInt may be a constant."""
+        """Put a number or dtype in the place of the node, where that is known: a SymInt may be a constant."""
         value = _value(node)
-        known = type(value) in (int, torch.SymInt) and str(value).isdecimal()
+        if type(value) is torch.SymInt and str(value).isdecimal():
+            value = int(str(value))
         returned = any(user.op == "output" for user in node.users)
-        if not (self._sources.symbolic and known and node.users) or returned:
+        if not self._sources.symbolic or type(value) not in (int, torch.dtype) or not node.users or returned:
             return 0
-        write_out(node, int(str(value)))
+        write_out(node, value)
         return 1
 
 

@@ -24,6 +24,7 @@ def down(m: Any, x: Tensor) -> Tensor:
 NORMS: dict[str, Branch] = {
     "rms": lambda m, x: F.rms_norm(down(m, x), (8,), m.g),
     "rms by hand": lambda m, x: m.g * (b := down(m, x)) * torch.rsqrt(b.pow(2).mean(-1, keepdim=True) + 1e-6),
+    "cast as the stream": lambda m, x: F.rms_norm(down(m, x), (8,), m.g).to(x),
     "layer norm": lambda m, x: F.layer_norm(down(m, x), (8,), m.g, m.s),
     "length": lambda m, x: F.normalize(down(m, x), dim=-1) * m.g,
     "range": lambda m, x: (b := down(m, x)) / (b.amax(-1, keepdim=True) - b.amin(-1, keepdim=True)) + m.s,
