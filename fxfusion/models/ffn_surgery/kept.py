@@ -48,5 +48,5 @@ class KeptWeights:
     def put_back(self, model: nn.Module) -> None:
         """Give the model all that was kept. Its modules are those of before by now."""
         for file in self._files:
-            for name, value in torch.load(file, weights_only=False).items():
+            for name, value in torch.load(file).items():
                 set_parameter(model, name, value)

@@ -141,8 +141,9 @@ def test_plan_and_facts_of_a_fused_model() -> None:
 
 
 def test_a_model_on_the_meta_device() -> None:
+    intact = _llama()  # made once, and not on the meta device
     with torch.device("meta"):
-        model = type(_llama())(copy.deepcopy(_llama().config))
+        model = type(intact)(copy.deepcopy(intact.config))
     fxfusion.fuse(model, PLAN)
     assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 144)
     assert all(value.is_meta for value in model.parameters())
@@ -153,8 +154,9 @@ def test_a_model_on_the_meta_device() -> None:
 
 
 def test_a_failure_on_the_meta_device_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    intact = _llama()  # made once, and not on the meta device
     with torch.device("meta"):
-        model = type(_llama())(copy.deepcopy(_llama().config))
+        model = type(intact)(copy.deepcopy(intact.config))
     before = [repr(part) for part in model.modules()], model.config.to_dict()
 
     def fail(*_: Any) -> None:
