@@ -49,6 +49,7 @@ KEPT: dict[str, Callable[[Tensor], object]] = {
     "a copy that the caller gets, behind a view": lambda x: x.to(torch.float64, copy=True).view(80),
     "training dropout": lambda x: F.dropout(x, 0.5, training=True) * 2,
     "two views, one written": lambda x: x.mul(2).view(-1).add_(1).sum() + x.view(-1).mean(),
+    "two views, for two branches": lambda x: x.view(-1, 8).matmul(x[0].T.matmul(x[1])) + x.view(-1, 8),
     "two views, the second returned": lambda x: (x.view(-1, 8) * 2, x.view(-1, 8)),
     "half of a way": lambda x: x.view(-1, 8) * 2,
     "another layout": lambda x: x[None].contiguous(memory_format=torch.channels_last) * 2,
