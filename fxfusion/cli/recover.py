@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxfusion.cli.inputs import is_nemotron
 from fxfusion.cli.options import DType, check_folder, check_format
 from fxfusion.cli.session import Session, Work, measuring
 from fxfusion.errors import FxFusionError, OptionError
@@ -56,6 +55,8 @@ def command(
     An eighth of the text decides which weights are kept; where none are better than at the start, nothing is written.
     Take much text (--sequences 2000), and refit first. A run that is stopped goes on in the same --results.
     """
+    from fxfusion.cli.inputs import is_nemotron
+
     if reference is None or output is None:
         raise OptionError(f"--{'reference' if reference is None else 'output'}: give a folder")
     for folder in (run.common.model_dir, reference):
