@@ -345,8 +345,8 @@ def test_what_must_stay_stays_with_a_reason(case: tuple[Run, RefusalCode, str]) 
 
 def test_a_result_that_is_written_into_memory_made_before_is_refused_with_a_reason() -> None:
     def run(m: Any, x: Tensor) -> Tensor:
-        made = torch.empty_like(x)
-        made[:] = f1(m, x)
+        made = torch.zeros_like(x)
+        made[:, 1:] = f1(m, x)[:, 1:]
         y = x + made
         return y + f2(m, y)
 
@@ -510,7 +510,7 @@ class Moving(nn.Module):
 @pytest.mark.parametrize("way", ["to", "to like", "type_as", "cpu", "inside", "weights"])
 def test_branches_that_move_between_devices_are_refused(way: str) -> None:
     report = fxfusion.explain(Moving(way), tokens())
-    assert not report.groups and not report.notes
+    assert not report.groups and all("weights are not there" in note for note in report.notes)
     found = [refusal for refusal in report.refusals if refusal.code is RefusalCode.DIFFERENT_DEVICE]
     assert len(found) == 3 and all("is on meta (offloaded?), the stream on cpu" in each.message for each in found)
     assert all(f"layers_modules_{index}_" in each.message for index, each in enumerate(found))
@@ -531,7 +531,6 @@ def test_a_stream_that_goes_on_on_another_device_starts_another_group() -> None:
         ["layers.0.ffn", "layers.1.ffn"],
         ["layers.2.ffn", "layers.3.ffn"],
     ]
-    assert not report.notes
 
 
 def test_a_hand_written_gelu_is_no_residual_node() -> None:
