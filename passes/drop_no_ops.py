@@ -28,8 +28,6 @@ from fxfusion.graph.pass_base import Pass, PassResult
 _CASTS = frozenset("to type_as float double half bfloat16".split())
 _VIEWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze expand expand_as broadcast_to".split())
 
-LINEARS = frozenset("linear addmm mm bmm matmul baddbmm einsum".split())
-
 
 class DropNoOps(Pass):
     name: ClassVar[str] = "drop_no_ops"
@@ -40,7 +38,7 @@ class DropNoOps(Pass):
         changed = 0
         views: dict[object, fx.Node] = {}
         for node in list(graph.nodes):
-            if ops.op_name(node) in LINEARS:
+            if ops.op_name(node) in ops.LINEARS:
                 views.clear()  # a view for each branch: what stands in one is nothing for others to read
             if ops.op_name(node) == "_assert_tensor_metadata":
                 graph.erase_node(node)

@@ -25,7 +25,6 @@ from fxfusion.passes.ffn import FfnNode, Matches, Mixer
 from fxfusion.passes.match_ffn import FfnMatcher
 from fxfusion.passes.write_out_layers import LAYER
 
-LINEARS = frozenset("linear addmm matmul mm bmm baddbmm einsum bilinear".split())
 MIXERS = frozenset(
     "scaled_dot_product_attention flex_attention conv1d conv2d conv3d convolution conv_transpose1d cumsum cumprod "
     "logcumsumexp cummax roll flip fft_fft fft_rfft rfft fft sort unfold as_strided transpose permute t mT movedim "
@@ -53,7 +52,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> 
             continue
         stream, branch = operands
         found = facts.slice_between(branch, stream)
-        has_linear = any(ops.op_name(node) in LINEARS for node in found.nodes)
+        has_linear = any(ops.op_name(node) in ops.LINEARS for node in found.nodes)
         if not has_linear and (not found.reaches_stop or tokens.are_apart_in(found)):
             refusals += _filled(add, branch, stream, facts)
             continue
@@ -193,7 +192,7 @@ def _filled(add: fx.Node, branch: fx.Node, stream: fx.Node, facts: GraphFacts) -
     """A refusal where a layer's result is written into the branch, so that the branch itself does not show it."""
     for write in facts.effects.writers_of(branch) if facts.is_written(branch) else ():
         found = facts.slice_between(write, stream)
-        if facts.order[write] < facts.order[add] and any(ops.op_name(node) in LINEARS for node in found.nodes):
+        if facts.order[write] < facts.order[add] and any(ops.op_name(node) in ops.LINEARS for node in found.nodes):
             refused = Refused(RefusalCode.MUTATION, f"{branch} is filled in place, by {write}", write)
             return [_refusal(refused, add, found, facts)]
     return []
@@ -320,7 +319,7 @@ def _refusal(refused: Refused, add: fx.Node, found: Slice, facts: GraphFacts) ->
 def linear_layers(found: Slice, facts: GraphFacts) -> tuple[fx.Node, ...]:
     """The nodes that say where a branch lives: its linear layers. Masks and rotary angles are made elsewhere, some by
     a product with a constant on the left, which is no linear layer."""
-    linears = [node for node in found.nodes if ops.op_name(node) in LINEARS and provenance.has_provenance(node)]
+    linears = [node for node in found.nodes if ops.op_name(node) in ops.LINEARS and provenance.has_provenance(node)]
     return tuple(node for node in linears if not mixes_tokens(node, facts))
 
 

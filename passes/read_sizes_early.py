@@ -27,7 +27,6 @@ from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor, write_out
 from fxfusion.graph.effects import graph_effects, is_pure
 from fxfusion.graph.pass_base import Pass, PassResult
-from fxfusion.passes.drop_no_ops import LINEARS
 from fxfusion.torch_private import OpOverload
 
 _READS = frozenset("size dim ndimension numel nelement len sym_size sym_numel".split())
@@ -69,7 +68,7 @@ class _Sources:
         self._first: dict[_Look, fx.Node] = {}
         if self.symbolic:
             # Before the first linear layer: what stands in one branch is nothing for others to read.
-            for node in itertools.takewhile(lambda node: ops.op_name(node) not in LINEARS, graph.nodes):
+            for node in itertools.takewhile(lambda node: ops.op_name(node) not in ops.LINEARS, graph.nodes):
                 look = _look(node)
                 if look and not self._is_written(node):
                     self._first.setdefault(look, node)

@@ -75,9 +75,8 @@ def set_example_value(node: fx.Node, mode: Any) -> None:
 
     def value_of(found: fx.Node) -> Any:
         value = found.meta.get("example_value", found.meta.get("val"))
-        if mode is not None and is_batched(
-            value
-        ):  # its `vmap` is over: what stands for it has the shape of one example
+        if mode is not None and is_batched(value):
+            # Its `vmap` is over: what stands for it has the shape of one example.
             with outside_fake_mode(), mode:
                 return torch.empty(value.shape, dtype=value.dtype, device=value.device)
         if mode is not None and isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):

@@ -17,6 +17,9 @@ from torch import fx
 
 from fxfusion.torch_private import OpOverload
 
+LINEARS = frozenset("linear addmm matmul mm bmm baddbmm einsum bilinear".split())
+"""Products with a weight, whatever the weight is; where one stands, a branch has begun."""
+
 _OPERATOR_NAMES = {
     "truediv": "div",
     "itruediv": "div",

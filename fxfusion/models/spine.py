@@ -15,7 +15,7 @@ from torch import fx
 
 from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts
-from fxfusion.passes.match_residual import LINEARS, linear_layers
+from fxfusion.passes.match_residual import linear_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ def _addition(add: fx.Node, earlier: Mapping[fx.Node, Addition], facts: GraphFac
             readings.append((stream, branch, earlier[stream].reads))
     for stream, branch, reads in readings:
         found = facts.slice_between(branch, reads)
-        if found.reaches_stop and any(ops.op_name(node) in LINEARS for node in found.nodes):
+        if found.reaches_stop and any(ops.op_name(node) in ops.LINEARS for node in found.nodes):
             layer = provenance.owning_layer(linear_layers(found, facts), add)
             return Addition(add=add, stream=stream, branch=branch, reads=reads, nodes=found.nodes, layer=layer)
     return None
