@@ -63,9 +63,14 @@ class CapturedGraph:
         """The same with a graph of its own, to be edited; tensors are shared."""
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
-        result = graph.graph_copy(self.module.graph, copies)
-        keep_unread([copies[node] for node in self.module.graph.nodes if not node.users and node in copies])
-        graph.output(result).meta = dict(self.module.graph.output_node().meta)
+        for node in self.module.graph.nodes:
+            # Arguments go in afterwards: `create_node` would walk them all, which takes as long as the rest.
+            new = copies[node] = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+            new.args = fx.node.map_arg(node.args, copies.__getitem__)
+            if node.kwargs:
+                new.kwargs = fx.node.map_arg(node.kwargs, copies.__getitem__)
+            new.meta.update(node.meta)
+        keep_unread([copies[node] for node in self.module.graph.nodes if not node.users])
         module = lazy_graph_module(self.module, graph)
         copy_dynamo_facts(self.module, module)
         return CapturedGraph(

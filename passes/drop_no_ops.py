@@ -27,6 +27,8 @@ from fxfusion.graph.pass_base import Pass, PassResult
 
 _CASTS = frozenset("to type_as float double half bfloat16".split())
 _VIEWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze expand expand_as broadcast_to".split())
+_IDENTITIES = frozenset(("alias", "lift_fresh", "Identity"))
+_DROPPED = _CASTS | _VIEWS | _IDENTITIES | DROPOUT_OPS | {"contiguous"}
 
 
 class DropNoOps(Pass):
@@ -38,11 +40,14 @@ class DropNoOps(Pass):
         changed = 0
         views: dict[object, fx.Node] = {}
         for node in list(graph.nodes):
-            if ops.op_name(node) in ops.LINEARS:
+            name = ops.op_name(node)
+            if name in ops.LINEARS:
                 views.clear()  # a view for each branch: what stands in one is nothing for others to read
-            if ops.op_name(node) == "_assert_tensor_metadata":
+            if name == "_assert_tensor_metadata":
                 graph.erase_node(node)
                 changed += 1
+            elif name not in _DROPPED or not node.all_input_nodes or not node.users:
+                continue
             elif (same := _returned_input(node, facts) or _first_such_view(node, views, facts)) is not None:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)  # by hand: a dropout marked `inplace` would count as a write
@@ -53,8 +58,6 @@ class DropNoOps(Pass):
 def _returned_input(node: fx.Node, facts: GraphFacts) -> fx.Node | None:
     """The value that the node hands back unchanged, or None."""
     name = ops.op_name(node)
-    if not node.all_input_nodes or not node.users:
-        return None
     source = node.all_input_nodes[0]
     if name in _CASTS:
         if not (_same_kind(node, source) and _same_shape(node, source)) or _asks_for_layout(node):
@@ -63,7 +66,7 @@ def _returned_input(node: fx.Node, facts: GraphFacts) -> fx.Node | None:
     if name in DROPOUT_OPS:
         probability, training = dropout_arguments(node)
         return source if training is False or probability == 0 else None
-    if name in ("alias", "lift_fresh", "Identity"):
+    if name in _IDENTITIES:
         return source
     if name == "contiguous":
         plain = _is_contiguous(source) and _same_shape(node, source) and not _asks_for_layout(node)
@@ -87,7 +90,7 @@ def _cancelled_view(source: fx.Node, node: fx.Node, facts: GraphFacts) -> fx.Nod
 
 def _first_such_view(node: fx.Node, views: dict[object, fx.Node], facts: GraphFacts) -> fx.Node | None:
     """The same view of the same value, where the model wrote it before."""
-    if ops.op_name(node) not in _VIEWS or not node.users:
+    if ops.op_name(node) not in _VIEWS:
         return None
     key = (facts.mode[node], node.op, node.target, repr(node.args), repr(node.kwargs))
     first = views.setdefault(key, node)

@@ -202,12 +202,12 @@ def _mixer(add: fx.Node, found: Slice, facts: GraphFacts) -> Mixer:
     """The branch, and what it computes only to write it into a cache that it reads: keys and values."""
     nodes, leaks = set(found.nodes), dict.fromkeys(found.leaks)
     read = {facts.effects.root(node) for node in (*found.nodes, *found.leaks)} if facts.written else set()
-    for cache in read & facts.written:
-        for write in facts.effects.writers_of(cache):
-            if facts.order[found.stop] < facts.order[write] < facts.order[add]:
-                written = facts.slice_between(write, found.stop)
-                nodes.update(written.nodes)
-                leaks |= dict.fromkeys(written.leaks)
+    writes = {write for cache in read & facts.written for write in facts.effects.writers_of(cache)}
+    within = [write for write in writes if facts.order[found.stop] < facts.order[write] < facts.order[add]]
+    if within:
+        written = facts.slice_between(within, found.stop)
+        nodes.update(written.nodes)
+        leaks |= dict.fromkeys(sorted(written.leaks, key=facts.order.__getitem__))
     return Mixer(
         add=add,
         stream=found.stop,
@@ -219,9 +219,8 @@ def _mixer(add: fx.Node, found: Slice, facts: GraphFacts) -> Mixer:
 
 
 def _mixing_op(found: Slice, facts: GraphFacts) -> str:
-    return next((ops.op_name(node) for node in found.nodes if "attention" in ops.op_name(node)), "") or next(
-        (ops.op_name(node) for node in found.nodes if mixes_tokens(node, facts)), "view"
-    )
+    attention = next((name for name in dict.fromkeys(map(ops.op_name, found.nodes)) if "attention" in name), "")
+    return attention or next((ops.op_name(node) for node in found.nodes if mixes_tokens(node, facts)), "view")
 
 
 def check_shapes(add: fx.Node, branch: fx.Node, stream: fx.Node) -> None:

@@ -6,8 +6,9 @@ whole graph themselves, so matching stays linear in the number of layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import fx
 
@@ -42,9 +43,9 @@ class GraphFacts:
         self.mode: Mapping[fx.Node, int] = self.effects.modes
         self.written: Set[fx.Node] = self.effects.written
         self.weights: Set[fx.Node] = frozenset(weights)
-        self.constants: Set[fx.Node] = self._constants()
 
-    def _constants(self) -> Set[fx.Node]:
+    @cached_property
+    def constants(self) -> Set[fx.Node]:
         """Values that depend on weights and literals alone."""
         constant: set[fx.Node] = set()
         for node in self.graph.nodes:
@@ -64,7 +65,7 @@ class GraphFacts:
         """Whether some node writes the value, or one that may share its memory."""
         return self.effects.root(node) in self.written
 
-    def slice_between(self, start: fx.Node, stop: fx.Node, most: int | None = None) -> Slice:
+    def slice_between(self, start: fx.Node | Sequence[fx.Node], stop: fx.Node, most: int | None = None) -> Slice:
         """Everything `start` needs that was computed after `stop`. `most`: look no further once it is so many nodes."""
         floor = self.order[stop]
         inside: set[fx.Node] = set()
@@ -72,7 +73,7 @@ class GraphFacts:
         shapes: dict[fx.Node, None] = {}
         leaks: dict[fx.Node, None] = {}
         reaches = False
-        pending = [start]
+        pending = [start] if isinstance(start, fx.Node) else list(start)
         while pending and (most is None or len(inside) < most):
             node = pending.pop()
             if node is stop:

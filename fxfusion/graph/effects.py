@@ -183,6 +183,8 @@ def shares_memory_with(node: fx.Node, effect: Effect | None = None) -> tuple[fx.
     if node.op not in ("call_function", "call_method", "call_module") or _is_number(node):
         return ()
     effect = effect or effect_of(node)
+    if effect.is_none and _known(node.op, node.target).shows_nothing:
+        return ()
     if effect.unknown:
         return effect.writes
     if ops.op_name(node) in ALIASING_OPS:
@@ -394,7 +396,8 @@ _Place = tuple[int | None, str, bool]  # position, where it has one; name; wheth
 class _Known:
     """What is known of an operation whatever its arguments. `is_registered`: the dispatcher calls it, so it changes no
     mode for others. `is_plain`: pure whatever its arguments are, but for `out` and `inplace`. `writes`, `shows`:
-    arguments written, and shown by the result."""
+    arguments written, and shown by the result. `shows_nothing`: no result shares memory with an argument not written.
+    """
 
     is_understood: bool = False
     is_registered: bool = False
@@ -402,6 +405,7 @@ class _Known:
     acts: bool = False
     seeded: bool = False
     is_plain: bool = False
+    shows_nothing: bool = False
     writes: tuple[_Place, ...] = ()
     shows: tuple[_Place, ...] = ()
 
@@ -412,7 +416,8 @@ def _known(op: str, target: Any) -> _Known:
     name, in_place = ops.bare_name(op, target)
     depends = in_place or name in _BY_ARGUMENTS or name in _INPLACE_POSITION or target is operator.setitem
     does = known.writes or known.seeded or known.acts or known.switches
-    return replace(known, is_plain=known.is_understood and not (depends or does))
+    shows_nothing = known.is_understood and not known.shows and name not in ALIASING_OPS
+    return replace(known, is_plain=known.is_understood and not (depends or does), shows_nothing=shows_nothing)
 
 
 def _looked_up(op: str, target: Any) -> _Known:
