@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import sys
 import time
 import warnings
@@ -77,6 +78,7 @@ def _crashed_again(found: dict[str, Any], folder: Path) -> None:
 
 
 def _one_form(captured: CapturedGraph, into: dict[str, Any], name: str) -> None:
+    gc.collect()  # what rebuilding the graph left behind is not this one's
     nodes, start = len(captured.module.graph.nodes), time.process_time()
     report = fuse_captured(captured, FusionPolicy()).report
     seconds = time.process_time() - start
@@ -168,6 +170,7 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is not looked through for each graph
     try:
         folders = samples(options.folder)
     except ValueError as error:
