@@ -21,7 +21,7 @@ PINS := $(VENV)/constraints.txt
 IN_RANGE := $(shell sed -n 's/^ *"\(torch>=[^"]*\)".*/\1/p' pyproject.toml)
 TORCH_WANTED := $(if $(filter newest,$(TORCH)),$(IN_RANGE),torch==$(TORCH).*)
 # The tests of what depends on the torch version.
-SELECTED := tests/fxfusion/test_backend.py tests/fxfusion/test_torch_private.py tests/fxfusion/test_packing.py
+SELECTED := tests/fxfusion/test_backend.py tests/fxfusion/graph/test_torch_private.py tests/fxfusion/compiler/test_packing.py
 endif
 
 BIN := $(VENV)/bin

@@ -23,10 +23,10 @@ import fxfusion
 from bench.pass_time import decoder
 from bench.record import Record, record, versions
 from bench.tables import table
-from fxfusion.capture import CapturedGraph, capture_dynamo
-from fxfusion.packing import live_packs
-from fxfusion.pipeline import Fused, fuse_captured
-from fxfusion.policy import FusionPolicy
+from fxfusion.compiler.capture import CapturedGraph, capture_dynamo
+from fxfusion.compiler.packing import live_packs
+from fxfusion.compiler.pipeline import Fused, fuse_captured
+from fxfusion.plan.policy import FusionPolicy
 
 LAYERS = 8
 COMPILED_LAYERS = 4  # by Inductor, which takes longest

@@ -29,7 +29,7 @@ from fxfusion.analysis.heat_map import heat_map
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.analysis.scores import attention_scores
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.candidates import equal_cuts
 from fxfusion.planning.planner import Planner
 

@@ -29,7 +29,7 @@ import fxfusion
 from bench.reference.load import load_model, load_tokenizer
 from fxfusion.cli.steps import DROPPED, GROUP, PLAN
 from fxfusion.errors import FxFusionError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 HOISTED = FusionPlan(groups=[[2, 3, 4, 5], [6, 7, 8]], hoist=True)
 LIMIT = 1e-3  # of a logit, between two implementations in float32

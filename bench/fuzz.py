@@ -35,7 +35,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 
 from bench.fuzz_compiled import check_compiled
 from bench.record import RESULTS, Record
-from fxfusion.policy import NormMode
+from fxfusion.plan.policy import NormMode
 from fxfusion.testing import Block, Effect, Ffn, StackSpec
 from fxfusion.testing.checks import check_effects, check_graph, check_oracle, check_twice
 from fxfusion.testing.strategies import effect_stacks, stacks

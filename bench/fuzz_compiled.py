@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import fxfusion
 from fxfusion.backend import forget_reports, last_reports
+from fxfusion.graph.torch_private import reset_dynamo
 from fxfusion.testing import Stack, StackSpec
 from fxfusion.testing.checks import TOLERANCE, check_outcome, relative_error
-from fxfusion.torch_private import reset_dynamo
 
 Write = Callable[[Stack], None]
 

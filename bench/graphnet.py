@@ -32,13 +32,13 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from bench.graphnet_checks import check_group
 from bench.graphnet_samples import NotRebuilt, rebuild, samples
 from bench.record import Record
-from fxfusion.capture import CapturedGraph
+from fxfusion.compiler.capture import CapturedGraph
+from fxfusion.compiler.pipeline import Analysis, analyse, fuse_captured, normalising_passes
 from fxfusion.errors import FxFusionError
 from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
-from fxfusion.pipeline import Analysis, analyse, fuse_captured, normalising_passes
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy
 
 FORMS = ("as it is", "mixers removed")
 EVERY = 25  # samples between two writes of the result

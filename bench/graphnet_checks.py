@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxfusion.capture import CapturedGraph
+from fxfusion.compiler.capture import CapturedGraph
+from fxfusion.compiler.pipeline import fuse_captured
 from fxfusion.graph import ops
+from fxfusion.graph.torch_private import size_hint
 from fxfusion.passes.ffn import Group
-from fxfusion.pipeline import fuse_captured
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy
 from fxfusion.testing import straddles
 from fxfusion.testing.checks import TOLERANCE, relative_error
-from fxfusion.torch_private import size_hint
 
 MOST_BYTES = 2**30  # of the random weights of one group
 MOST_PRODUCTS = 3 * 10**9  # weights times tokens of one group

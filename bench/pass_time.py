@@ -23,7 +23,7 @@ from bench.record import Measurement, record
 from bench.tables import table
 from fxfusion import ffn_fusion, last_reports
 from fxfusion.backend import seconds_inside
-from fxfusion.packing import live_packs
+from fxfusion.compiler.packing import live_packs
 
 HIDDEN, WIDTH, HEADS = 128, 352, 4
 

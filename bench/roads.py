@@ -33,7 +33,7 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.cost.layer_table import LayerTable
 from fxfusion.errors import PlanError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.roads.after_refit import RefitMeter
 from fxfusion.planning.roads.price import Price, depth_price, predicted_latency
 from fxfusion.planning.roads.screen import Screen

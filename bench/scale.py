@@ -37,7 +37,8 @@ import json, resource, sys, time
 import torch
 torch.set_num_threads(1)
 import fxfusion
-from fxfusion import debug, pipeline
+from fxfusion.compiler import pipeline
+from fxfusion.graph import debug
 spent = {}
 capture = pipeline.capture_model
 def timed(*arguments):

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from fxfusion.analysis.texts import batches_from_text
     from fxfusion.backend import ffn_fusion, last_reports, refresh
     from fxfusion.checkpoints.api import from_pretrained, save_pretrained
+    from fxfusion.compiler.pipeline import explain, fuse_graph
     from fxfusion.errors import FxFusionError, Refusal, RefusalCode
     from fxfusion.models.drop_attention import drop_attention
     from fxfusion.models.ffn_surgery.fuse import fuse
     from fxfusion.models.ffn_surgery.unfuse import unfuse
-    from fxfusion.pipeline import explain, fuse_graph
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
+    from fxfusion.plan.policy import FusionPolicy
     from fxfusion.planning.make_plan import make_plan
     from fxfusion.planning.sweep import sweep
-    from fxfusion.policy import FusionPolicy
     from fxfusion.recovery.recover import recover
     from fxfusion.recovery.refit import refit
     from fxfusion.report import FusionReport
@@ -53,10 +53,10 @@ _HOME = {
     "FxFusionError": "fxfusion.errors",
     "Refusal": "fxfusion.errors",
     "RefusalCode": "fxfusion.errors",
-    "explain": "fxfusion.pipeline",
-    "fuse_graph": "fxfusion.pipeline",
-    "FusionPlan": "fxfusion.plan",
-    "FusionPolicy": "fxfusion.policy",
+    "explain": "fxfusion.compiler.pipeline",
+    "fuse_graph": "fxfusion.compiler.pipeline",
+    "FusionPlan": "fxfusion.plan.fusion_plan",
+    "FusionPolicy": "fxfusion.plan.policy",
     "FusionReport": "fxfusion.report",
     "recover": "fxfusion.recovery.recover",
     "refit": "fxfusion.recovery.refit",

@@ -21,7 +21,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfusion.capture import CapturedGraph, capture_dynamo
+from fxfusion.compiler.capture import CapturedGraph, capture_dynamo
+from fxfusion.compiler.options import BackendOptions
+from fxfusion.compiler.packing import FusedCallable, GraphPacks, PackBinding, forget_looks
+from fxfusion.compiler.paranoid import ParanoidCallable, why_not_compared
+from fxfusion.compiler.pipeline import Fused, fuse_captured
 from fxfusion.errors import (
     FxFusionError,
     MissingWeightsError,
@@ -32,15 +36,7 @@ from fxfusion.errors import (
 )
 from fxfusion.graph import ops
 from fxfusion.graph.effects import records_gradients
-from fxfusion.options import BackendOptions
-from fxfusion.packing import FusedCallable, GraphPacks, PackBinding, forget_looks
-from fxfusion.paranoid import ParanoidCallable, why_not_compared
-from fxfusion.passes.choose_form import Setting
-from fxfusion.passes.lift_weights import Pack
-from fxfusion.pipeline import Fused, fuse_captured
-from fxfusion.plan import FusionPlan, Member
-from fxfusion.report import FusionReport, GraphReport
-from fxfusion.torch_private import (
+from fxfusion.graph.torch_private import (
     as_backend_fake,
     as_user_error,
     backend_named,
@@ -51,6 +47,10 @@ from fxfusion.torch_private import (
     inductor_draws_as_eager,
     mark_static_weight,
 )
+from fxfusion.passes.choose_form import Setting
+from fxfusion.passes.lift_weights import Pack
+from fxfusion.plan.fusion_plan import FusionPlan, Member
+from fxfusion.report import FusionReport, GraphReport
 
 log = logging.getLogger("fxfusion")
 
@@ -70,7 +70,7 @@ def ffn_fusion(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Fuse what the policy or plan chooses, then compile. See `fxfusion.options.BackendOptions`.
+    """Fuse what the policy or plan chooses, then compile. See `fxfusion.compiler.options.BackendOptions`.
 
     Raises `OptionError` or `PlanError` for bad options, and with `strict=True` `NotFusedError` where a
     planned group was not fused, or the error that would otherwise have caused a fall back.

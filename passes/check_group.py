@@ -21,7 +21,7 @@ from fxfusion.graph.isomorphism import first_difference
 from fxfusion.passes.ffn import FfnNode, Group, Role
 from fxfusion.passes.match_residual import weight_leaves
 from fxfusion.passes.prove_norm import HasNorm, NormProver
-from fxfusion.policy import NormMode
+from fxfusion.plan.policy import NormMode
 
 
 class GroupChecker:

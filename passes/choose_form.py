@@ -18,15 +18,17 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph import ops
 from fxfusion.graph.effects import autocasts
-from fxfusion.options import FormRequest
+from fxfusion.graph.torch_private import is_batched, onednn_packs, size_hint
 from fxfusion.passes.ffn import FfnNode, Form, Group
-from fxfusion.torch_private import is_batched, onednn_packs, size_hint
+
+FormRequest = Literal["auto", "concatenated", "prepacked", "members"]
 
 SMALL = 1 << 20
 """Bytes of a group's weights below which the cost of a call outweighs what a better layout gains."""

@@ -21,7 +21,7 @@ from torch import fx
 
 from fxfusion.errors import Refusal
 from fxfusion.graph.isomorphism import Structure
-from fxfusion.plan import PlannedGroup
+from fxfusion.plan.fusion_plan import PlannedGroup
 
 Role = Literal["gain", "shift", "fixed"]
 Form = Literal["concatenated", "prepacked", "members", "grouped", "grouped_prepacked"]

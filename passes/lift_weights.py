@@ -23,8 +23,8 @@ from torch import fx
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.pass_base import Pass, PassResult
+from fxfusion.graph.torch_private import lazy_graph_module
 from fxfusion.passes.pack_weights import PACK_TAG
-from fxfusion.torch_private import lazy_graph_module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

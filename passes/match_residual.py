@@ -14,9 +14,8 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from fxfusion import debug
 from fxfusion.errors import Refusal, RefusalCode, Refused
-from fxfusion.graph import ops, provenance
+from fxfusion.graph import debug, ops, provenance
 from fxfusion.graph.dataflow import GraphFacts, Slice
 from fxfusion.graph.effects import is_higher_order, is_random
 from fxfusion.graph.isomorphism import describe_region

@@ -21,8 +21,8 @@ from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.ffn import FfnNode, Hoisted, Matches, Mixer, Window
 from fxfusion.passes.match_pieces import behind_views, views_behind
 from fxfusion.passes.member_index import MemberIndex, check_fit
-from fxfusion.plan import PlannedGroup
-from fxfusion.policy import NormMode
+from fxfusion.plan.fusion_plan import PlannedGroup
+from fxfusion.plan.policy import NormMode
 
 Block = FfnNode | Mixer
 

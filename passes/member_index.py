@@ -13,8 +13,8 @@ from fxfusion.errors import Refusal, RefusalCode, Refused
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.ffn import FfnNode
-from fxfusion.plan import Member
-from fxfusion.policy import NormMode
+from fxfusion.plan.fusion_plan import Member
+from fxfusion.plan.policy import NormMode
 
 
 class MemberIndex:

@@ -20,8 +20,8 @@ from fxfusion.errors import PassError, Refusal, RefusalCode, Refused
 from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.ffn import Chain, FfnNode, Group, Hoisted, Window
 from fxfusion.passes.member_index import MemberIndex, check_fit
-from fxfusion.plan import FusionPlan, Member
-from fxfusion.policy import FusionPolicy, NormMode
+from fxfusion.plan.fusion_plan import FusionPlan, Member
+from fxfusion.plan.policy import FusionPolicy, NormMode
 
 Planned = tuple[tuple[Group, ...], tuple[Refusal, ...]]
 

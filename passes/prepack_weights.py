@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-import fxfusion.prepacked  # noqa: F401  (registers the operators)
+import fxfusion.graph.prepacked  # noqa: F401  (registers the operators)
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
 from fxfusion.passes.choose_form import tokens_to_pack_for

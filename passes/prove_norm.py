@@ -21,9 +21,9 @@ from torch import fx
 
 from fxfusion.graph import ops
 from fxfusion.graph.isomorphism import Structure
+from fxfusion.graph.torch_private import outside_fake_mode, size_hint
 from fxfusion.passes.ffn import Role
 from fxfusion.passes.match_pieces import VIEWS, keeps_channels
-from fxfusion.torch_private import outside_fake_mode, size_hint
 
 _TOKENS = 3
 _TRIALS = 2

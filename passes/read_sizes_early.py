@@ -27,7 +27,7 @@ from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor, write_out
 from fxfusion.graph.effects import graph_effects, is_pure
 from fxfusion.graph.pass_base import Pass, PassResult
-from fxfusion.torch_private import OpOverload
+from fxfusion.graph.torch_private import OpOverload
 
 _READS = frozenset("size dim ndimension numel nelement len sym_size sym_numel".split())
 _ATTRIBUTES = frozenset("shape ndim dtype device layout is_cuda is_cpu".split())

@@ -22,7 +22,7 @@ from torch import fx
 
 from fxfusion.graph.editor import write_out
 from fxfusion.graph.pass_base import Pass, PassResult
-from fxfusion.torch_private import held_number
+from fxfusion.graph.torch_private import held_number
 
 
 class SpecialiseNumbers(Pass):

@@ -26,7 +26,7 @@ from torch import fx
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
-from fxfusion.torch_private import OpOverload
+from fxfusion.graph.torch_private import OpOverload
 
 _ATEN_NORM = "input weight bias running_mean running_var training momentum eps cudnn_enabled".split()
 _FUNCTIONAL_NORM = "input running_mean running_var weight bias training momentum eps".split()

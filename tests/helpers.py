@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfusion import fuse_graph
-from fxfusion.capture import CapturedGraph, capture_model, captured_from_graph
+from fxfusion.compiler.capture import CapturedGraph, capture_model, captured_from_graph
+from fxfusion.compiler.pipeline import normalising_passes
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
@@ -22,7 +23,6 @@ from fxfusion.graph.pass_base import History, Pass, PassRecord
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.passes.ffn import Matches
 from fxfusion.passes.match_residual import match_residual
-from fxfusion.pipeline import normalising_passes
 from fxfusion.report import FusionReport
 from tests.blocks import (
     HIDDEN,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 40  # lines with code: no docstring, comment or blank line
 
-TORCH_PRIVATE_FILE = "fxfusion/torch_private.py"
+TORCH_PRIVATE_FILE = "fxfusion/graph/torch_private.py"
 ALLOWED_PRIVATE_NAMES: frozenset[str] = frozenset()  # dotted names; keep it empty where possible
 
 COMPILER = ("passes/", "fxfusion/graph/") + tuple(

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxfusion.capture import CapturedGraph
+from fxfusion.compiler.capture import CapturedGraph
+from fxfusion.compiler.pipeline import Analysis, analyse, fuse_captured, normalising_passes
 from fxfusion.errors import NotFusedError, PlanError, RefusalCode
 from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.traced import TracedGraph, TracedModel
-from fxfusion.pipeline import Analysis, analyse, fuse_captured, normalising_passes
-from fxfusion.plan import FusionPlan
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.policy import FusionPolicy
 from fxfusion.report import GraphReport
 
 _NOT_FUSED = (RefusalCode.PLAN_UNMATCHED, RefusalCode.PLAN_ABSENT)

@@ -23,12 +23,12 @@ from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.nemotron_nas.members import load_unfused
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE
+from fxfusion.compiler.unwrap import offloaded
 from fxfusion.errors import CheckpointError, OptionError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
-from fxfusion.plan import FusionPlan
-from fxfusion.unwrap import offloaded
+from fxfusion.plan.fusion_plan import FusionPlan
 
 FORMATS = ("canonical", "nemotron-nas")
 Format = Literal["canonical", "nemotron-nas"]

@@ -28,7 +28,7 @@ from fxfusion.errors import CheckpointError, SurgeryError
 from fxfusion.models.drop_record import write_refit
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import fused_state
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 CONFIG, GENERATION_CONFIG, PLAN = "config.json", "generation_config.json", "fxfusion_plan.yaml"
 

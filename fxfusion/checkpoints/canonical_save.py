@@ -36,7 +36,7 @@ from fxfusion.models.ffn_surgery.record import fused_state, plan_of
 from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
 from fxfusion.models.fingerprint import check_fits, decoder_layers, facts_of
 from fxfusion.models.intact_config import intact_config
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 
 def save(

@@ -12,7 +12,7 @@ from typing import Any
 from fxfusion.checkpoints.companions import base_name
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.errors import CheckpointError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 CARD = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -17,7 +17,7 @@ from fxfusion.cli.results_folder import PLAN, contents, digest
 from fxfusion.cli.road_planning import choose_plan, show
 from fxfusion.cli.session import Session
 from fxfusion.errors import OptionError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.recovery.refit import refit
 
 if TYPE_CHECKING:

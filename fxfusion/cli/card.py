@@ -11,7 +11,7 @@ from fxfusion.cli.results_folder import QUALITY, ResultsFolder, contents
 from fxfusion.errors import OptionError
 
 if TYPE_CHECKING:
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
 Measured = Annotated[
     Path | None,

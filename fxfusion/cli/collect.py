@@ -19,7 +19,7 @@ from fxfusion.cli.results_folder import (
     contents,
 )
 from fxfusion.errors import FxFusionError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.report import FusionReport
 from fxfusion.report.results import (
     Interval,

@@ -27,7 +27,7 @@ from fxfusion.cli.session import stdout_for_json, stopping_cleanly
 if TYPE_CHECKING:
     import torch
 
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
 
 class Format(str, Enum):

@@ -13,7 +13,7 @@ from fxfusion.cli.conversion import Conversion, Format, facts, say_engines, show
 from fxfusion.cli.inputs import build_without_weights
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 
 def fused_without_weights(

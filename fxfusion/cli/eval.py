@@ -14,7 +14,7 @@ from fxfusion.cli.session import Session, Work, measuring
 from fxfusion.errors import OptionError
 
 if TYPE_CHECKING:
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
 Baseline = Annotated[
     Path | None, typer.Option(help="Folder of the model to compare with.", show_default="the model itself, intact")
@@ -93,7 +93,7 @@ def command(
 
 
 def _read_plan(run: Session, file: Path | None) -> FusionPlan:
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
     if file is not None:
         return FusionPlan.load(file)

@@ -22,7 +22,7 @@ from fxfusion.cli.results_folder import COMPILED, QUALITY, contents, digest
 from fxfusion.cli.session import Session
 from fxfusion.errors import FxFusionError
 from fxfusion.models.fingerprint import facts_of
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 if TYPE_CHECKING:
     from fxfusion.cli.eval import Parts

@@ -19,7 +19,7 @@ from fxfusion.files import check_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
     from fxfusion.report import FusionReport
 
 NOTHING_TO_FUSE = 3
@@ -83,7 +83,7 @@ def command(
 
 def read_plan(file: Path | None, groups: list[list[int]]) -> FusionPlan | None:
     """The plan of a file, or of groups; None without either."""
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
     if file is not None:
         return FusionPlan.load(file)
@@ -105,7 +105,7 @@ def explain_config(
     folder: Path, policy: str | dict[str, Any] | None, plan: FusionPlan | None, seq: int, batch: int
 ) -> FusionReport:
     """Build the model that `folder` describes, without weights, and explain it on `[batch, seq]` token ids."""
-    from fxfusion.policy import FusionPolicy
+    from fxfusion.plan.policy import FusionPolicy
 
     # Checked before anything slow: a typing error should not cost the time to import torch.
     checked = None if plan else FusionPolicy.resolve(policy)
@@ -114,7 +114,7 @@ def explain_config(
     import torch
 
     from fxfusion.cli.inputs import build_without_weights
-    from fxfusion.pipeline import explain
+    from fxfusion.compiler.pipeline import explain
 
     model = build_without_weights(folder)
     if plan is not None:

@@ -38,7 +38,7 @@ def command(
     check_folder(model_dir)
     check_output(out_dir, run.overwrite, model_dir, plan, results)
     check_format(model_dir, Format.nemotron_nas.value)
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
     chosen = None if plan is None else FusionPlan.load(plan)
     result = {"model": str(model_dir), "out": str(out_dir), "dry_run": dry_run}

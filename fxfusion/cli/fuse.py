@@ -35,7 +35,7 @@ def command(
     A canonical folder has the original weights, bit for bit, and the plan: plain transformers loads it as the
     unfused model, fxfusion.from_pretrained as the fused one. MODEL_DIR stays as it is.
     """
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
     if plan is None:
         raise OptionError("--plan: give the plan file that says what to fuse (`fxfusion plan` makes one)")

@@ -49,7 +49,7 @@ def command(
         raise OptionError(f"--cache: expected dynamic or static, got {cache!r}")
     from fxfusion.cli.inputs import load_tokenizer
     from fxfusion.models.ffn_surgery.fuse import fuse
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
     chosen = None if plan is None else FusionPlan.load(plan)
     tokenizer = load_tokenizer(model_dir)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fxfusion.backend import ffn_fusion
 from fxfusion.models.drop_attention import drop_attention
 from fxfusion.models.fingerprint import check_fits
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 Logits = Callable[[Tensor], Tensor]
 T = TypeVar("T", bound=Callable[..., Any])

@@ -16,8 +16,8 @@ from fxfusion.cli import evaluation_tables
 from fxfusion.cli.options import show_layers
 from fxfusion.cli.results_folder import COMPILED, PLAN
 from fxfusion.cli.session import Session
-from fxfusion.pipeline import fuse_captured
-from fxfusion.plan import FusionPlan, MadeBy
+from fxfusion.compiler.pipeline import fuse_captured
+from fxfusion.plan.fusion_plan import FusionPlan, MadeBy
 from fxfusion.planning.make_plan import make_plan
 from fxfusion.report import FusionReport
 from fxfusion.report.text import groups as group_table

@@ -18,7 +18,7 @@ from fxfusion.errors import OptionError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fxfusion.plan_record import Refit
+    from fxfusion.plan.record import Refit
 
 
 class Reference(str, Enum):
@@ -70,7 +70,7 @@ def command(
     speed. A layer is changed only where that helps on text that was not fitted to. MODEL_DIR stays as it is; a run that
     was stopped goes on from --results.
     """
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
     if plan is None:
         raise OptionError("--plan: give the plan file that says what to drop and to fuse (`fxfusion plan` makes one)")

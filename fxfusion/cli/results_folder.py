@@ -28,7 +28,7 @@ from fxfusion.errors import FxFusionError
 from fxfusion.files import replacing
 
 if TYPE_CHECKING:
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
 MODEL, PLAN, COMPILED, QUALITY = "model.json", "plan.yaml", "compiled.json", "quality.json"
 SWEEP, SWEEP_TABLE, SWEEP_PLOT, PAGE = "sweep.json", "sweep.csv", "sweep.svg", "report.html"

@@ -13,7 +13,7 @@ from fxfusion.cli.options import show_layers, show_members
 from fxfusion.cli.results_folder import COMPILED, PLAN
 from fxfusion.cli.session import Session
 from fxfusion.models.fingerprint import facts_of
-from fxfusion.plan import FusionPlan, MadeBy
+from fxfusion.plan.fusion_plan import FusionPlan, MadeBy
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.make_plan import quality_record
 from fxfusion.planning.partition import Limits

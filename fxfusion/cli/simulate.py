@@ -21,7 +21,7 @@ from fxfusion.files import check_file
 
 if TYPE_CHECKING:
     from fxfusion.cost import LayerTable, Simulation, Step
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
 _HARDWARE = "h100"
 
@@ -161,7 +161,7 @@ class Request:
         """Before and after fusing. Without groups: `--unfuse` undone, or each run but its ends as one FFN."""
         from fxfusion.cost import arrange
         from fxfusion.cost.cuts import fusable_runs, fused
-        from fxfusion.policy import PRESETS
+        from fxfusion.plan.policy import PRESETS
 
         drops = None if self.plan is None else self.plan.replace(groups=())  # not what fusing gains
         before = arrange(self.table, drops, unfuse=self.unfuse)
@@ -282,7 +282,7 @@ def _built(folder: Path) -> LayerTable:
 def _plan(path: Path | None) -> FusionPlan | None:
     if path is None:
         return None
-    from fxfusion.plan import FusionPlan
+    from fxfusion.plan.fusion_plan import FusionPlan
 
     return FusionPlan.load(path)
 

@@ -17,9 +17,9 @@ from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.backend import ffn_fusion, last_reports
 from fxfusion.cli import reference, surgery, timing
 from fxfusion.cli.screen import Screen
+from fxfusion.compiler.pipeline import explain as explain_model
 from fxfusion.models.drop_attention import drop_attention as drop
-from fxfusion.pipeline import explain as explain_model
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.report import FusionReport
 from fxfusion.report.text import chains, groups, refusals
 

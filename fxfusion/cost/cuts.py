@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from fxfusion.cost.sublayers import Attention, Ffn, Step, Sublayer
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy
 
 Run = tuple[int, ...]  # positions of neighbouring FFNs among the sublayers
 Cut = tuple[Run, ...]

@@ -16,10 +16,10 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fxfusion import plan_file
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.files import replacing
-from fxfusion.policy import describe
+from fxfusion.plan import file as plan_file
+from fxfusion.plan.policy import describe
 
 KIND = "hardware file"
 _FOLDER = resources.files("fxfusion.cost") / "devices"

@@ -19,8 +19,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from fxfusion.errors import OptionError, PlanError
-from fxfusion.plan import FusionPlan, Member
-from fxfusion.policy import describe
+from fxfusion.plan.fusion_plan import FusionPlan, Member
+from fxfusion.plan.policy import describe
 
 _FOLDER = resources.files("fxfusion.cost") / "architectures"
 

@@ -18,7 +18,7 @@ from fxfusion.cost.memory import step_bytes, sublayer_bytes
 from fxfusion.cost.simulate import Simulation, simulate_step
 from fxfusion.cost.sublayers import Ffn, Step
 from fxfusion.errors import OptionError
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy
 
 _PARTS = (4, 2, 1)
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from fxfusion.cost.layer_table import Layer, LayerTable, published_tables
 from fxfusion.errors import OptionError
-from fxfusion.policy import describe
+from fxfusion.plan.policy import describe
 
 _CONFIG = "config.json"
 _MAX_BYTES = 2**24

@@ -15,7 +15,7 @@ from fxfusion.cost.read_table import read_table
 from fxfusion.cost.sublayers import MovedWindow, Step, arrange
 from fxfusion.cost.timing import Seconds, step_time
 from fxfusion.errors import OptionError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 _HOUR = 3600.0
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 
 from fxfusion.cost.layer_table import LayerTable
 from fxfusion.errors import OptionError
-from fxfusion.plan import FusionPlan
-from fxfusion.plan_group import MixerMode
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.groups import MixerMode
 
 _GRAIN = 256  # channels: the multiple that equal parts of a width keep where the width has it
 _LAST_NUMBER = re.compile(r".*\.(\d+)(?:\.|$)")

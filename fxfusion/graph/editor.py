@@ -16,7 +16,7 @@ from torch import fx
 
 from fxfusion.graph.effects import KEPT, is_pure
 from fxfusion.graph.provenance import copy_provenance
-from fxfusion.torch_private import FakeTensor, fake_mode_of, is_batched, outside_fake_mode
+from fxfusion.graph.torch_private import FakeTensor, fake_mode_of, is_batched, outside_fake_mode
 
 
 class GraphEditor:

@@ -24,7 +24,7 @@ import torch
 from torch import fx
 
 from fxfusion.graph import ops
-from fxfusion.torch_private import (
+from fxfusion.graph.torch_private import (
     HigherOrderOperator,
     OpOverload,
     OpOverloadPacket,

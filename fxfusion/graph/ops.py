@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxfusion.torch_private import OpOverload
+from fxfusion.graph.torch_private import OpOverload
 
 LINEARS = frozenset("linear addmm matmul mm bmm baddbmm einsum bilinear".split())
 """Products with a weight, whatever the weight is; where one stands, a branch has begun."""

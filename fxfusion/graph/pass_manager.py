@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from fxfusion import debug
 from fxfusion.errors import PassError
-from fxfusion.graph import ops
+from fxfusion.graph import debug, ops
 from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.effects import graph_effects
 from fxfusion.graph.pass_base import History, Pass, PassRecord

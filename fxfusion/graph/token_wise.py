@@ -15,7 +15,7 @@ from torch import fx
 
 from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph import ops
-from fxfusion.torch_private import FakeTensorMode, OpOverload, TorchDispatchMode, size_hint
+from fxfusion.graph.torch_private import FakeTensorMode, OpOverload, TorchDispatchMode, size_hint
 
 _COPIES = frozenset("_to_copy clone alias contiguous lift_fresh".split())
 _RESHAPES = frozenset("view _unsafe_view reshape _reshape_alias expand unsqueeze squeeze".split())

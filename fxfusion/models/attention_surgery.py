@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.capture import capture_model
+from fxfusion.compiler.capture import capture_model
 from fxfusion.errors import CaptureError, SurgeryError
 from fxfusion.models import cache_slots
 from fxfusion.models.attention_sites import AttentionSite, find_sites, layer_list_path

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fxfusion.compiler.unwrap import learned_prompts, unwrapped
 from fxfusion.errors import SurgeryError
-from fxfusion.unwrap import learned_prompts, unwrapped
 
 
 def bare_model(model: nn.Module) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Literal
 
 from torch import fx
 
-from fxfusion.capture import CapturedGraph
+from fxfusion.compiler.capture import CapturedGraph
 from fxfusion.errors import CaptureError
 from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts

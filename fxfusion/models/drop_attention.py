@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from fxfusion.compiler.unwrap import offloaded
 from fxfusion.errors import SurgeryError
 from fxfusion.models.adapters.carrier import Adapters
 from fxfusion.models.attention_surgery import AttentionSurgery
@@ -25,7 +26,6 @@ from fxfusion.models.drop_record import write_record
 from fxfusion.models.plain_save import warn_of_plain_save
 from fxfusion.models.surgery_proof import Proof
 from fxfusion.models.traced import TracedGraph
-from fxfusion.unwrap import offloaded
 
 Model = TypeVar("Model", bound=nn.Module)
 

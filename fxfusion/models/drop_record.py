@@ -1,7 +1,7 @@
 """What a config says about attention that was dropped: `config.fxfusion`, plain lists, so that it is saved with it.
 
     {"dropped_attention": [4, 5], "cache_slots": [0, 1, 2, 3, None, None, 4, 5], "layer_types": None,
-     "fused": {...} of ffn_surgery/record.py, "refit": {...}: fields of `fxfusion.plan_record.Refit`}
+     "fused": {...} of ffn_surgery/record.py, "refit": {...}: fields of `fxfusion.plan.record.Refit`}
 
 Layers are numbered as in the intact model. `layer_types` is the intact model's list, which building the modules
 anew from the config needs; `config.layer_types` itself follows the cache slots.
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from fxfusion.errors import SurgeryError
 from fxfusion.models.cache_slots import set_attribute
-from fxfusion.plan_record import Refit
+from fxfusion.plan.record import Refit
 
 NAME = "fxfusion"
 _KEYS = ("dropped_attention", "cache_slots", "layer_types")

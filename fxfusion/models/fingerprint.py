@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from fxfusion.errors import PlanError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import fused_entry
-from fxfusion.plan import FusionPlan, ModelFacts
-from fxfusion.plan_file import located
+from fxfusion.plan.file import located
+from fxfusion.plan.fusion_plan import FusionPlan, ModelFacts
 
 _HEX_DIGITS = 16
 _SAMPLES = 4096  # values of each parameter outside the layers that go into `weights`

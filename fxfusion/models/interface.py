@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxfusion.capture import CapturedGraph
+from fxfusion.compiler.capture import CapturedGraph
 from fxfusion.errors import CaptureError
 from fxfusion.graph import ops
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxfusion.capture import CapturedGraph, capture_model
+from fxfusion.compiler.capture import CapturedGraph, capture_model
+from fxfusion.compiler.pipeline import normalising_passes
 from fxfusion.errors import SurgeryError
 from fxfusion.graph import ops
 from fxfusion.graph.editor import erase_dead_code
@@ -20,7 +21,6 @@ from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import TracedGraph, evaluating, model_inputs
-from fxfusion.pipeline import normalising_passes
 
 
 def check_same_graph(model: nn.Module, intact: TracedGraph, removed: Sequence[ResidualBlock], ids: Tensor) -> None:

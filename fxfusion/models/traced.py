@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxfusion.capture import CapturedGraph, capture_model
+from fxfusion.compiler.capture import CapturedGraph, capture_model
+from fxfusion.compiler.pipeline import normalising_passes
 from fxfusion.errors import CaptureError, OptionError
 from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.pass_base import History
@@ -27,7 +28,6 @@ from fxfusion.models.blocks import Blocks, ResidualBlock, find_blocks
 from fxfusion.models.ffn_surgery.quantised import is_quantised
 from fxfusion.models.interface import input_places, logits_node
 from fxfusion.models.resumption import Resumption
-from fxfusion.pipeline import normalising_passes
 
 Batch = Tensor | Mapping[str, Any]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fxfusion.analysis.meter import ChainFacts
-from fxfusion.plan import FusionPlan, Member
+from fxfusion.plan.fusion_plan import FusionPlan, Member
+from fxfusion.plan.policy import NormMode
 from fxfusion.planning.partition import Limits, PartitionTable, combine, partition_chain
-from fxfusion.policy import NormMode
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from fxfusion.errors import OptionError
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.traced import TracedGraph
 from fxfusion.passes.ffn import FfnNode
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 
 def table_of_model(model: nn.Module, graph: TracedGraph) -> LayerTable:

@@ -14,13 +14,13 @@ from fxfusion.analysis.scores import AttentionScores, Method
 from fxfusion.cost.layer_table import cut_run
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.models.fingerprint import facts_of
-from fxfusion.plan import FusionPlan, LayerScore, MadeBy, MeasuredQuality, Scores
+from fxfusion.plan.fusion_plan import FusionPlan, LayerScore, MadeBy, MeasuredQuality, Scores
+from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.planner import Planner, search
 from fxfusion.planning.roads.choose import RoadArguments, check_unused, choose, road_options, search_for
 from fxfusion.planning.roads.search import Found
-from fxfusion.policy import NormMode
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

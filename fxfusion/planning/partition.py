@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fxfusion.errors import OptionError, PlanError
-from fxfusion.plan import Member
+from fxfusion.plan.fusion_plan import Member
 
 Cost = Literal["sum", "max"]
 

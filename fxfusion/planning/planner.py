@@ -22,11 +22,11 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Quality
 from fxfusion.analysis.scores import AttentionScores, Method, attention_scores
 from fxfusion.errors import PlanError
-from fxfusion.plan import FusionPlan, Member
+from fxfusion.plan.fusion_plan import FusionPlan, Member
+from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.candidates import DroppedModel, candidates, equal_cuts, shallowest
 from fxfusion.planning.partition import Limits
-from fxfusion.policy import NormMode
 
 # An end of a chain stays out where fusing it costs more than so many times what the other merges cost on average, and
 # at least so many nats per token: below 1 % of the perplexity, one FFN less is worth more.

@@ -20,11 +20,11 @@ from fxfusion.analysis.quality import Batch
 from fxfusion.analysis.scores import Method
 from fxfusion.cost import Hardware, Workload
 from fxfusion.files import replacing
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.policy import NormMode
 from fxfusion.planning.latency import predictor
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.planner import Measured, Planner
-from fxfusion.policy import NormMode
 
 _KIND = "sweep"
 _MOST_DROPS = 6  # numbers of dropped attentions that a sweep tries by itself

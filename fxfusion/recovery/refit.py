@@ -32,8 +32,8 @@ from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import fused_state
 from fxfusion.models.fingerprint import check_fits, facts_of
 from fxfusion.models.traced import TracedModel
-from fxfusion.plan import FusionPlan
-from fxfusion.plan_record import LayerFit, Refit
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.record import LayerFit, Refit
 from fxfusion.recovery.fit import PENALTIES, Fitted, Fitter, Listener, check_penalties
 from fxfusion.recovery.memory import limit_or_half
 from fxfusion.recovery.projections import Projection, choose, find_projections
@@ -83,7 +83,7 @@ def refit(
 
     Returns:
         A new model, fused and refitted. Its `config.fxfusion["refit"]` says what was done (fields of
-        `fxfusion.plan_record.Refit`); a saved folder's plan and card do too. A layer is left as
+        `fxfusion.plan.record.Refit`); a saved folder's plan and card do too. A layer is left as
         it was where no penalty brings it nearer on the text for validation; all are, with a warning, where the loss
         there does not improve.
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from fxfusion.capture import captured_from_graph
+from fxfusion.compiler.capture import captured_from_graph
+from fxfusion.compiler.pipeline import analyse, fuse_graph, normalising_passes
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.graph.provenance import module_path
-from fxfusion.pipeline import analyse, fuse_graph, normalising_passes
-from fxfusion.policy import FusionPolicy, NormMode
+from fxfusion.plan.policy import FusionPolicy, NormMode
 from fxfusion.testing.oracles import straddles
 from fxfusion.testing.spec import Mixer, StackSpec
 from fxfusion.testing.stack import Stack

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from fxfusion.graph.torch_private import FOREACH
 from fxfusion.testing import spec
-from fxfusion.torch_private import FOREACH
 
 Memory = Mapping[str, Tensor]
 """`counter`, `other`: [4]; `places`: [2], integers; `cache`: as the stream, `[batch, seq, hidden]`; `noise`: [4]."""

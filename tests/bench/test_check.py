@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench import check
-from fxfusion import pipeline
+from fxfusion.compiler import pipeline
 
 RENEW = "if that is right: python -m bench.check --record"
 

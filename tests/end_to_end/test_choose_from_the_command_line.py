@@ -10,7 +10,7 @@ import pytest
 
 from bench.reference.load import MODEL_FOLDER
 from bench.whole_path import GOAL_SECONDS, whole_path
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 

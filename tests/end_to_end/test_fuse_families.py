@@ -17,7 +17,7 @@ import fxfusion
 from fxfusion import ffn_fusion
 from fxfusion.errors import SurgeryError
 from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from tests.end_to_end.families import Family, layers_of, make_inputs, make_model, parallel_form, relative, run
 from tests.end_to_end.family_table import FAST, VARIANTS
 from tests.end_to_end.slow_families import SLOW

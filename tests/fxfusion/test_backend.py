@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fxfusion
 from fxfusion import FusionPlan, RefusalCode, ffn_fusion, last_reports
+from fxfusion.compiler.packing import live_packs
 from fxfusion.errors import MissingWeightsError, NotFusedError, OptionError
 from fxfusion.graph import ops
-from fxfusion.packing import live_packs
 from tests.helpers import Plain, assert_exact, error_of, parallel_form, randomise, refusal_with, stack, tokens
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
@@ -265,14 +265,14 @@ def test_nothing_to_fuse_is_bit_equal_and_untouched() -> None:
 
 STEPS = [
     "fxfusion.backend.capture_dynamo",
-    "fxfusion.pipeline.normalising_passes",
-    "fxfusion.pipeline.match_residual",
-    "fxfusion.pipeline.find_chains",
-    "fxfusion.pipeline.plan_by_policy",
+    "fxfusion.compiler.pipeline.normalising_passes",
+    "fxfusion.compiler.pipeline.match_residual",
+    "fxfusion.compiler.pipeline.find_chains",
+    "fxfusion.compiler.pipeline.plan_by_policy",
     "fxfusion.passes.parallelise.Parallelise.run",
     "fxfusion.passes.concatenate.Concatenate.run",
     "fxfusion.passes.lift_weights.LiftWeights.run",
-    "fxfusion.packing.PackedWeights.__init__",
+    "fxfusion.compiler.packing.PackedWeights.__init__",
     "fxfusion.backend.as_backend_fake",
 ]
 

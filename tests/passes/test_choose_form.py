@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfusion
+from fxfusion.compiler.pipeline import analyse
 from fxfusion.errors import RefusalCode
 from fxfusion.graph.effects import records_gradients
 from fxfusion.passes import choose_form
@@ -21,9 +22,8 @@ from fxfusion.passes.choose_form import (
     tokens_to_pack_for,
 )
 from fxfusion.passes.ffn import Group, Window
-from fxfusion.pipeline import analyse
-from fxfusion.plan_group import PlannedGroup
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.groups import PlannedGroup
+from fxfusion.plan.policy import FusionPolicy
 from tests.helpers import HIDDEN, Rms, capture, stack, tokens
 from tests.passes.output_norms import post_stack
 

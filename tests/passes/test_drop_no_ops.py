@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxfusion.capture import captured_from_graph
+from fxfusion.compiler.capture import captured_from_graph
 from fxfusion.passes.drop_no_ops import DropNoOps
 from tests.helpers import apply, capture, graph_text, nodes_named, run_graph, tokens
 

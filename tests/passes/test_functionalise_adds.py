@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxfusion.capture import captured_from_graph
+from fxfusion.compiler.capture import captured_from_graph
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.passes.functionalise_adds import FunctionaliseAdds

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxfusion.passes.hoist_mixers import HoistMixers
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.match_window import WindowMatcher
-from fxfusion.plan_group import PlannedGroup
+from fxfusion.plan.groups import PlannedGroup
 from tests.helpers import (
     CapturedGraph,
     History,

@@ -8,9 +8,9 @@ import torch
 from torch import fx, nn
 
 from fxfusion import fuse_graph
+from fxfusion.compiler.pipeline import fuse_captured
 from fxfusion.graph import ops
-from fxfusion.pipeline import fuse_captured
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy
 from tests.helpers import Plain, assert_exact, capture, graph_text, parallel_form, stack, tokens
 
 

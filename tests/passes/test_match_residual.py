@@ -571,7 +571,7 @@ def test_a_module_that_cannot_be_opened_is_refused_with_its_name() -> None:
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return isinstance(m, Opaque)
 
-    from fxfusion.capture import CapturedGraph
+    from fxfusion.compiler.capture import CapturedGraph
     from fxfusion.graph.dataflow import GraphFacts
     from fxfusion.passes.match_residual import match_residual
 

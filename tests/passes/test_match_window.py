@@ -15,8 +15,8 @@ from fxfusion.graph import ops
 from fxfusion.passes.ffn import Window
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.match_window import WindowMatcher
-from fxfusion.plan_group import PlannedGroup
-from fxfusion.policy import NormMode
+from fxfusion.plan.groups import PlannedGroup
+from fxfusion.plan.policy import NormMode
 from tests.helpers import (
     Attention,
     Block,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxfusion.pipeline import fuse_captured
-from fxfusion.policy import FusionPolicy
+from fxfusion.compiler.pipeline import fuse_captured
+from fxfusion.plan.policy import FusionPolicy
 from tests.helpers import Block, Gated, Plain, Rms, Stack, capture, randomise, stack, tokens
 from tests.passes.test_concatenate import Tail
 

@@ -14,7 +14,7 @@ from fxfusion.passes.find_chains import find_chains
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.parallelise import Parallelise
 from fxfusion.passes.plan_groups import plan_by_policy
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy
 from tests.helpers import (
     CapturedGraph,
     History,

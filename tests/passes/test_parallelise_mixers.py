@@ -15,8 +15,8 @@ from fxfusion.passes.hoist_mixers import HoistMixers
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.match_window import WindowMatcher
 from fxfusion.passes.parallelise_mixers import ParalleliseMixers
-from fxfusion.plan import FusionPlan
-from fxfusion.plan_group import PlannedGroup
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.groups import PlannedGroup
 from tests.helpers import (
     Attention,
     Block,

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxfusion.compiler.pipeline import Fused, fuse_captured
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.passes import choose_form
 from fxfusion.passes.choose_form import Setting
 from fxfusion.passes.prepack_weights import PrepackWeights
-from fxfusion.pipeline import Fused, fuse_captured
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy
 from tests.helpers import Gated, Plain, Rms, assert_exact, capture, error_of, parallel_form, stack, tokens
 from tests.passes.output_norms import post_parallel, post_stack
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxfusion.capture import captured_from_graph
+from fxfusion.compiler.capture import captured_from_graph
 from fxfusion.graph import ops
 from fxfusion.passes.read_sizes_early import ReadSizesEarly
 from tests.helpers import HIDDEN, CapturedGraph, apply, graph_text, nodes_named, run_graph, tokens

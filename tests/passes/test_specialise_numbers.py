@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxfusion
 from fxfusion import ffn_fusion, last_reports
-from fxfusion.capture import capture_dynamo
+from fxfusion.compiler.capture import capture_dynamo
 from fxfusion.graph import ops
 from fxfusion.passes.specialise_numbers import SpecialiseNumbers
 from tests.helpers import (

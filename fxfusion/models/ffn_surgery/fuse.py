@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
+from fxfusion.compiler.unwrap import offloaded
 from fxfusion.errors import CaptureError, SurgeryError
 from fxfusion.models.adapters.carrier import AdapterMode, Adapters
 from fxfusion.models.attention_sites import find_sites
@@ -43,8 +44,7 @@ from fxfusion.models.fingerprint import check_fits
 from fxfusion.models.plain_save import warn_of_plain_save
 from fxfusion.models.surgery_proof import CacheProof, proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel
-from fxfusion.plan import FusionPlan
-from fxfusion.unwrap import offloaded
+from fxfusion.plan.fusion_plan import FusionPlan
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from fxfusion.models.ffn_surgery import quantised
 from fxfusion.models.ffn_surgery.channels import Run, spread
 from fxfusion.models.ffn_surgery.layout import Constant, Matrix, Member, Tensors, wide_dtype
-from fxfusion.plan import MixerMode, PlannedGroup
-from fxfusion.policy import NormMode
+from fxfusion.plan.fusion_plan import MixerMode, PlannedGroup
+from fxfusion.plan.policy import NormMode
 
 _CHUNK = 1 << 18  # numbers that are folded at a time: what an allocator keeps of larger ones would add up
 

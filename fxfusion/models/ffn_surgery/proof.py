@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxfusion.compiler.pipeline import analyse, hoist_and_analyse
 from fxfusion.errors import Refused, SurgeryError
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
@@ -30,8 +31,7 @@ from fxfusion.passes.match_heads import match_heads
 from fxfusion.passes.match_mixer import match_mixer
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.parallelise import Parallelise
-from fxfusion.pipeline import analyse, hoist_and_analyse
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 _TIMES = 2.0  # what the parallel form itself is off, and as much again
 _FLOOR = 2  # times the dtype's epsilon, where the parallel form happens to be off by less
@@ -158,7 +158,7 @@ def _weights(traced: TracedGraph) -> Iterable[fx.Node]:
 
 
 def _widths(traced: TracedGraph) -> dict[int, list[int]]:
-    from fxfusion.policy import FusionPolicy
+    from fxfusion.plan.policy import FusionPolicy
 
     found: dict[int, list[int]] = {}
     layer_of = {block.after: block.layer for block in traced.blocks.ffns}

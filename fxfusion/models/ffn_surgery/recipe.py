@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from fxfusion.compiler.pipeline import analyse
 from fxfusion.errors import PlanError, Refusal, RefusalCode, SurgeryError
+from fxfusion.graph.torch_private import hooks_in
 from fxfusion.models.attention_sites import layer_list_path
 from fxfusion.models.ffn_surgery.check_quantised import check_group
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
@@ -28,9 +30,7 @@ from fxfusion.models.ffn_surgery.stubs import FfnSite, find_ffn_sites
 from fxfusion.models.surgery_proof import proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.passes.ffn import Group
-from fxfusion.pipeline import analyse
-from fxfusion.plan import FusionPlan
-from fxfusion.torch_private import hooks_in
+from fxfusion.plan.fusion_plan import FusionPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

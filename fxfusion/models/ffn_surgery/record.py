@@ -19,8 +19,8 @@ from fxfusion.models.drop_record import fused_entry, read_record, read_refit
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.ffn_surgery.residue import Residue
 from fxfusion.models.ffn_surgery.snapshot import Changes
-from fxfusion.plan import FusionPlan
-from fxfusion.policy import NormMode
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.policy import NormMode
 
 _ENTRY, _FUSED = "fxfusion", "fused"
 _STATE = "_fxfusion_fused"

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 
 from fxfusion.errors import SurgeryError
 from fxfusion.graph import provenance
+from fxfusion.graph.torch_private import hooks_in
 from fxfusion.models.attention_surgery import run_once
 from fxfusion.models.ffn_surgery.layout import Member
 from fxfusion.models.no_attention import NoAttention, NoNorm, Nothing, Returned, candidates, watch
 from fxfusion.models.traced import TracedGraph
-from fxfusion.torch_private import hooks_in
 
 
 class NoFfn(NoAttention):

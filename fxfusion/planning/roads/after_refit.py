@@ -13,7 +13,7 @@ from fxfusion.analysis.meter import PlanMeter, plan_key
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.analysis.quality_store import QualityStore, batches_digest
 from fxfusion.errors import OptionError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.recovery.refit import refit
 
 # Tokens: windows are screened on few, since there are many of them; a choice between the best few takes more; and

@@ -13,6 +13,7 @@ from torch import nn
 from fxfusion.analysis.batches import Batch
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.errors import OptionError, PlanError
+from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.roads.after_refit import RefitMeter, divided, screened
@@ -20,7 +21,6 @@ from fxfusion.planning.roads.price import Price, depth_price, predicted_latency
 from fxfusion.planning.roads.screen import Screen
 from fxfusion.planning.roads.search import Found, RoadSearch
 from fxfusion.planning.roads.segment import ROADS, Road, check_roads
-from fxfusion.policy import NormMode
 
 AUTOMATIC_INCREASE = 0.01  # of the perplexity
 AUTOMATIC_HARDWARE = "h100"

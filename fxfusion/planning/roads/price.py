@@ -9,7 +9,7 @@ from fxfusion.analysis.meter import PlanMeter, plan_key
 from fxfusion.cost.hardware import Hardware
 from fxfusion.cost.layer_table import LayerTable
 from fxfusion.cost.simulate import simulate
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.latency import table_of_model
 
 

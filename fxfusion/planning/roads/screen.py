@@ -15,10 +15,10 @@ from fxfusion.analysis.resume import progress_bar
 from fxfusion.errors import NotFusedError, OptionError, PlanError, SurgeryError
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.fingerprint import facts_of
-from fxfusion.plan import FusionPlan, Member
+from fxfusion.plan.fusion_plan import FusionPlan, Member
+from fxfusion.plan.policy import NormMode
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.roads.segment import Road, Segment, plan_of, windows
-from fxfusion.policy import NormMode
 
 Ceiling = Callable[[], float]
 

@@ -19,7 +19,7 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Quality
 from fxfusion.analysis.resume import progress_bar
 from fxfusion.errors import NotFusedError, PlanError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.roads.after_refit import RefitMeter
 from fxfusion.planning.roads.price import Price

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fxfusion.errors import OptionError
-from fxfusion.plan import FusionPlan
-from fxfusion.plan_group import PlannedGroup
-from fxfusion.policy import NormMode
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.groups import PlannedGroup
+from fxfusion.plan.policy import NormMode
 
 Road = Literal["drop", "hoist", "wide"]
 ROADS: tuple[Road, ...] = get_args(Road)

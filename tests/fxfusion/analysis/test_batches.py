@@ -21,7 +21,7 @@ from fxfusion.analysis.batches import (
 from fxfusion.analysis.dependency import dependency_matrix
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.scores import attention_scores
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 IDS = torch.arange(1, 11).view(2, 5)
 

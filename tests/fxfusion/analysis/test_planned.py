@@ -10,7 +10,7 @@ import torch
 from fxfusion.analysis.planned import PlannedModel, analyse_without
 from fxfusion.errors import NotFusedError, PlanError
 from fxfusion.models.traced import TracedModel
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from tests.fxfusion.models.tiny import family_model
 from tests.helpers import assert_exact
 from tests.tiny_lm import TinyLm, ids

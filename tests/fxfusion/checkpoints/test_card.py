@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from fxfusion.checkpoints.card import Card, card_text
 from fxfusion.errors import CheckpointError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 
 PLAN = FusionPlan(dropped_attention=[4, 5, 6], groups=[[4, 5], [6, 7, 8]])
 

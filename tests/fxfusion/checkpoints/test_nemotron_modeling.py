@@ -155,7 +155,7 @@ def test_the_tensor_parallel_plan_names_every_projection() -> None:
 
 
 def test_it_is_captured_as_one_graph() -> None:
-    from fxfusion.capture import capture_model
+    from fxfusion.compiler.capture import capture_model
 
     found, _ = capture_model(mixed(), (ids(),), {"use_cache": False})
     assert len(found) == 1

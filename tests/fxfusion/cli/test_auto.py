@@ -12,7 +12,7 @@ import fxfusion
 from fxfusion.cli.auto_work import divided, over_budget
 from fxfusion.errors import OptionError
 from fxfusion.models.ffn_surgery.record import plan_of
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from tests.fxfusion.cli.conftest import Run
 from tests.fxfusion.recovery.own_text import LENGTH, model_of, own_text
 

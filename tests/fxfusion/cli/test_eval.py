@@ -10,7 +10,7 @@ from fxfusion.analysis.planned import PlannedModel
 from fxfusion.analysis.quality import evaluate
 from fxfusion.cli import inputs
 from fxfusion.models.traced import TracedModel
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from tests.fxfusion.cli.conftest import LAYERS, SMALL, Run, make_model
 
 PLAN = FusionPlan(groups=[[0, 1, 2]], dropped_attention=[1, 2])

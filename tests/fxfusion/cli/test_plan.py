@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fxfusion.analysis.dependency import DependencyMatrix
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from tests.fxfusion.cli.conftest import LAYERS, SMALL, Run
 
 

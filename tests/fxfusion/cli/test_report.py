@@ -13,7 +13,7 @@ from fxfusion.analysis.dependency import DependencyMatrix
 from fxfusion.cli.collect import collect
 from fxfusion.cli.results_folder import ResultsFolder
 from fxfusion.errors import FxFusionError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from tests.fxfusion.cli.conftest import LAYERS, Run
 
 

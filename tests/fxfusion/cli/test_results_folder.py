@@ -11,7 +11,7 @@ import pytest
 from fxfusion.cli.results_folder import ResultsFolder, contents, digest
 from fxfusion.errors import FxFusionError
 from fxfusion.files import RECORD
-from fxfusion.plan import FusionPlan, MadeBy
+from fxfusion.plan.fusion_plan import FusionPlan, MadeBy
 
 
 def full(*_: Any, **__: Any) -> None:

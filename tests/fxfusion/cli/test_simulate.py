@@ -9,7 +9,7 @@ import pytest
 from transformers import GPT2Config
 
 from fxfusion.cost import Hardware, simulate
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from tests.fxfusion.cli.conftest import Run
 
 H100 = ["--hardware", "h100", "--tp", "8", "--precision", "fp8", "--batch", "1"]

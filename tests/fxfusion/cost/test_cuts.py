@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fxfusion.cost.cuts import even, fill, fusable_runs, fused
 from fxfusion.cost.sublayers import arrange
-from fxfusion.policy import PRESETS, FusionPolicy
+from fxfusion.plan.policy import PRESETS, FusionPolicy
 from tests.fxfusion.cost.test_sublayers import shown, table
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=9)

@@ -12,7 +12,7 @@ import pytest
 from fxfusion import explain
 from fxfusion.cost.layer_table import Layer, LayerTable, Run, paper_plan, published_tables, runs
 from fxfusion.errors import OptionError, PlanError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from tests.blocks import Attention, Block, Gated, Rms, Stack, randomise, tokens
 
 # Widths that add up to those of the four fused FFNs. Published are the sums and the widths that occur; which member

@@ -8,7 +8,7 @@ import math
 from fxfusion.cost import Hardware, Workload, arrange, placements
 from fxfusion.cost.cuts import fusable_runs, fused
 from fxfusion.cost.published import published_step
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy
 from tests.fxfusion.cost.test_sublayers import table
 
 H100 = Hardware.of("h100")

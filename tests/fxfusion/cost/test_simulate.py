@@ -14,8 +14,8 @@ from fxfusion.cost import Hardware, LayerTable, Simulation, simulate
 from fxfusion.cost.layer_table import Layer
 from fxfusion.cost.timing import Seconds, Timed
 from fxfusion.errors import OptionError, PlanError
-from fxfusion.plan import FusionPlan
-from fxfusion.plan_group import PlannedGroup
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.groups import PlannedGroup
 
 H100 = Hardware.of("h100")
 

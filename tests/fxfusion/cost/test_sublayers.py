@@ -9,8 +9,8 @@ import pytest
 from fxfusion.cost.layer_table import Layer, LayerTable
 from fxfusion.cost.sublayers import Attention, Ffn, Step, arrange, equal_parts
 from fxfusion.errors import OptionError
-from fxfusion.plan import FusionPlan
-from fxfusion.plan_group import MixerMode, PlannedGroup
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.groups import MixerMode, PlannedGroup
 
 
 def table(text: str, **fields: Any) -> LayerTable:

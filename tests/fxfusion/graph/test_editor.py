@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxfusion.capture import CapturedGraph
+from fxfusion.compiler.capture import CapturedGraph
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor, erase_dead_code
 from fxfusion.graph.effects import KEPT

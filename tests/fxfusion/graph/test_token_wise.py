@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxfusion.capture import captured_from_graph
+from fxfusion.compiler.capture import captured_from_graph
 from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph.token_wise import check_token_wise
 

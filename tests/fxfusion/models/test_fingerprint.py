@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxfusion import FusionPlan
 from fxfusion.errors import PlanError
 from fxfusion.models.fingerprint import check_fits, decoder_layers, facts_of, tensors_digest
-from fxfusion.plan import ModelFacts
+from fxfusion.plan.fusion_plan import ModelFacts
 from tests.blocks import Attention, Block, Gated, Rms, Stack, randomise, stack
 
 SMALL: dict[str, Any] = {

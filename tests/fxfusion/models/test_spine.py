@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxfusion.capture import capture_model
+from fxfusion.compiler.capture import capture_model
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.models.spine import Addition, follow_stream
 from fxfusion.models.traced import TracedModel

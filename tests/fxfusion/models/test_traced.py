@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxfusion.compiler.pipeline import analyse
 from fxfusion.errors import CaptureError, OptionError
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import TracedGraph, TracedModel, evaluating, model_inputs
-from fxfusion.pipeline import analyse
-from fxfusion.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy
 from tests.end_to_end.families import Family, layers_of
 from tests.fxfusion.models import tiny
 from tests.fxfusion.models.tiny import FAMILIES, Causal, causal, family_model, token_ids, traced, traced_family

@@ -16,7 +16,7 @@ from fxfusion.cost import Workload, read_table, simulate
 from fxfusion.cost.layer_table import Layer
 from fxfusion.errors import OptionError
 from fxfusion.models.traced import TracedModel
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.latency import latency_of_plan, predictor, table_of_model
 from fxfusion.planning.make_plan import make_plan
 from fxfusion.planning.planner import Planner

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxfusion.errors import OptionError, PlanError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.partition import Cost, Limits, Partition, PartitionTable, combine, partition_chain
 
 Groups = tuple[tuple[int, ...], ...]

@@ -14,7 +14,8 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Estimate, Quality
 from fxfusion.analysis.scores import attention_scores
 from fxfusion.errors import FxFusionError, OptionError, PlanError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.policy import NormMode
 from fxfusion.planning import planner as planner_file
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.candidates import candidates, equal_cuts
@@ -22,7 +23,6 @@ from fxfusion.planning.make_plan import make_plan
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.planner import Planner, search
 from fxfusion.planning.sweep import run_sweep
-from fxfusion.policy import NormMode
 from tests.tiny_lm import TinyLm, ids
 
 BATCHES = [ids(3, 9, seed=5), ids(3, 9, seed=6)]

@@ -14,7 +14,7 @@ from fxfusion.models.ffn_surgery.stubs import FfnSite, FfnStubs, NoFfn, find_ffn
 from fxfusion.models.no_attention import NoNorm
 from fxfusion.models.surgery_proof import proof_tokens
 from fxfusion.models.traced import TracedModel
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from tests.end_to_end.eager_parallel import llama
 
 PLAN = FusionPlan(groups=[[1, 2]], hoist=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Estimate, Quality
 from fxfusion.errors import NotFusedError
-from fxfusion.plan import FusionPlan, Member
+from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.planning.roads.segment import ROADS, Segment, plan_of
 from tests.tiny_lm import TinyLm
 

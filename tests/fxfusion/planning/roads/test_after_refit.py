@@ -10,7 +10,7 @@ import torch
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import evaluate
 from fxfusion.errors import FxFusionError, OptionError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.roads import after_refit as module
 from fxfusion.planning.roads.after_refit import RefitMeter, divided, first, screened
 from fxfusion.recovery.refit import refit

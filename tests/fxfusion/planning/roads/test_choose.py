@@ -13,7 +13,7 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.cost.simulate import simulate
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.models.ffn_surgery.fuse import fuse
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.latency import table_of_model
 from fxfusion.planning.make_plan import make_plan
 from fxfusion.planning.roads import screen as screen_file

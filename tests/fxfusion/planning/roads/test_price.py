@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.roads.price import depth_price, latency_price, merged
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fxfusion.analysis.quality import Quality
 from fxfusion.errors import NotFusedError, PlanError
-from fxfusion.plan import FusionPlan
+from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.budget import Budget
 from fxfusion.planning.roads.after_refit import RefitMeter
 from fxfusion.planning.roads.price import Price, depth_price, latency_price, merged

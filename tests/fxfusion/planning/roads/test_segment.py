@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fxfusion.errors import OptionError, PlanError
-from fxfusion.plan import FusionPlan
-from fxfusion.plan_group import PlannedGroup
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.groups import PlannedGroup
 from fxfusion.planning.roads.segment import Segment, check_roads, plan_of, windows
 
 
