@@ -8,7 +8,7 @@ TORCH ?=
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test test-slow engines bench results lint venv engine-python compiler clean
+.PHONY: demo test test-slow seconds engines bench results lint venv engine-python compiler clean
 
 ifeq ($(TORCH),)
 VENV := .venv
@@ -27,7 +27,7 @@ endif
 BIN := $(VENV)/bin
 PIP := -m pip install --quiet --no-input --disable-pip-version-check
 PIP_INSTALL := $(BIN)/python $(PIP)
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 # Nothing here talks to a model hub.
 export HF_HUB_OFFLINE := 1
@@ -45,6 +45,10 @@ test: compiler venv
 # pytest exits with 5 where no test is marked slow.
 test-slow: compiler venv
 	$(PYTEST) -m "slow and not gpu and not engines" $(SELECTED) || [ $$? -eq 5 ]
+
+# Which tests are slow (tests/seconds.json). On a quiet machine, about an hour.
+seconds: compiler venv
+	$(PYTEST) -m "not gpu and not engines" --record-seconds
 
 # Other engines load what fxfusion writes, each in an environment of its own with the versions of engines/*.txt.
 engines: venv .venv-mlx/installed .venv-vllm/installed
