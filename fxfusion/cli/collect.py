@@ -172,10 +172,12 @@ def _plan(plan: FusionPlan, text: str) -> PlanFacts:
 
 
 def _quality(latest: Found) -> tuple[QualityRow, ...]:
-    return tuple(
-        QualityRow(name=name, **{measure: _interval(found[measure]) for measure in _MEASURES})
-        for name, found in latest.get("quality", {}).items()
-    )
+    rows = []
+    for name, found in latest.get("quality", {}).items():
+        increase = found.get("loss_increase")  # files of earlier versions have none
+        measures = {measure: _interval(found[measure]) for measure in _MEASURES}
+        rows.append(QualityRow(name=name, loss_increase=increase and _interval(increase), **measures))
+    return tuple(rows)
 
 
 def _speed(latest: Found) -> tuple[SpeedRow, ...]:

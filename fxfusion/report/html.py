@@ -148,7 +148,9 @@ def _graph(graph: GraphReport, index: int) -> dict[str, Any]:
         "proofs": [proof for proof in graph.verifications if proof["group"] is None],
         "chains": [(span(chain.members), chain) for chain in graph.chains],
         "kinds": kinds,
+        "proved": any(group in proofs for group in range(len(graph.groups))),
         "passes": graph.history,
+        "busy": [record for record in graph.history if record["changed"] or record.get("notes")],
         "slowest": max((float(record["seconds"]) for record in graph.history), default=0.0) or 1.0,
         "nodes": (graph.nodes_before, graph.nodes_after),
     }

@@ -109,11 +109,13 @@ class PlanFacts(_Part):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityRow(_Part):
-    """How well one variant predicts text. `kl` (nats per token), `top1` and `top5` are against the reference."""
+    """How well one variant predicts text. `loss_increase` and `kl` (nats per token), `top1` and `top5` are against the
+    reference, token by token."""
 
     name: str
     loss: Interval | None = None
     perplexity: Interval | None = None
+    loss_increase: Interval | None = None
     kl: Interval | None = None
     top1: Interval | None = None
     top5: Interval | None = None

@@ -133,22 +133,25 @@ def plan_groups(plan: PlanFacts, layers: Sequence[Layer]) -> list[GroupRow]:
 
 
 def quality(found: Sequence[QualityRow]) -> Table:
-    """Those measures that any row has; loss or perplexity is drawn."""
+    """Those measures that any row has. The increase of the loss is drawn, paired by token: marginal intervals of two
+    losses overlap where it is far from zero. Without it, the loss or the perplexity."""
     measures = (
         ("loss", 3, 1.0, [row.loss for row in found]),
         ("perplexity", 2, 1.0, [row.perplexity for row in found]),
+        ("loss increase", 4, 1.0, [row.loss_increase for row in found]),
         ("KL", 4, 1.0, [row.kl for row in found]),
         ("top 1 agrees, %", 1, 100.0, [row.top1 for row in found]),
         ("top 5 agrees, %", 1, 100.0, [row.top5 for row in found]),
     )
     known = [measure for measure in measures if any(measure[3])]
-    plotted = next((measure for measure in known if measure[0] in ("loss", "perplexity")), None)
+    by_head = {measure[0]: measure for measure in known}
+    plotted = next((by_head[head] for head in ("loss increase", "loss", "perplexity") if head in by_head), None)
     cells = [[cell(column[at], places, factor) for _, places, factor, column in known] for at in range(len(found))]
     return Table(
         heads=tuple(head for head, *_ in known),
         rows=_named([row.name for row in found], cells),
         plotted=plotted[0] if plotted else "",
-        strip=strip(plotted[3]) if plotted else None,
+        strip=strip(plotted[3], 0.0 if plotted[0] == "loss increase" else None) if plotted else None,
     )
 
 

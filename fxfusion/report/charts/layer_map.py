@@ -62,7 +62,7 @@ def layer_map(layers: Sequence[Layer], score_method: str) -> LayerMap:
             bars[hue] = bars.get(hue, "") + f"M{at}.08 100v-{height}h.84v{height}z"
     method = f" ({score_method})" if score_method else ""
     curves = [
-        _curve(f"attention score{method}", [layer.score for layer in layers], joined=False),
+        _curve(f"attention score{method}", [layer.score for layer in layers], joined=False, from_zero=True),
         _curve("1 − cos(X, f(X)): how far the layer turns the stream", [_distance(layer.cosine) for layer in layers]),
         _curve("‖h‖ / ‖X‖: size of what the layer adds, against the stream", [_exact(layer.ratio) for layer in layers]),
     ]
@@ -108,13 +108,14 @@ def _distance(cosine: float | None) -> Interval | None:
     return None if cosine is None else Interval(max(0.0, 1.0 - cosine))
 
 
-def _curve(label: str, found: Sequence[Interval | None], joined: bool = True) -> Curve | None:
+def _curve(label: str, found: Sequence[Interval | None], joined: bool = True, from_zero: bool = False) -> Curve | None:
+    """`from_zero`: the axis reaches zero, where a layer is worth nothing."""
     values = [estimate.value if estimate else None for estimate in found]
     ends = [end for estimate in found if estimate for end in (estimate.low, estimate.high) if end is not None]
     finite = [value for value in values if value is not None]
     if not finite:
         return None
-    scale = Scale.around([*finite, *ends], margin=0)
+    scale = Scale.around([*finite, *ends, *([0.0] if from_zero else [])], margin=0)
     points = [(at + 0.5, 100 - scale.share(value)) for at, value in enumerate(values) if value is not None]
     whiskers = ""
     for at, estimate in enumerate(found):
@@ -125,7 +126,7 @@ def _curve(label: str, found: Sequence[Interval | None], joined: bool = True) ->
         label=label + (", log scale" if scale.log else ""),
         low=number(scale.low, 2),
         high=number(scale.high, 2),
-        zero=100 - scale.share(0.0) if scale.low < 0 < scale.high else None,
+        zero=100 - scale.share(0.0) if not scale.log and scale.low <= 0 <= scale.high else None,
         line="M" + "L".join(f"{x} {y:g}" for x, y in points) if joined else "",
         dots="".join(f"M{x} {y:g}h0" for x, y in points),
         whiskers=whiskers,

@@ -113,6 +113,7 @@ def _quality() -> tuple[QualityRow, ...]:
                 name=name,
                 loss=_around(loss, 0.06),
                 perplexity=Interval(math.exp(loss), math.exp(loss - 0.06), math.exp(loss + 0.06)),
+                loss_increase=_around(loss - 3.058, 0.015 if kl else 0.0),
                 kl=_around(kl, 0.02 if kl else 0.0),
                 top1=_around(1 - kl / 2, kl / 20),
                 top5=_around(1 - kl / 4, kl / 40),

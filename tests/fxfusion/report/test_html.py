@@ -54,6 +54,15 @@ def graph_report(**changes: object) -> GraphReport:
                 "seconds": 0.25,
                 "notes": ["one note"],
             },
+            {
+                "pass": "idle_pass",
+                "exact": True,
+                "changed": 0,
+                "nodes_before": 70,
+                "nodes_after": 70,
+                "seconds": 0.01,
+                "notes": [],
+            },
         ),
         "blocks_before": before,
         "blocks_after": (mixer(0), ffn(0, None), fused, refused),
@@ -127,13 +136,18 @@ def test_nothing_comes_from_outside() -> None:
         "concatenate",
         "250.0",
         "one note",
-        "not checked numerically",
+        "were not compared numerically",
+        "1 of 2 changed the graph",
         "prefers-color-scheme: dark",
         'name="viewport"',
     ],
 )
 def test_the_page_shows(shown: str) -> None:
     assert shown in page(graph_report())
+
+
+def test_a_pass_that_changed_nothing_is_only_counted() -> None:
+    assert "idle_pass" not in page(graph_report())
 
 
 def test_names_of_the_model_are_escaped() -> None:
@@ -174,14 +188,14 @@ def test_proofs_are_shown_with_their_verdict(passed: bool, mark: str) -> None:
     proof = {"group": 0, "dtype": "float32", "error": 3e-7, "limit": 1e-5, "passed": passed}
     text = page(graph_report(verifications=(proof,)))
     assert text.count(mark) == 2  # in the key figures and in the table
-    assert "not checked numerically" not in text
+    assert "compared numerically" not in text
 
 
 @pytest.mark.parametrize(("passed", "mark"), [(True, "✓ whole graph: error 3.0e-07"), (False, "✗ whole graph")])
 def test_the_proof_of_the_whole_graph_is_shown(passed: bool, mark: str) -> None:
     proof = {"part": "whole graph", "group": None, "dtype": "float32", "error": 3e-7, "limit": 1e-5, "passed": passed}
     text = page(graph_report(verifications=(proof,)))
-    assert mark in text and "not checked numerically" in text and not parsed(text).wrong
+    assert mark in text and "were not compared numerically" in text and not parsed(text).wrong
 
 
 def test_a_graph_with_nothing_in_it() -> None:

@@ -181,6 +181,11 @@ def test_a_curve_goes_through_its_values_and_skips_gaps() -> None:
     assert curve.zero == 75.0
 
 
+def test_the_axis_of_scores_reaches_zero() -> None:
+    found = layer_map([Layer(number=at, score=Interval(score)) for at, score in enumerate((0.2, 8.0))], "kl")
+    assert (found.curves[0].low, found.curves[0].zero, found.curves[0].label) == ("0", 100.0, "attention score (kl)")
+
+
 # --- points and whiskers -----------------------------------------------------------------------------------
 
 

@@ -73,6 +73,14 @@ def test_only_measured_qualities_get_a_column() -> None:
     assert tables.quality([QualityRow(name="a")]).strip is None
 
 
+def test_the_increase_of_the_loss_is_drawn_rather_than_the_loss() -> None:
+    loss, increase = Interval(3.1, 2.9, 3.3), Interval(0.02, 0.01, 0.03)
+    found = tables.quality([QualityRow(name="a", loss=loss, loss_increase=increase)])
+    assert (found.heads, found.plotted) == (("loss", "loss increase"), "loss increase")
+    assert found.strip is not None and found.strip.rows[0] is not None and found.strip.anchor is not None
+    assert found.strip.anchor < found.strip.rows[0].left  # no difference lies outside the interval
+
+
 def test_speed_is_drawn_against_one() -> None:
     found = tables.speed([SpeedRow(name="decode", ratio=Interval(1.5, 1.4, 1.6))])
     assert found.strip is not None and found.strip.rows[0] is not None
