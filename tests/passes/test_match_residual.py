@@ -226,6 +226,11 @@ def norm_read(m: Any, x: Tensor) -> Tensor:
     return y + f2(m, y) + n.sum()
 
 
+def inner_value_is_flagged(m: Any, x: Tensor) -> Tensor:
+    y = x + F.linear(F.silu(F.linear(x, m.a.w1)).requires_grad_(), m.a.w2)
+    return y + f2(m, y)
+
+
 STAYS: dict[str, tuple[Run, RefusalCode, str]] = {
     "an input written at the end": (written_input_at_the_end, RefusalCode.MUTATION, "in place"),
     "an alias of the stream written": (written_alias_of_the_stream, RefusalCode.MUTATION, "in place"),
@@ -235,6 +240,7 @@ STAYS: dict[str, tuple[Run, RefusalCode, str]] = {
     "a view of a weight written": (written_view_of_a_weight, RefusalCode.MUTATION, "in place"),
     "a copy of a weight written": (written_copy_of_a_weight, RefusalCode.OTHER_ACTIVATION, "also reads mul"),
     "a view of an inner value written": (written_inner_view, RefusalCode.INNER_VALUE_READ, "outside the branch"),
+    "an inner value that gets a flag": (inner_value_is_flagged, RefusalCode.MUTATION, "there for its effect"),
     "an inner value read": (inner_value_read, RefusalCode.INNER_VALUE_READ, "outside the branch"),
     "a branch's result read": (branch_read, RefusalCode.INNER_VALUE_READ, "outside the branch"),
     "a normalised input read": (norm_read, RefusalCode.INNER_VALUE_READ, "outside the branch"),
