@@ -77,9 +77,9 @@ def test_a_fused_model_without_one_member_is_rejected(found: dict[str, Answer], 
         assert not compared.agrees
 
 
-def test_the_readme_names_the_versions(found: dict[str, Answer]) -> None:
+def test_the_documents_name_the_versions(found: dict[str, Answer]) -> None:
     facts = found["fused"].facts or {}
-    readme = (ROOT / "README.md").read_text("utf-8")
+    documents = (ROOT / "docs" / "engines.md").read_text("utf-8")
     for name, version in facts["versions"].items():
-        assert f"{name} {version.partition('+')[0]}" in readme
+        assert f"{name} {version.partition('+')[0]}" in documents
     assert not facts.get("fxfusion_installed")
