@@ -314,6 +314,11 @@ STAYS: dict[str, tuple[Run, RefusalCode, str]] = {
         RefusalCode.TOKEN_MIXING,
         "conv",
     ),
+    "tokens that change places": (
+        lambda m, x: (y := x + torch.cat([x[:, 1:], x[:, :1]], 1)) + f2(m, y),
+        RefusalCode.TOKEN_MIXING,
+        "lets one token see another",
+    ),
     "one weight twice in one feed-forward": (
         lambda m, x: (y := x + F.linear(F.silu(F.linear(x, m.a.square)), m.a.square)) + f2(m, y),
         RefusalCode.SHARED_WEIGHT,
@@ -613,3 +618,10 @@ def test_a_tied_weight_written_by_its_other_name_is_seen() -> None:
 def _written_then_read(m: Any, x: Tensor) -> Tensor:
     m.a.w3.mul_(2)
     return (y := x + f1(m, x)) + f2(m, y)
+
+
+def test_what_mixes_tokens_by_its_name_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention is told by its operation, without a run on fake tensors for each structure."""
+    monkeypatch.setattr("fxfusion.passes.match_residual.check_token_wise", lambda *_: pytest.fail("it was run"))
+    (mixer,) = match(Wired(lambda m, x: x + F.scaled_dot_product_attention(x, x, x)), tokens()).mixers
+    assert "attention" in mixer.op
