@@ -68,6 +68,7 @@ SPELLINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "in one axis": lambda m, h: F.layer_norm(h.view(-1, 12), (12,)).view(2, 5, 12),
     "axes counted from the front": lambda m, h: h * h.square().mean(2, keepdim=True).rsqrt() * m.a,
     "before the activation": lambda m, h: torch.tanh(F.rms_norm(h, (12,), m.a) * m.one),
+    "a number of another dtype": lambda m, h: F.rms_norm(h * m.a.sum().float(), (12,)),
     "a vector and a number": lambda m, h: F.normalize(h * m.a, dim=-1) + m.two,
 }
 
