@@ -46,7 +46,9 @@ class WideBuilder:
         """What the down projection of one wide FFN reads, `[..., sum of widths]`."""
         if not self.group.members[0].segmented:
             return self._wide_middle(self._project(self._normed()))
-        return self.editor.call(torch.cat, self.middles(), -1)
+        middles = self.middles()
+        axes = next(filter(is_flat, middles), middles[0])  # one member may be computed on `[tokens, channels]`
+        return self.editor.call(torch.cat, [regrouped(self.editor, one, axes, axes) for one in middles], -1)
 
     def middles(self) -> list[fx.Node]:
         """What each member's own down projection reads, `[..., width]`."""

@@ -45,6 +45,7 @@ class FunctionaliseAdds(Pass):
             if any(value is not written for value in later.values()):
                 continue
             made = value or GraphEditor(node, self.name, ()).call(operator.add, *node.args)
+            effects.order.setdefault(made, effects.order[node])  # it reads where the node did
             for user in later:
                 user.replace_input_with(written, made)
             node.replace_all_uses_with(made)

@@ -79,6 +79,21 @@ def test_spellings_of_inner_norms(middle: Callable[[Any, Tensor], Tensor], how: 
     assert_fuses(customs(lambda m, x: F.linear(middle(m, F.linear(x, m.w1, m.b1)), m.w2)), tokens(), how=how)
 
 
+def _on_flat_tokens(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.rms_norm(F.silu(F.linear(x.reshape(-1, 8), m.w1)).view(2, 5, 12), (12,)).view(-1, 12), m.w2).view(
+        2, 5, 8
+    )
+
+
+def _as_it_is(m: Any, x: Tensor) -> Tensor:
+    return F.linear(F.rms_norm(F.silu(F.linear(x, m.w1)), (12,)), m.w2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_members_on_flat_tokens_join_others(order: int) -> None:
+    assert_fuses(customs(*[_on_flat_tokens, _as_it_is, _as_it_is][::order]), tokens(), how="symbolic")
+
+
 def test_the_matcher_says_so() -> None:
     with_norm, without = (
         match(customs(lambda m, x, f=f: F.linear(f(F.linear(x, m.w1)), m.w2)), tokens(), how="symbolic").ffns[0]

@@ -50,6 +50,9 @@ HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
     "two copies": lambda x: (((b := x * 2).copy_(b + x)), b.copy_(b * 3), b * 1)[2],
     "a copy into new memory": lambda x: torch.empty_like(x).copy_(x + 1) * 3,
     "a view made behind": lambda x: ((b := x * 2).add_(x), b.view(-1, 8) * 3)[1],
+    "a sum with what a sum wrote before": lambda x: ((b := x * 2).add_(1), (x * 3).add_(b))[1] * 3,
+    "a copy of what a sum wrote before": lambda x: ((b := x * 2).add_(1), (x * 3).copy_(b.tanh()))[1] * 3,
+    "a sum with what a copy wrote before": lambda x: ((b := x * 2).copy_(x.tanh()), (x * 3).add_(b))[1] * 3,
 }
 HARMFUL: dict[str, Callable[[Tensor], Tensor]] = {
     "the input": lambda x: x.add_(1) * 3,
