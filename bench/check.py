@@ -10,7 +10,6 @@ makes, and row-parallel products, each of which is one all-reduce under tensor p
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,8 +20,8 @@ import torch
 
 import fxfusion
 from bench.pass_time import decoder
-from bench.record import Record, record, versions
-from bench.tables import table
+from bench.record import Record, arguments, record, versions
+from bench.show import table
 from fxfusion.compiler.capture import CapturedGraph, capture_dynamo
 from fxfusion.compiler.packing import live_packs
 from fxfusion.compiler.pipeline import Fused, fuse_captured
@@ -141,7 +140,7 @@ def recorded() -> Mapping[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--record", action="store_true", help="renew the recorded values")
     chosen = parser.parse_args()
     torch.set_num_threads(1)

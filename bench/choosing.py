@@ -3,8 +3,9 @@
     python -m bench.choosing            (make results; about ten minutes on two cores)
 
 Choices are made on calibration text, every number is measured on held-out text, against the intact model on the same
-tokens. Writes bench/results/choosing.json, docs/results.md and docs/figures/. Measurements are kept in
-.fxfusion_results, so a run that was stopped goes on where it was. Source: issue 3; arXiv 2503.18908.
+tokens. Writes bench/results/choosing.json, its section of docs/results.md (bench/pages/choosing.md.j2, in which every
+sentence that compares numbers is made from the numbers) and docs/figures/. Measurements are kept in .fxfusion_results,
+so a run that was stopped goes on where it was. Source: issue 3; arXiv 2503.18908.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,23 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.choosing_page import write_page
 from bench.record import record
-from bench.reference.load import calibration_batches, heldout_batches, load_model
+from bench.reference import calibration_batches, heldout_batches, load_model
+from bench.show import (
+    DOCS,
+    Columns,
+    Row,
+    cell,
+    fine_cell,
+    groups_of,
+    new_figure,
+    put_section,
+    render,
+    save,
+    span,
+    table,
+    value,
+)
 from fxfusion import drop_attention
 from fxfusion.analysis.dependency import dependency_matrix
 from fxfusion.analysis.heat_map import heat_map
@@ -36,7 +51,7 @@ from fxfusion.planning.planner import Planner
 METHODS = ("cosine", "loss", "kl")
 RUN = 7  # attentions in a row that are dropped for the tables of the paper, whose models have long runs
 CACHE = Path(".fxfusion_results")
-FIGURES = Path("docs/figures")
+FIGURES = DOCS / "figures"
 say = Console(stderr=True).print
 
 
@@ -65,8 +80,7 @@ class Study:
 
 def numbers(quality: Quality) -> dict[str, Any]:
     """What the tables show of a measurement."""
-    names = ("loss_increase", "perplexity", "kl", "top1")
-    return {name: getattr(quality, name).to_dict() for name in names}
+    return {name: getattr(quality, name).to_dict() for name in ("loss_increase", "perplexity", "kl", "top1")}
 
 
 def drop_curves(study: Study) -> dict[str, Any]:
@@ -130,14 +144,9 @@ def against_removal(study: Study) -> dict[str, Any]:
     for depth in depths:
         best = study.planner.best_at(dropped, depth)
         removed = sorted(order[: study.meter.ffns - depth])
-        rows.append(
-            {
-                "depth": depth,
-                "fused": None if best is None else study.row(dropped, best.plan.groups, best.plan.norm),
-                "removed_ffns": removed,
-                "removed": numbers(evaluate(without(study, dropped, removed), study.heldout, study.model)),
-            }
-        )
+        fused = None if best is None else study.row(dropped, best.plan.groups, best.plan.norm)
+        found = numbers(evaluate(without(study, dropped, removed), study.heldout, study.model))
+        rows.append({"depth": depth, "fused": fused, "removed_ffns": removed, "removed": found})
     return {"dropped": list(dropped), "rows": rows}
 
 
@@ -147,11 +156,8 @@ def cheapest_ffns(study: Study, dropped: Sequence[int], count: int) -> list[int]
     layers = [block.layer for block in study.meter.graph.blocks.ffns]
     sample = study.calibration[:2]
     while len(gone) < count:
-        losses = {
-            layer: float(evaluate(without(study, dropped, [*gone, layer]), sample).loss)
-            for layer in layers
-            if layer not in gone
-        }
+        left = [layer for layer in layers if layer not in gone]
+        losses = {layer: float(evaluate(without(study, dropped, [*gone, layer]), sample).loss) for layer in left}
         gone.append(min(losses, key=losses.__getitem__))
     return gone
 
@@ -179,14 +185,9 @@ def reversed_order(study: Study) -> dict[str, Any]:
         turned = copy.deepcopy(model)
         turned.model.layers = torch.nn.ModuleList([turned.model.layers[index] for index in order])
         members = list(range(first, last + 1))
-        rows.append(
-            {
-                "range": [first, last],
-                "unfused": study.row(dropped),
-                "fused": study.row(dropped, [members]),
-                "reversed": numbers(evaluate(turned, study.heldout, study.model)),
-            }
-        )
+        found = {"unfused": study.row(dropped), "fused": study.row(dropped, [members])}
+        found["reversed"] = numbers(evaluate(turned, study.heldout, study.model))
+        rows.append({"range": [first, last], **found})
     return {"dropped": list(dropped), "rows": rows}
 
 
@@ -202,28 +203,213 @@ def against_the_eye(study: Study) -> dict[str, Any]:
                 if by_eye is None or best is None:
                     continue
                 paper = FusionPlan(dropped_attention=dropped, groups=by_eye, norm="last")
-                rows.append(
-                    {
-                        "dropped": list(dropped),
-                        "depth": depth,
-                        "planner": study.row(dropped, best.plan.groups, best.plan.norm),
-                        "paper": study.row(dropped, by_eye, "last"),
-                        "difference": study.meter.difference(best.plan, paper).to_dict(),
-                    }
-                )
-    won = sum(one["planner"]["loss_increase"]["value"] <= one["paper"]["loss_increase"]["value"] for one in rows)
+                ours = study.row(dropped, best.plan.groups, best.plan.norm)
+                both = {"planner": ours, "paper": study.row(dropped, by_eye, "last")}
+                difference = study.meter.difference(best.plan, paper).to_dict()
+                rows.append({"dropped": list(dropped), "depth": depth, **both, "difference": difference})
+    won = sum(value(one["planner"]) <= value(one["paper"]) for one in rows)
     return {"rows": rows, "points": len(rows), "planner_lower_or_equal": won}
 
 
-PARTS = {
-    "drop_curves": drop_curves,
-    "dependency": dependency,
-    "intensity": intensity,
-    "ends": ends,
-    "against_removal": against_removal,
-    "reversed_order": reversed_order,
-    "against_the_eye": against_the_eye,
+PARTS = (drop_curves, dependency, intensity, ends, against_removal, reversed_order, against_the_eye)
+
+
+# --- the section of docs/results.md -------------------------------------------------------------------
+
+LOSS = ("loss", "loss_increase")
+
+
+def variant(row: Row) -> str:
+    return f"planner, norm={row['norm']}" if row["variant"] == "planner" else str(row["variant"])
+
+
+def same_plan(row: Row) -> bool:
+    return all(row["planner"][name] == row["paper"][name] for name in ("groups", "norm"))
+
+
+def _in(name: str) -> Any:
+    return lambda row: "in" if row[name] else "out"
+
+
+# Headings of tables, and what they show of a row.
+INTENSITY: Columns = [
+    ("FFNs left", "depth"),
+    ("variant", variant),
+    ("groups", groups_of),
+    ("perplexity", "perplexity"),
+    LOSS,
+]
+ENDS: Columns = [
+    ("norm", "norm"),
+    ("leading", _in("leading")),
+    ("last", _in("last")),
+    ("FFNs left", "depth"),
+    ("perplexity", "perplexity"),
+    LOSS,
+]
+NORMS: Columns = {
+    "groups": lambda row: groups_of(row["fold"]),
+    "norm=fold": "fold.loss_increase",
+    "norm=last": "last.loss_increase",
 }
+REMOVAL: Columns = [
+    ("FFNs left", "depth"),
+    ("fused", lambda row: row["fused"] and groups_of(row["fused"]) or "-"),
+    ("loss", "fused.loss_increase"),
+    ("removed", lambda row: " ".join(map(str, row["removed_ffns"]))),
+    ("loss", "removed.loss_increase"),
+]
+REVERSED: Columns = {
+    "layers": lambda row: f"{row['range'][0]}-{row['range'][1]}",
+    "in order": "unfused.loss_increase",
+    "fused": "fused.loss_increase",
+    "reversed": "reversed.loss_increase",
+}
+PLANNER: Columns = [
+    ("FFNs left", "depth"),
+    ("attention dropped", lambda row: span(row["dropped"])),
+    ("paper's rule", lambda row: groups_of(row["paper"])),
+    ("loss", "paper.loss_increase"),
+    ("planner", lambda row: groups_of(row["planner"])),
+    ("norm", "planner.norm"),
+    ("loss", "planner.loss_increase"),
+    ("difference", lambda row: "same plan" if same_plan(row) else fine_cell(row["difference"])),
+]
+
+
+def write_page(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
+    """Write the section and its plots."""
+    plot_drop_curves(results["drop_curves"]["curves"], folder / "figures" / "drop_curves.svg")
+    plot_planner(results["against_the_eye"]["rows"], folder / "figures" / "planner.svg")
+    text = render("choosing.md.j2", globals() | {"results": results, **results})
+    return put_section(folder / "results.md", "choosing", text)
+
+
+def drop_table(curves: Mapping[str, Sequence[Row]]) -> str:
+    counts = range(len(next(iter(curves.values()))))
+    rows = [[count, *(cell(curve[count]["loss_increase"]) for curve in curves.values())] for count in counts]
+    return table(rows, ["attentions dropped", *curves], markdown=True)
+
+
+def ranked(curves: Mapping[str, Sequence[Row]]) -> str:
+    """Scores from the least to the most costly order."""
+    return ", ".join(sorted(curves, key=lambda name: sum(map(value, curves[name]))))
+
+
+def order_table(orders: Mapping[str, Sequence[int]]) -> str:
+    rows = [[name, " ".join(map(str, layers))] for name, layers in orders.items()]
+    return table(rows, ["score", "layers, first dropped first"], markdown=True)
+
+
+def pictures(found: Mapping[str, Any]) -> str:
+    return "\n\n".join(f"![{name}](figures/dependency_{name}.svg)" for name in found)
+
+
+def matrix_table(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, matrix in found.items():
+        values = [entry for number, line in enumerate(matrix["values"]) for entry in line[number + 1 :]]
+        rows.append([name, *(f"{one:.4f}" for one in (min(values), sum(values) / len(values), max(values)))])
+    return table(rows, ["matrix", "least", "mean", "largest"], markdown=True)
+
+
+def ratio_by_layer(found: Mapping[str, Any]) -> str:
+    rows = zip(found["layers"], *(map("{:.3f}".format, found[name]) for name in ("cosine", "ratio")), strict=True)
+    return table(rows, ["layer", "cos(X, f(X))", "norm of h over norm of X"], markdown=True)
+
+
+def folded(ends: Mapping[str, Any]) -> dict[tuple[bool, bool], float]:
+    """Loss of the chain with folded norms, by whether the leading and the last member are in."""
+    return {(row["leading"], row["last"]): value(row) for row in ends["rows"] if row["norm"] == "fold"}
+
+
+def end_costs(ends: Mapping[str, Any], last: bool) -> str:
+    found, name = folded(ends), "last" if last else "leading"
+    difference = found[True, True] - found[True, False] if last else found[True, False] - found[False, False]
+    word = "costs" if difference > 0 else "gains"
+    return f"fusing the {name} FFN too {word} {abs(difference):.3f} nats against leaving it out"
+
+
+def norm_pairs(ends: Mapping[str, Any], intensity: Mapping[str, Any]) -> list[dict[str, Row]]:
+    """Rows of the same groups with either norm."""
+    by_shape: dict[str, dict[str, Row]] = {}
+    for row in [*ends["rows"], *intensity["rows"]]:
+        if row["groups"]:
+            by_shape.setdefault(str(row["groups"]), {})[row["norm"]] = row
+    return [found for found in by_shape.values() if len(found) == 2]
+
+
+def wins(rows: Sequence[Mapping[str, Any]], one: str, other: str, even: bool = False) -> str:
+    """How often `one` loses less than the other (or as much), where there are both."""
+    pairs = [(value(row[one]), value(row[other])) for row in rows if row[one] is not None]
+    return f"{sum(first < second or (even and first == second) for first, second in pairs)} of {len(pairs)}"
+
+
+def planner_summary(found: Mapping[str, Any]) -> str:
+    """How often the planner is better, the same and worse."""
+    departed = [row["difference"] for row in found["rows"] if not same_plan(row)]
+    others, kept = len(departed), found["points"] - len(departed)
+    lower, surely = (sum(difference[end] < 0 for difference in departed) for end in ("value", "high"))
+    worst = max((difference["value"] for difference in departed), default=0.0)
+    more = f"; where it loses more, by at most {worst:.4f} nats" if worst > 0 else ""
+    return f"""The planner loses less or as much at **{found["planner_lower_or_equal"]} of {found["points"]}** points.
+It keeps the paper's plan at {kept}; of the other {others} it loses less at {lower} (with an interval below zero
+at {surely}){more}."""
+
+
+def disagreements(results: Mapping[str, Any]) -> str:
+    """Where the signs differ from the paper's, and where they do not; all from the numbers above."""
+    fold = folded(results["ends"])
+    last = [fold[leading, True] - fold[leading, False] for leading in (False, True)]
+    first = [fold[True, last_in] - fold[False, last_in] for last_in in (False, True)]
+    removal, rows = results["against_removal"]["rows"], results["intensity"]["rows"]
+    won, compared = map(int, wins(removal, "fused", "removed").split(" of "))
+    turned = max(abs(value(row["reversed"]) - value(row["fused"])) for row in results["reversed_order"]["rows"])
+    unfused, deepest = value(rows[0]), min(rows, key=lambda row: (row["depth"], value(row)))
+    ends = f"last {last[0]:+.3f}, {last[1]:+.3f} nats (leading out, in); leading {first[0]:+.3f}, {first[1]:+.3f}"
+    harder = f"{unfused:+.3f} unfused, {value(deepest):+.3f} at {deepest['depth']} FFNs"
+    found = [
+        ("the last FFN of a run is special: fusing it costs most", min(last) > 0.01, ends),
+        ("loss grows with the intensity of fusion", value(deepest) > unfused + 0.01, harder),
+        (
+            "fusing costs less than removing as many FFNs",
+            won * 2 > compared,
+            f"fusing is better in {won} of {compared} rows",
+        ),
+        (
+            "reversing the order of FFNs costs about what fusing costs",
+            turned < 0.05,
+            f"at most {turned:.3f} nats apart",
+        ),
+    ]
+    said = [(what, "agrees" if agrees else "**disagrees**", how) for what, agrees, how in found]
+    return table(said, ["what the paper finds", "here", "numbers"], markdown=True)
+
+
+def plot_drop_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
+    figure, axes = new_figure(x="attentions dropped", y="loss above intact [nats per token]")
+    for index, (name, curve) in enumerate(curves.items()):
+        xs = range(len(curve))
+        axes.plot(xs, [value(row) for row in curve], "o-", ms=3, label=name, color=f"C{index}")
+        low, high = ([row["loss_increase"][end] for row in curve] for end in ("low", "high"))
+        axes.fill_between(xs, low, high, alpha=0.15, color=f"C{index}", linewidth=0)
+    axes.set_yscale("symlog", linthresh=0.05)
+    axes.legend(title="order by")
+    save(figure, path)
+
+
+def plot_planner(rows: Sequence[Row], path: Path) -> None:
+    figure, axes = new_figure(
+        x="paper's rule: loss above intact [nats]",
+        y="planner: loss above intact [nats]",
+        title="each point: one set of dropped attentions, one depth",
+        size=(5.2, 4.8),
+    )
+    paper, ours = [value(row["paper"]) for row in rows], [value(row["planner"]) for row in rows]
+    axes.plot(paper, ours, "o", ms=4, alpha=0.7)
+    ends = [min([*paper, *ours]), max([*paper, *ours])]
+    axes.plot(ends, ends, color="black", linewidth=0.8)
+    save(figure, path)
 
 
 def main() -> None:
@@ -236,9 +422,9 @@ def main() -> None:
     study = Study(options.calibration, options.heldout)
     results: dict[str, Any] = {"text": {"calibration": options.calibration, "heldout": options.heldout, "tokens": 2048}}
     results["intact"] = study.row(())
-    for name, part in PARTS.items():
-        say(f"{name} ...", style="dim")
-        results[name] = part(study)
+    for part in PARTS:
+        say(f"{part.__name__} ...", style="dim")
+        results[part.__name__] = part(study)
     path = record("choosing", results)
     say(f"recorded: {path.name}; written: {write_page(results)}")
 

@@ -3,6 +3,7 @@
     python -m bench.gpu                       under 8 minutes on one GPU
     python -m bench.gpu --continue            goes on where the last run stopped or ran out of time
     python -m bench.gpu --device cpu --small  tiny shapes: does the script run?
+    python -m bench.gpu --fit-cost-model      needs no GPU: how the three fitted constants of `fxfusion.cost` were found
 
 Needs torch (2.11 or newer), transformers, networkx, tabulate and pydantic, and this checkout; no installation.
 
@@ -13,28 +14,35 @@ it is timed. The file is written after each part, and says what was left out.
 
 Goals (issue 5), at 1 to 16 tokens under CUDA graphs: at least 1.10x over unfused max-autotune on the 70B slice, 1.5x
 on Super-49B's narrow FFNs, 0.90 of the bandwidth's limit on the 405B slice.
+
+The fit: four published decode latencies (arXiv 2503.18908, table 2) and their three ratios against three constants of
+the H100: the part of the memory bandwidth that large GEMMs reach, what a kernel costs at least, the least time of a
+GEMM. The least sum of squares on a grid, each error in units of what is wanted (15 % of a latency, 7 % of a ratio).
+Everything else comes from the sources in fxfusion/cost/devices/h100.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
+import itertools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from bench.budget import Session
-from bench.grid import columns, measure_cell
-from bench.limits import Limits, measure_limits
-from bench.record import Measurement
-from bench.shapes import SHAPES, SMALL, Cell, grid
-from bench.tables import by_kind, ratio_table
-from bench.whole_models import PAIRS, Case, Pair, measure_case
-from bench.window_speed import MODELS, WindowCase, measure_windows
-from bench.window_speed import columns as window_columns
+from bench.grid import SHAPES, SMALL, Cell, Limits, columns, grid, measure_cell, measure_limits
+from bench.record import Measurement, Session, arguments
+from bench.show import by_kind, ratio_table, table
+from bench.whole_models import PAIRS, SIZES, Case, Pair, WindowCase, measure_case, measure_windows, window_columns
+from fxfusion.cost.hardware import Hardware
+from fxfusion.cost.kernels import Workload
+from fxfusion.cost.published import LATENCIES, RATIOS, published_step
+from fxfusion.cost.sublayers import Step
+from fxfusion.cost.timing import step_time
 
 GRAPHS, AUTOTUNED = "reduce-overhead", "max-autotune"
 PREDICTIONS = {
@@ -103,7 +111,7 @@ class Runner:
         if isinstance(of, Cell):
             found = measure_cell(of, self.device, self.limits, part.modes, rounds=self.rounds, threads=1)
         elif isinstance(of, WindowCase):
-            model = MODELS[of.case.model].intact(of.case.dtype, self.device)
+            model = SIZES[of.case.model].intact(of.case.dtype, self.device)
             found = measure_windows(of, model, part.modes, rounds=self.rounds, threads=1)
         else:
             mode = part.modes[-1] if part.modes else "default"
@@ -132,16 +140,53 @@ def fits(cell: Cell, device: str) -> bool:
     return 3.5 * cell.parameters * cell.dtype.itemsize < torch.cuda.get_device_properties(0).total_memory
 
 
+# --- constants of the cost model ----------------------------------------------------------------------
+
+WORK = Workload(precision="fp8", tp=8)
+FRACTIONS = [0.80, 0.84, 0.88, 0.90, 0.92]  # above 0.92 no kernel reads memory, whatever its size
+LATENCY_US = [value / 10 for value in range(10, 61, 2)]
+FLOOR_US = [value / 2 for value in range(4, 61)]
+
+
+def errors(steps: dict[str, Step], device: Hardware) -> dict[str, float]:
+    """Logarithms of predicted over published, by latency and by ratio."""
+    speeds = {name: 1 / step_time(step, WORK, device).seconds.total for name, step in steps.items()}
+    found = {name: math.log(speeds[name] / LATENCIES[name]) for name in LATENCIES}
+    for one, other in RATIOS:
+        found[f"{one} / {other}"] = found[one] - found[other]
+    return found
+
+
+def score(found: dict[str, float]) -> float:
+    return sum((value / (0.15 if name in LATENCIES else 0.07)) ** 2 for name, value in found.items())
+
+
+def fit_cost_model() -> str:
+    """The best constants for each fraction, and their errors."""
+    h100 = Hardware.of("h100")
+    steps = {name: published_step(name) for name in LATENCIES}
+    tried = []
+    for fraction, latency, floor in itertools.product(FRACTIONS, LATENCY_US, FLOOR_US):
+        constants = {"bandwidth_fraction": fraction, "kernel_latency": latency / 1e6, "gemm_floor": floor / 1e6}
+        found = errors(steps, h100.model_copy(update=constants))
+        tried.append((score(found), fraction, latency, floor, *found.values()))
+    names = ("score", "bandwidth_fraction", "kernel_latency [us]", "gemm_floor [us]", *errors(steps, h100))
+    best = {fraction: min(row for row in tried if row[1] == fraction) for fraction in FRACTIONS}
+    rows = [[*row[:4], *(f"{math.exp(value) - 1:+.1%}" for value in row[4:])] for row in best.values()]
+    return table(zip(names, *rows, strict=True), ())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, seconds=450.0, rounds=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes, recorded only where --out says")
-    parser.add_argument("--seconds", type=float, default=450.0, help="no part is begun that would end after that")
-    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--parts", type=int, help="stop after so many parts")
-    parser.add_argument("--continue", dest="go_on", action="store_true", help="keep the parts of an earlier run")
     parser.add_argument("--out", type=Path, help="another file than bench/results/gpu.json")
+    parser.add_argument("--fit-cost-model", action="store_true", help="fit constants of the cost model, no more")
     chosen = parser.parse_args()
+    if chosen.fit_cost_model:
+        print(fit_cost_model())
+        return
     gpu = chosen.device != "cpu"
     if gpu and not torch.cuda.is_available():
         sys.exit("bench.gpu: torch sees no GPU (try --device cpu --small to test the script)")
@@ -158,7 +203,7 @@ def main() -> None:
                 session.left_out.append(f"{part.place}: does not fit into the memory")
                 continue
             needs = 0.0 if chosen.small else part.needs
-            session.do(part.place, lambda part=part: runner.measure(part), needs=needs)
+            session.do(part.place, partial(runner.measure, part), needs=needs)
     print(summary(session.measurements))
 
 

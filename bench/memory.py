@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.record import Measurement, record
-from bench.tables import bytes_, table
+from bench.record import Measurement, arguments, record
+from bench.show import bytes_, table
 
 PREDICTIONS = {
     "backend": "peak: the groups' weights, and one weight more while it is folded",
@@ -100,6 +100,7 @@ def measure_route(route: str) -> Measurement:
 
 
 def main() -> None:
+    arguments(__doc__).parse_args()
     found = [measure_route(route) for route in ("backend", "fuse")]
     rows = [
         (one.place["route"], bytes_(float(one.facts["group_bytes"] or 0)), name, bytes_(value.value))

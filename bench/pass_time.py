@@ -1,31 +1,47 @@
 """What fxfusion adds to torch.compile, and how matching grows with depth.
 
     python -m bench.pass_time
+    python -m bench.pass_time --dependency      what reuse saves in a dependency matrix: dependency_speed.json
 
 Goals (issue 2): matching and rewriting at most 5 % of the compile time of a 32-layer model; 128 layers
 at most 4.5x the pass time of 32; with nothing to fuse at most 2 %, and outputs identical to Inductor's;
 the never-stale check at most 100 us per call for 32 fused layers, no concat of parameters in the
 compiled graph, one set of packed buffers per group however many graphs were compiled.
+
+The dependency matrix of the reference model: at most 0.6x the time of brute force, in one run (issue 3). All run the
+same captured graph on the same batch and measure the same distances; the matrices must agree bit by bit:
+
+    brute force   each row runs the whole model, embedding to logits
+    row by row    each row starts at the embedding and stops after the last block; no run for the empty last row
+    reuse         each row starts after the removed block: what `dependency_matrix` does
 """
 
 from __future__ import annotations
 
 import gc
 import time
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from bench.chain_speed import Ffn
-from bench.record import Measurement, record
-from bench.tables import table
+from bench.record import Measurement, arguments, measure, record
+from bench.reference import calibration_batches, load_model
+from bench.show import ratio_table, table
 from fxfusion import ffn_fusion, last_reports
+from fxfusion.analysis.dependency import Unit, blocks_of, measure_batch
+from fxfusion.analysis.token_batches import TokenBatch, read_batches
+from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance
 from fxfusion.backend import seconds_inside
 from fxfusion.compiler.packing import live_packs
+from fxfusion.models.traced import TracedGraph, TracedModel
 
 HIDDEN, WIDTH, HEADS = 128, 352, 4
+BATCH, SEQ, ROUNDS = 2, 256, 5  # of the dependency matrix
+UNITS: tuple[Unit, ...] = ("ffn", "block")
 
 
 class Attention(nn.Module):
@@ -136,7 +152,57 @@ def _spy(seen: list[Any]) -> Any:
     return backend
 
 
+def without_reuse(graph: TracedGraph, batch: TokenBatch, unit: Unit, *, whole_model: bool) -> Tensor:
+    """Sums of the matrix `[L, L]`, every row from the embedding on."""
+    blocks = blocks_of(graph, unit)
+    end = [graph.logits] if whole_model else []
+    intact = graph.run(batch.inputs, [*end, *(node for block in blocks for node in block_nodes(block))])
+    own = [Directions.of(contribution(intact, block, batch.seen)) for block in blocks]
+    sums = torch.zeros(len(blocks), len(blocks), dtype=torch.float64)
+    for row, removed in enumerate(blocks if whole_model else blocks[:-1]):
+        later = blocks[row + 1 :]
+        run = graph.run(batch.inputs, [*end, *(node for block in later for node in block_nodes(block))], [removed])
+        for column, block in enumerate(later, start=row + 1):
+            distance = cosine_distance(own[column], Directions.of(contribution(run, block, batch.seen)))
+            sums[row, column] = distance.sum(dtype=torch.float64)
+    return sums
+
+
+def compare(graph: TracedGraph, batch: TokenBatch, unit: Unit) -> Measurement:
+    reuse = lambda: measure_batch(graph, batch, unit)["values"]  # noqa: E731
+    candidates = {"reuse": reuse, "reuse_again": reuse}
+    candidates["brute_force"] = partial(without_reuse, graph, batch, unit, whole_model=True)
+    candidates["row_by_row"] = partial(without_reuse, graph, batch, unit, whole_model=False)
+    matrices = [run() for run in candidates.values()]
+    samples = measure(candidates, rounds=ROUNDS, threads=1)
+    pairs = [("reuse", other) for other in candidates if other != "reuse"]
+    equal = all(torch.equal(matrices[0], other) for other in matrices[1:])
+    return Measurement.of({"unit": unit}, samples, pairs, facts={"bit_equal": equal})
+
+
+def dependency() -> None:
+    """The capture, which all need once, is not timed."""
+    torch.set_num_threads(1)
+    model = load_model()
+    (batch,) = read_batches(calibration_batches(BATCH, SEQ, limit=1))
+    start = time.perf_counter()
+    graph = TracedModel(model).graph(batch.inputs)
+    layers = len(graph.blocks.layers)
+    results: dict[str, Any] = {"layers": layers, "tokens": BATCH * SEQ, "capture_seconds": time.perf_counter() - start}
+    found = [compare(graph, batch, unit) for unit in UNITS]
+    print(ratio_table(found, [(name, f"time of {name}") for name in found[0].ratios]))
+    # In layers run: one intact run and the layers after each removed one, against L - 1 layers for each row.
+    reused, repeated = layers + layers * (layers - 1) / 2, layers + (layers - 1) ** 2
+    predictions = {"block": {"reuse/row_by_row": reused / repeated}}
+    print("recorded:", record("dependency_speed", results, measurements=found, predictions=predictions).name)
+
+
 def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--dependency", action="store_true", help="measure the dependency matrix instead")
+    if parser.parse_args().dependency:
+        dependency()
+        return
     compile_seconds(4, True, {})  # warm up Inductor and its workers
     grown = growth()
     results: dict[str, dict[str, Any]] = {

@@ -1,7 +1,11 @@
-"""The one result schema of all benchmarks, and reading and writing of its files.
+"""The one result schema of all benchmarks, its files, their samples and intervals, and runs of many parts.
 
-    record = Record.of("chain_speed", measurements=[Measurement.of({"tokens": 1}, samples, [("unfused", "fused")])])
-    record.write()                                   # bench/results/chain_speed.json, replaced whole
+    samples = measure({"unfused": f, "fused": g}, rounds=12, threads=1)        # interleaved; seconds
+    record("chain_speed", measurements=[Measurement.of({"tokens": 1}, samples, [("unfused", "fused")])])
+
+    with Session("grid", seconds=120) as session:    # each part is kept when it is done, and not done again
+        for cell in cells:
+            session.do(cell.place, lambda: measure(cell))
 
 A measurement is one cell of a benchmark's grid: every sample of every candidate, the medians, and ratios between
 candidates. What a file says about its samples is computed again when it is read, so the numbers cannot drift apart.
@@ -10,13 +14,17 @@ Needs torch and pydantic alone, since the GPU benchmark runs without the rest.
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +32,9 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from torch import Tensor
 
-from bench.timing import Interval, median, ratio
+from fxfusion.cost.interleaved import sample
 
 RESULTS = Path(__file__).parent / "results"
 VERSION: Literal[2] = 2
@@ -38,6 +47,55 @@ _ROUNDING = 2e-3  # relative: some files keep samples with five digits
 
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Interval(_Strict):
+    """An estimate with a 95 % bootstrap interval."""
+
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+    @classmethod
+    def exact(cls, value: float) -> Interval:
+        return cls(value=value, low=value, high=value)
+
+
+def measure(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int, threads: int, sample_seconds: float = 0.02
+) -> dict[str, list[float]]:
+    """Seconds per call of each candidate in each round, after a warm-up: `fxfusion.cost.interleaved` on so many
+    threads of torch. An A/A control (two compiles of the same thing) shows how much of a difference is noise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return sample(candidates, rounds, sample_seconds=sample_seconds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float], *, seed: int = 0, draws: int = 2000) -> Interval:
+    """How many times faster `fast` is than `slow`: geometric mean over the rounds. Rounded to four digits."""
+    logs = [math.log(a / b) for a, b in zip(slow, fast, strict=True)]
+    low, high = _bootstrap(logs, lambda drawn: drawn.mean(1), seed, draws)
+    ends = {"value": statistics.fmean(logs), "low": low, "high": high}
+    return Interval(**{name: round(math.exp(end), 4) for name, end in ends.items()})
+
+
+def median(samples: Sequence[float], *, seed: int = 0, draws: int = 500) -> Interval:
+    """The median and its interval, in the samples' unit."""
+    low, high = _bootstrap(samples, lambda drawn: drawn.quantile(0.5, dim=1), seed, draws)
+    return Interval(value=statistics.median(samples), low=low, high=high)
+
+
+def _bootstrap(
+    samples: Sequence[float], estimate: Callable[[Tensor], Tensor], seed: int, draws: int
+) -> tuple[float, float]:
+    """Ends of the 95 % interval of an estimate; `estimate` takes resampled rounds `[draws, rounds]`."""
+    values = torch.tensor(samples, dtype=torch.float64)
+    drawn = torch.randint(len(samples), (draws, len(samples)), generator=torch.Generator().manual_seed(seed))
+    found = estimate(values[drawn]).sort().values
+    return float(found[int(0.025 * draws)]), float(found[max(0, int(0.975 * draws) - 1)])
 
 
 class Machine(_Strict):
@@ -194,6 +252,98 @@ def versions() -> dict[str, str]:
     return found | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
 
 
+class Session:
+    """One run over many parts, which may be stopped. `seconds`: no part is begun after that. `fresh`: forget what an
+    earlier run found. What does not fit into the time is named in the record as left out. A part that fails is named
+    with its error, and the others go on; the command then ends with an error too."""
+
+    def __init__(self, benchmark: str, *, seconds: float, path: Path | None = None, fresh: bool = True) -> None:
+        self.benchmark, self.path, self.seconds = benchmark, path, seconds
+        self.start = time.perf_counter()
+        self.measurements: list[Measurement] = []
+        self.results: dict[str, Any] = {}
+        self.predictions: dict[str, Any] = {}
+        self.left_out: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.done = False  # until the end is reached: a run that was stopped is no complete one
+        if not fresh:
+            self._take_up()
+
+    def _take_up(self) -> None:
+        """Go on from the file, if it was written on the same kind of machine with the same versions."""
+        try:
+            before = Record.read(self.path or self.benchmark)
+        except FileNotFoundError:
+            return
+        here = Record.of(self.benchmark)
+        ours, theirs = ((one.machine.processor, one.machine.gpu, one.versions) for one in (here, before))
+        if ours != theirs:
+            print(f"{self.benchmark}: results of another machine or other versions are not continued", file=sys.stderr)
+            return
+        self.measurements, self.results = list(before.measurements), dict(before.results)
+        self.results.pop("failed", None)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.perf_counter() - self.start)
+
+    def has(self, place: Mapping[str, Scalar]) -> bool:
+        return any(one.place == place for one in self.measurements)
+
+    def do(self, place: Mapping[str, Scalar], measure: Callable[[], Measurement], *, needs: float = 0.0) -> None:
+        """Measure one part, unless it is known or `needs` more seconds [s] than are left; then write the file."""
+        name = ", ".join(f"{key} {value}" for key, value in place.items())
+        if self.has(place):
+            return
+        if self.left < needs:
+            self.left_out.append(name)
+            return
+        began = time.perf_counter()
+        try:
+            found = measure()
+        except Exception as error:  # one part that cannot run here must not cost the others
+            self.failed[name] = f"{type(error).__name__}: {error}"[:2000]
+            print(f"{name}: FAILED: {self.failed[name]}", file=sys.stderr, flush=True)
+        else:
+            self.measurements.append(found)
+            print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+        self.write()
+
+    def write(self) -> Path:
+        found = Record.of(
+            self.benchmark,
+            measurements=tuple(self.measurements),
+            results=self.results | ({"failed": self.failed} if self.failed else {}),
+            predictions=self.predictions,
+            complete=self.done and not self.left_out and not self.failed,
+            left_out=tuple(self.left_out),
+        )
+        return found.write(self.path)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.done = True
+            print("recorded:", self.write().name, file=sys.stderr)
+            if self.left_out:
+                print(f"left out for lack of time: {len(self.left_out)} parts", file=sys.stderr)
+            if self.failed:
+                raise SystemExit(f"{len(self.failed)} parts failed: {', '.join(self.failed)}")
+
+
+def arguments(about: str | None, *, seconds: float | None = None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """The command line of a benchmark; with `seconds`, of one in a `Session`. Both are defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds)
+    if seconds is not None:
+        parser.add_argument("--seconds", type=float, default=seconds, help="no part is begun that would end after that")
+        parser.add_argument("--continue", dest="go_on", action="store_true", help="keep the parts of an earlier run")
+    return parser
+
+
 def _path(name: str | Path) -> Path:
     return name if isinstance(name, Path) else RESULTS / f"{name}.json"
 
@@ -219,14 +369,9 @@ def _processor() -> str:
 
 def _commit() -> str:
     """The commit, with a plus sign where the tree differs from it; "unknown" outside a clone."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            cwd=RESULTS.parent,
-            check=False,
-        )
+        found = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent, check=False)
     except FileNotFoundError:
         return "unknown"
     return found.stdout.strip() or "unknown"

@@ -1,4 +1,5 @@
-"""What a refit in closed form gives back on the reference model, and what it takes: the section of docs/results.md.
+"""What a refit in closed form gives back on the reference model, and what it takes: a section of docs/results.md
+(bench/pages/recovery.md.j2), whose sentences that compare numbers are made from the numbers.
 
     python -m bench.recovery            (make results; about half an hour on two cores)
 
@@ -15,16 +16,29 @@ import json
 import resource
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from bench.choosing import CACHE, numbers
-from bench.record import Record
-from bench.recovery_page import write_section
-from bench.reference.load import calibration_batches, heldout_batches, load_model
+from bench.record import Interval, Record
+from bench.reference import calibration_batches, heldout_batches, load_model
+from bench.show import (
+    DOCS,
+    Columns,
+    Row,
+    columns,
+    draw_lines,
+    groups_of,
+    new_figure,
+    put_section,
+    render,
+    save,
+    span,
+    value,
+)
 from fxfusion import FusionPlan, drop_attention, evaluate, fuse, refit
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.models.drop_record import read_refit
@@ -153,8 +167,8 @@ def budgets(study: Study) -> dict[str, Any]:
             intact = study.refitted(dropped, groups, "intact")
             unfused = study.refitted(dropped, groups, "unfused") if groups else None
             if as_it_is is not None and intact is not None and (unfused is not None or not groups):
-                row = {"dropped": dropped, "choice": name, "groups": groups, "as_it_is": as_it_is}
-                rows.append(row | {"unfused": unfused, "intact": intact})
+                cells = {"as_it_is": as_it_is, "unfused": unfused, "intact": intact}
+                rows.append({"dropped": dropped, "choice": name, "groups": groups, **cells})
     return {"batches": study.calibration, "rows": sorted(rows, key=lambda row: len(row["dropped"]))}
 
 
@@ -216,6 +230,103 @@ def cost(study: Study) -> dict[str, Any]:
 
 
 PARTS = {"budgets": budgets, "fusion": fusion, "later": later, "tokens": tokens, "penalties": penalties, "cost": cost}
+
+
+# --- the section of docs/results.md -------------------------------------------------------------------
+
+REFITTED = {"none": "the groups alone", "ffn": "and every later FFN", "all": "and every later attention's output"}
+
+
+def tokens_of(batches: int) -> str:
+    return f"{batches * TOKENS_PER_BATCH:,}"
+
+
+LATER_TABLE: Columns = {
+    "refitted": lambda row: REFITTED[row["later"]],
+    "loss": "loss_increase",
+    "layers": lambda row: len(row["refit"]["fits"]),
+}
+TOKENS_TABLE: Columns = {"calibration tokens": lambda row: tokens_of(row["batches"]), "loss": "loss_increase"}
+PENALTY_TABLE: Columns = {
+    "penalty": lambda row: "chosen, layer by layer" if row["penalty"] is None else f"{row['penalty']:g}",
+    "loss": "loss_increase",
+}
+BUDGETS_TABLE: Columns = {
+    "attention dropped": lambda row: span(row["dropped"]),
+    "FFNs fused": groups_of,
+    "perplexity as it is": "as_it_is.perplexity",
+    "loss as it is": "as_it_is.loss_increase",
+    "refitted to unfused": "unfused.loss_increase",
+    "refitted to intact": "intact.loss_increase",
+    "perplexity then": "intact.perplexity",
+}
+
+
+def write_section(results: Mapping[str, Any], missing: Sequence[str] = (), folder: Path = DOCS) -> Path:
+    """Write the section and its plot. `missing`: cells that were not measured."""
+    plot_tokens(results["tokens"], folder / "figures" / "refit_tokens.svg")
+    text = render("recovery.md.j2", globals() | dict(results) | {"missing": missing})
+    return put_section(folder / "results.md", "recovery", text)
+
+
+def brought_back(rows: Sequence[Row]) -> str:
+    """How much of what was lost comes back."""
+    unfused = {tuple(row["dropped"]): value(row["as_it_is"]) for row in rows if not row["groups"]}
+    lines = []
+    for dropped, cost in unfused.items():
+        own = [row for row in rows if tuple(row["dropped"]) == dropped and row["groups"]]
+        if not own:
+            continue
+        best = min(own, key=lambda row: value(row["intact"]))
+        below = sum(value(row["intact"]) < cost for row in own)
+        lines.append(
+            f"* attention dropped from {span(dropped)}: fused and refitted to the intact model loses less than the "
+            f"unfused model in {below} of {len(own)} choices; the best ({groups_of(best)}) brings back "
+            f"{1 - value(best['intact']) / cost:.0%} of the {cost:.3f} nats that dropping cost."
+        )
+        for row in own:
+            harm = value(row["as_it_is"]) - cost
+            if harm > 0.01:
+                left = value(row["unfused"]) - cost
+                lines.append(
+                    f"* fusing {groups_of(row)} cost {harm:.3f} nats more; refitted to the unfused model "
+                    f"{left:+.3f} are left ({1 - left / harm:.0%} removed)."
+                )
+    if not lines:
+        return "Not all of it has been measured (`python -m bench.recovery` goes on)."
+    note = "Where fusing alone cost 0.01 nats or less there is nothing to remove, and no line says so."
+    return "\n".join(lines) + f"\n\n{note}"
+
+
+def harm(found: Mapping[str, Any]) -> float:
+    """What fusing costs beyond dropping [nats]."""
+    return value(found["fused"]) - value(found["unfused"])
+
+
+def _removed(found: Mapping[str, Any], row: Row) -> float:
+    return 1 - (value(row) - value(found["unfused"])) / harm(found)
+
+
+def most_removed(found: Mapping[str, Any]) -> str:
+    return f"{max((_removed(found, row) for row in found['rows']), default=0.0):.0%}"
+
+
+def fusion_table(found: Mapping[str, Any]) -> str:
+    heads: Columns = {
+        "refitted": lambda row: REFITTED[row["later"]],
+        "calibration tokens": lambda row: tokens_of(row["batches"]),
+        "loss above unfused": lambda row: f"{value(row) - value(found['unfused']):+.4f}",
+        "removed": lambda row: f"{_removed(found, row):.0%}",
+    }
+    return columns(found["rows"], heads)
+
+
+def plot_tokens(found: Mapping[str, Any], path: Path) -> None:
+    figure, axes = new_figure(x="calibration tokens", y="loss above intact [nats per token]")
+    points = [(row["batches"] * TOKENS_PER_BATCH, Interval(**row["loss_increase"])) for row in found["rows"]]
+    draw_lines(axes, {"fused and refitted": points})
+    axes.set_xscale("log")
+    save(figure, path)
 
 
 def main() -> None:

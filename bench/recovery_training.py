@@ -4,7 +4,8 @@
 
 Half of the attention is dropped, its FFNs are one. Both starts learn from the same batches in the same order, by
 `recover`: KL to the intact model, all weights, at two learning rates, as the better start wants the lower one.
-Measured on held-out text. Each run is kept in .fxfusion_results, so what was stopped goes on. Source: issue 6.
+Measured on held-out text. Each run is kept in .fxfusion_results, so what was stopped goes on. The section of
+docs/results.md is bench/pages/recovery_training.md.j2. Source: issue 6.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from bench.choosing import CACHE, numbers
 from bench.record import record
 from bench.recovery import TOKENS_PER_BATCH, Cells, Study, half_run, plan_of, say
-from bench.recovery_training_page import write_section
-from bench.reference.load import calibration_batches
+from bench.reference import calibration_batches
+from bench.show import DOCS, Columns, Row, draw_lines, new_figure, put_section, render, save
 from fxfusion import evaluate, fuse, recover, refit
 from fxfusion.recovery.distil import Step
 from fxfusion.recovery.recover import RECORD
@@ -72,6 +75,52 @@ def trained(study: Study, name: str, rate: float, steps: int, batches: int, cach
     }
 
 
+TABLE: Columns = {
+    "start": "start",
+    "largest learning rate": lambda row: f"{row['learning_rate']:g}",
+    "loss before": "before.loss_increase",
+    "loss after": "after.loss_increase",
+    "KL before": "before.kl",
+    "KL after": "after.kl",
+    "seconds to have it": lambda row: f"{row['seconds_start']:.0f}",
+    "seconds of training": lambda row: f"{row['seconds']:.0f}",
+}
+
+
+def write_section(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
+    """Write the section and its plot."""
+    plot_curves(results["rows"], folder / "figures" / "recovery_training.svg")
+    text = render("recovery_training.md.j2", globals() | {"results": results, **results})
+    return put_section(folder / "results.md", "recovery training", text)
+
+
+def worth(raw: Row, refitted: Row) -> str:
+    """What the refit is worth in steps."""
+    goal, steps = refitted["validation_before"], len(raw["curve"])
+    reached = [row["step"] for row in raw["curve"] if row["validation"] is not None and row["validation"] <= goal]
+    found = f"{reached[0]} steps come" if reached else f"{steps} steps do not come"
+    return f"From the raw start, {found} to where the refit begins"
+
+
+def best_of(rows: Sequence[Row], start: str) -> Row:
+    """The run from a start that came to the least KL on the text for validation."""
+    return min((row for row in rows if row["start"] == start), key=lambda row: min(kl for _, kl in measured(row)))
+
+
+def plot_curves(rows: Sequence[Row], path: Path) -> None:
+    figure, axes = new_figure(x="steps", y="KL on the text for validation [nats per token]")
+    draw_lines(axes, {f"{row['start']} start, {row['learning_rate']:g}": measured(row) for row in rows})
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    save(figure, path)
+
+
+def measured(row: Row) -> list[tuple[float, float]]:
+    """The start and every measurement on the text for validation: (step, KL)."""
+    later = [(float(one["step"]), float(one["validation"])) for one in row["curve"] if one["validation"] is not None]
+    return [(0.0, float(row["validation_before"])), *later]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help=f"of {_BATCH} x {_SEQ} tokens")
@@ -81,11 +130,10 @@ def main() -> None:
     study = Study(options.calibration, options.heldout)
     folder = CACHE / f"recovery_training_{options.steps}_{options.calibration}"
     cells = Cells(folder / "cells.json")
-
-    def make(name: str, rate: float) -> Callable[[], dict[str, Any]]:
-        return lambda: trained(study, name, rate, options.steps, options.calibration, folder / f"{name}_{rate:g}")
-
-    rows = [cells.get(f"{name} start, rate {rate:g}", make(name, rate)) for name in STARTS for rate in RATES]
+    rows = []
+    for name, rate in product(STARTS, RATES):
+        make = partial(trained, study, name, rate, options.steps, options.calibration, folder / f"{name}_{rate:g}")
+        rows.append(cells.get(f"{name} start, rate {rate:g}", make))
     dropped, groups = half_run(study)
     step = _BATCH * _SEQ
     text = {"tokens_per_step": step, "validation": _DECIDES * step, "refit": options.calibration * TOKENS_PER_BATCH}

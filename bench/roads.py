@@ -5,34 +5,48 @@
     python -m bench.roads --second O                                                 (checks with it, too)
 
 Windows are chosen on calibration text; every loss is measured on held-out text, against the intact model on the same
-tokens, as it is and after a refit. Writes bench/results/roads.json, a section of docs/results.md, docs/figures/.
-Measurements are kept in .fxfusion_results. Source: issue 7; arXiv 2503.18908, appendix B and table 7.
+tokens, as it is and after a refit. Writes bench/results/roads.json, a section of docs/results.md
+(bench/pages/roads.md.j2, whose sentences that compare are made from the numbers), docs/figures/. Measurements are kept
+in .fxfusion_results. Source: issue 7; arXiv 2503.18908, appendix B (the greedy pick of windows) and table 7.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.record import RESULTS, Record
-from bench.reference.load import MODEL_FOLDER, calibration_batches, heldout_batches, load_model
-from bench.roads_page import write_page
-from bench.timing import measure, median
-from bench.whole_blocks import parallel_blocks, pick_windows
+from bench.choosing import CACHE, numbers, say
+from bench.record import RESULTS, Interval, Record, measure, median
+from bench.reference import MODEL_FOLDER, calibration_batches, heldout_batches, load_model
+from bench.show import (
+    DOCS,
+    Columns,
+    Point,
+    Row,
+    columns,
+    draw_lines,
+    fine_cell,
+    new_figure,
+    put_section,
+    render,
+    save,
+    span,
+)
 from fxfusion import fuse
 from fxfusion.analysis.batches import Batch
 from fxfusion.analysis.dependency import dependency_matrix
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.quality import Quality, evaluate
+from fxfusion.analysis.quality import evaluate
 from fxfusion.cost.layer_table import LayerTable
 from fxfusion.errors import PlanError
+from fxfusion.models.fingerprint import decoder_layers
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.roads.after_refit import RefitMeter
 from fxfusion.planning.roads.price import Price, depth_price, predicted_latency
@@ -40,12 +54,10 @@ from fxfusion.planning.roads.screen import Screen
 from fxfusion.planning.roads.search import RoadSearch
 from fxfusion.planning.roads.segment import ROADS, Road
 
-CACHE = Path(".fxfusion_results")
 DEPTHS = (10, 9, 8, 7, 6)
 REFITTED_DEPTHS = (9, 8, 7)  # a refit takes far longer than a measurement
 BIG = "llama-3.3-70b"  # whose layers are taken for predicted latency: as many of them as the model has
 SAVED = (0.03, 0.06, 0.1)  # of the intact model's predicted latency
-say = Console(stderr=True).print
 
 
 class Study:
@@ -91,18 +103,11 @@ class Study:
         return table.model_copy(update={"layers": table.layers[: self.judge.ffns], "fused_slots": {}})
 
 
-def numbers(quality: Quality) -> dict[str, Any]:
-    return {name: getattr(quality, name).to_dict() for name in ("loss_increase", "perplexity", "kl", "top1")}
-
-
 def fronts(study: Study) -> dict[str, Any]:
     """For each road and all together, the plan chosen at each FFN depth."""
     found: dict[str, list[dict[str, Any]]] = {}
     searches = all_searches(study, depth_price(study.judge.ffns))
-    for name, search in searches.items():
-        if name == "mixed":
-            for road in ROADS:
-                search.found.update(searches[road].found)
+    for name, search in in_turn(searches):
         for depth in DEPTHS:
             say(f"  {name}, {depth} FFNs", style="dim")
             try:
@@ -115,8 +120,17 @@ def fronts(study: Study) -> dict[str, Any]:
 
 
 def all_searches(study: Study, price: Price) -> dict[str, RoadSearch]:
-    """One for each road, and one for several; that comes last, and is told what the others tried."""
+    """One for each road, and one for several."""
     return {**{road: study.search((road,), price) for road in ROADS}, "mixed": study.search(ROADS, price)}
+
+
+def in_turn(searches: Mapping[str, RoadSearch]) -> Iterator[tuple[str, RoadSearch]]:
+    """The one for several roads comes last, and is told what the others tried."""
+    for name, search in searches.items():
+        if name == "mixed":
+            for road in ROADS:
+                search.found.update(searches[road].found)
+        yield name, search
 
 
 def equal_latency(study: Study, tp: int = 8) -> list[dict[str, Any]]:
@@ -128,10 +142,7 @@ def equal_latency(study: Study, tp: int = 8) -> list[dict[str, Any]]:
     for saved in SAVED:
         most = intact * (1 - saved)
         row: dict[str, Any] = {"saved": saved, "most_ms": most}
-        for name, search in searches.items():
-            if name == "mixed":
-                for road in ROADS:
-                    search.found.update(searches[road].found)
+        for name, search in in_turn(searches):
             row[name] = attempt(study, search, most)
         rows.append(row)
     return rows
@@ -213,6 +224,247 @@ def one_token(model: Any, ids: Tensor) -> Callable[[], Any]:
             return model(input_ids=ids, use_cache=False).logits
 
     return call
+
+
+# --- whole blocks in parallel --------------------------------------------------------------------------
+
+
+def pick_windows(dependency: Tensor, size: int) -> list[tuple[int, ...]]:
+    """Disjoint windows of `size` blocks, the most independent first: least `M_max`, then least `M_sum`, over the
+    entries between its blocks (`dependency[i, j]`: how much block j changes without block i)."""
+    count = len(dependency)
+    windows = [tuple(range(first, first + size)) for first in range(count - size + 1)]
+
+    def rank(window: tuple[int, ...]) -> tuple[float, float]:
+        inside = dependency[window[0] : window[-1] + 1, window[0] : window[-1] + 1].triu(1)
+        return float(inside.max()), float(inside.sum())
+
+    chosen: list[tuple[int, ...]] = []
+    for window in sorted(windows, key=rank):
+        if not any(set(window) & set(other) for other in chosen):
+            chosen.append(window)
+    return chosen
+
+
+class _Parallel(nn.Module):
+    """Decoder layers that all read the first one's input."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        total = hidden
+        for block in self.blocks:
+            found = block(hidden, *args, **kwargs)
+            total = total + (found if isinstance(found, Tensor) else found[0]) - hidden
+        return total
+
+
+class _Nothing(nn.Module):
+    """Stands where a layer went into a window: numbers of layers stay."""
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+
+def parallel_blocks(model: nn.Module, windows: Sequence[Sequence[int]]) -> Callable[[Tensor], Tensor]:
+    """Logits of the model with windows of whole blocks in parallel, in eager PyTorch. The model stays as it is."""
+    memo = {id(weight): weight for weight in [*model.parameters(), *model.buffers()]}
+    turned = copy.deepcopy(model, memo)
+    layers = decoder_layers(turned)[1]
+    for window in windows:
+        blocks = [layers[layer] for layer in window]
+        for layer in window:
+            layers[layer] = _Nothing()
+        layers[window[0]] = _Parallel(blocks)
+
+    def logits(input_ids: Tensor) -> Tensor:
+        found: Tensor = turned(input_ids=input_ids, use_cache=False).logits
+        return found
+
+    return logits
+
+
+# --- the section of docs/results.md -------------------------------------------------------------------
+
+BOUNDS = {7: 0.015, 9: 0.005}  # nats after refit at these FFN depths, which issue 7 asks for
+
+
+def plan_words(row: Row | None) -> str:
+    """`2-3 hoist; 5-8; without attention 6`"""
+    if row is None:
+        return "-"
+    words = []
+    for group in row["plan"]["groups"]:
+        members = group["members"] if isinstance(group, Mapping) else group
+        words.append(f"{members[0]}-{members[-1]}" + (f" {group['mixers']}" if isinstance(group, Mapping) else ""))
+    if row["plan"]["dropped"]:
+        words.append(f"no attention in {', '.join(map(str, row['plan']['dropped']))}")
+    return "; ".join(words) or "-"
+
+
+def loss(row: Row | None, kind: str = "refitted") -> float:
+    """Loss above the intact model [nats per token]; not a number where it was not measured."""
+    found = None if row is None else row[kind]
+    return float("nan") if found is None else float(found["loss_increase"]["value"])
+
+
+def _loss(kind: str, *path: str) -> Callable[[Any], str]:
+    """A cell: the loss of the plan at `path` of a row."""
+
+    def shown(row: Any) -> str:
+        for step in (*path, kind):
+            row = None if row is None else row[step]
+        return "-" if row is None else fine_cell(row["loss_increase"])
+
+    return shown
+
+
+SECOND: Columns = {
+    "FFNs left": lambda row: f"{row['depth']:.0f}",
+    "windows": plan_words,
+    "loss as it is": _loss("as_is"),
+    "loss after refit": _loss("refitted"),
+}
+LATENCY: Columns = {
+    "saved": lambda row: f"{row['saved']:.0%}",
+    "ms": lambda row: f"{row['most_ms']:.3f}",
+    **{road: _loss("refitted", road) for road in ("drop", "hoist", "wide", "mixed")},
+    "the mixed plan": lambda row: plan_words(row["mixed"]),
+}
+CPU: Columns = {
+    "model": "name",
+    "ms": lambda one: f"{one['milliseconds']:.2f}",
+    "times faster": lambda one: f"{one['intact_over_it']:.2f}x",
+    "loss after refit": lambda one: f"{one['loss']:+.4f}" if "loss" in one else "-",
+}
+BLOCKS: Columns = {
+    "windows": lambda row: "; ".join(span(window) for window in row["windows"]),
+    **{form: (lambda row, form=form: fine_cell(row[form]["loss_increase"])) for form in ("block", "wide", "hoist")},
+}
+
+
+def write_page(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
+    """Write the section and its plots."""
+    figures = folder / "figures"
+    plot_fronts(results["fronts"], figures)
+    if "cpu_latency" in results:
+        plot_cpu(results["cpu_latency"], figures / "roads_cpu.svg")
+    if "positions" in results:
+        plot_positions(results["positions"], figures / "roads_positions.svg")
+    parts = dict.fromkeys(("equal_latency", "cpu_latency", "positions", "whole_blocks", "second"))
+    return put_section(folder / "results.md", "roads", render("roads.md.j2", globals() | parts | dict(results)))
+
+
+def front_table(fronts: Mapping[str, Sequence[Row]]) -> str:
+    rows = [{"road": name, **row} for name, found in fronts.items() for row in found]
+    return columns(rows, {"road": "road", **dict(SECOND)})
+
+
+def reached(fronts: Mapping[str, Sequence[Row]]) -> str:
+    """The best road at each depth that is asked for, against what is asked."""
+    words = []
+    for depth, bound in BOUNDS.items():
+        tried = {name: at(found, depth) for name, found in fronts.items()}
+        values = {name: loss(row) for name, row in tried.items() if row is not None}
+        best = min(values, key=values.__getitem__)
+        verdict = "reached" if values[best] <= bound else "not reached"
+        words.append(f"12 -> {depth} FFNs at no more than +{bound}: {verdict}, {values[best]:+.4f} ({best})")
+    return "; ".join(words)
+
+
+def at(rows: Sequence[Row], depth: int) -> Row | None:
+    """The best row with at most so many FFNs."""
+    found = [row for row in rows if row["depth"] <= depth and row["refitted"] is not None]
+    return min(found, key=loss, default=None)
+
+
+def never_above(found: Sequence[Row]) -> str:
+    """In how many rows the mixed plan loses no more than the best road alone."""
+    pairs = [([loss(row[road]) for road in ROADS if row[road] is not None], row["mixed"]) for row in found]
+    compared = [loss(mixed) <= min(alone) for alone, mixed in pairs if alone and mixed is not None]
+    return f"{sum(compared)} of {len(compared)}"
+
+
+def cheapest(found: Sequence[Row]) -> str:
+    """The window of each road that costs least."""
+    words = []
+    for road in dict.fromkeys(one["road"] for one in found):
+        best = min((one for one in found if one["road"] == road), key=lambda one: one["cost"])
+        words.append(f"{road} {best['first']}-{best['first'] + best['size'] - 1}")
+    return ", ".join(words)
+
+
+def losses(found: Mapping[str, Any]) -> list[float]:
+    return [float(row["block"]["loss_increase"]["value"]) for row in found["rows"]]
+
+
+def last_order(found: Mapping[str, Any]) -> str:
+    last = found["rows"][-1]
+    return ", ".join(sorted(("block", "wide", "hoist"), key=lambda form: float(last[form]["loss_increase"]["value"])))
+
+
+def plot_fronts(fronts: Mapping[str, Sequence[Row]], folder: Path) -> None:
+    """Loss as it is and after a refit, against FFN depth and against predicted latency."""
+    axes_of = {
+        "depth": ("FFNs one behind the other", lambda row: float(row["depth"])),
+        "tp1": ("predicted ms for a token, one H100", lambda row: float(row["predicted_ms"]["tp1"])),
+        "tp8": ("predicted ms for a token, eight H100", lambda row: float(row["predicted_ms"]["tp8"])),
+    }
+    for name, (label, x) in axes_of.items():
+        figure, axes = new_figure(x=label, y="loss above intact [nats per token]")
+        for kind, style in (("as_is", "--"), ("refitted", "-")):
+            series: dict[str, list[Point]] = {}
+            for road, rows in fronts.items():
+                points = [(x(row), Interval(**row[kind]["loss_increase"])) for row in rows if row[kind] is not None]
+                if points:
+                    label = f"{road}, refitted" if kind == "refitted" else road
+                    series[label] = sorted(points, key=lambda point: point[0])
+            before = len(axes.containers)
+            draw_lines(axes, series)
+            for label, container in zip(series, axes.containers[before:], strict=True):
+                for part in (container[0], *container[1], *container[2]):
+                    part.set_color(f"C{list(fronts).index(label.removesuffix(', refitted'))}")
+                container[0].set_linestyle(style)
+        axes.set_yscale("symlog", linthresh=0.01)
+        axes.legend(fontsize="x-small", ncols=2)
+        save(figure, folder / f"roads_{name}.svg")
+
+
+def plot_positions(found: Sequence[Row], path: Path) -> None:
+    """A heat map for each road: first layer by size; white: not measured."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    roads = list(dict.fromkeys(one["road"] for one in found))
+    firsts, sizes = max(one["first"] for one in found) + 1, max(one["size"] for one in found)
+    figure = Figure(figsize=(4.2 * len(roads), 3.0), layout="constrained")
+    grid = figure.subplots(1, len(roads), squeeze=False)[0]
+    for axes, road in zip(grid, roads, strict=True):
+        values = torch.full((sizes - 1, firsts), float("nan"))
+        for one in found:
+            if one["road"] == road:
+                values[one["size"] - 2, one["first"]] = max(one["cost"], 1e-4)
+        image = axes.imshow(values.numpy(), norm=LogNorm(1e-4, 1.0), cmap="viridis", origin="lower", aspect="auto")
+        axes.set_title(road, fontsize="small")
+        axes.set_xlabel("first layer")
+        axes.set_ylabel("layers")
+        axes.set_xticks(range(firsts))
+        axes.set_yticks(range(sizes - 1), range(2, sizes + 1))
+    figure.colorbar(image, ax=list(grid), label="loss above intact [nats]")
+    save(figure, path)
+
+
+def plot_cpu(found: Sequence[Row], path: Path) -> None:
+    figure, axes = new_figure(x="ms for one token on this CPU", y="loss after refit [nats per token]", size=(6.0, 4.0))
+    for one in found:
+        loss = 0.0 if one["name"] == "intact" else one.get("loss")
+        if loss is not None:
+            place = (one["milliseconds"], loss)
+            axes.plot(*place, "o", ms=5)
+            axes.annotate(one["name"], place, fontsize="x-small", xytext=(4, 3), textcoords="offset points")
+    save(figure, path)
 
 
 def main() -> None:

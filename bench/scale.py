@@ -13,16 +13,15 @@ Goals (issues 4 and 5): whole under 60 s and 4 GB each; growth linear in layers;
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.budget import Session
-from bench.record import Measurement
-from bench.tables import bytes_, seconds, table
+from bench.record import Measurement, Session, arguments
+from bench.show import bytes_, seconds, table
 
 WHOLE = ("llama-3.1-405b", "nemotron-super-49b")
 LAYERS = (16, 32, 64, 128, 256)
@@ -161,19 +160,17 @@ _STEPS = ("capture", "fxfusion", "dry-run export", "all", "unfused", "fused")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=200.0)
+    parser = arguments(__doc__, seconds=200.0)
     parser.add_argument("--layers", type=int, nargs="*", default=list(LAYERS))
     parser.add_argument("--repeats", type=int, default=1, help="processes for each number of layers")
-    parser.add_argument("--continue", dest="go_on", action="store_true", help="keep what an earlier run measured")
     chosen = parser.parse_args()
     with Session("scale", seconds=chosen.seconds, fresh=not chosen.go_on) as session:
         session.predictions = PREDICTIONS
         for name in WHOLE:
-            session.do({"what": "whole", "model": name}, lambda name=name: whole(name), needs=60.0)
+            session.do({"what": "whole", "model": name}, partial(whole, name), needs=60.0)
         session.do({"what": "compile", "layers": 16}, lambda: compile_time(2), needs=50.0)
         for layers in chosen.layers:
-            run = lambda layers=layers: growth(layers, chosen.repeats)  # noqa: E731
+            run = partial(growth, layers, chosen.repeats)
             session.do({"what": "growth", "layers": layers}, run, needs=10 + layers / 4)
     print(show(session.measurements))
 

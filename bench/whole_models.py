@@ -1,37 +1,49 @@
 """Whole decoders, reading a prompt and writing token by token: unfused, fused by the backend, fused by surgery.
 
-    python -m bench.whole_models [--seconds 170] [--rounds 8] [--continue]
+    python -m bench.whole_models [--seconds 330] [--rounds 8] [--continue]
+    python -m bench.whole_models --windows       models that keep all attention: bench/results/window_speed.json
+    python -m bench.whole_models --windows --quick       tiny shapes: does it run? nothing is recorded
 
 All forms lack the same attentions, so what is compared is fusing alone. Decoding uses a static cache, and CUDA graphs
 on a GPU. Random weights, but for the reference model; the vocabulary of the large shapes is cut to 32,000.
+
+Windows: a decoder of 8 layers that keeps all its attention, with windows of 2 and of 4 layers: intact, hoisted, wide.
+Decoding one token with a static cache and reading a prompt of 128, float32 and bfloat16, on one thread; random weights.
+The second compile of the intact model is the control. What the windowed forms give is compared, before they are timed,
+with the same layers rearranged by hand and run in eager. What windows cost in quality is no matter here (issue 7).
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fxfusion
-from bench.budget import Session
-from bench.chains import compiled, with_random_weights
-from bench.limits import Limits, measure_limits
-from bench.record import Measurement, Scalar
-from bench.tables import bytes_, seconds, table, times
-from bench.timing import measure
+from bench.grid import Limits, compiled, measure_limits, with_random_weights
+from bench.record import Measurement, Scalar, Session, arguments, measure
+from bench.show import bytes_, ratio_table, seconds, table, times
+from fxfusion import FusionPlan, last_reports
 
 STEPS = 64  # decoded before the cache is wound back to the prompt's end
 PAIRS = [("unfused", "fused"), ("unfused", "surgery"), ("unfused", "unfused again")]
 PREDICTIONS = {"decode": "ratios near 1 on a CPU, where weights are read no faster; compile time falls with the layers"}
+CONTROL = ("intact", "intact again")
+WINDOW_PREDICTIONS = {
+    "CPU": "1.00x to 1.05x in float32, where weights bound the time; 1.1x to 1.25x in bfloat16, whose wide weights are "
+    "kept in oneDNN's layout; wide 1 to 3 % above hoisted (one projection in and out of attention)",
+    "GPU, decoding": "hoisted 1.05x to 1.15x, wide 1.1x to 1.25x: fewer and larger kernels",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,8 @@ SIZES = {
     "1B": Size("1B", 2048, 8192, 16, 32, 8),
     "8B": Size("8B", 4096, 14336, 32, 32, 8),
     "70B, 16 layers": Size("70B, 16 layers", 8192, 28672, 16, 64, 8),
+    "8 layers": Size("8 layers", 1024, 2816, 8, 16, 4, vocabulary=4096),
+    "8B, 8 layers": Size("8B, 8 layers", 4096, 14336, 8, 32, 8),
     "small": Size("small", 64, 96, 6, 4, 2, vocabulary=64),
 }
 
@@ -151,9 +165,9 @@ class Pair:
 
     @classmethod
     def reference(cls) -> Pair:
-        from bench.reference.load import load_model
+        from bench.reference import load_model
 
-        plan = {"dropped_attention": [1, 4, 6, 10, 11], "groups": [[3, 4], [5, 6], [9, 10, 11]]}  # as bench.assisted
+        plan = {"dropped_attention": [1, 4, 6, 10, 11], "groups": [[3, 4], [5, 6], [9, 10, 11]]}  # as bench.whole_path
         return cls.of(fxfusion.drop_attention(load_model(), plan["dropped_attention"]), plan)
 
 
@@ -249,31 +263,173 @@ def show(measurements: list[Measurement]) -> str:
     return table(rows, [*heads, *compile_heads, "memory more, fused"])
 
 
+# --- windows of layers ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WindowCase:
+    """A case of a model, with windows of so many layers; each number is a candidate hoisted, and one wide."""
+
+    case: Case
+    lengths: tuple[int, ...]
+
+    @property
+    def place(self) -> dict[str, str | int]:
+        return {**self.case.place, "windows": ", ".join(map(str, self.lengths))}
+
+    @property
+    def ratios(self) -> list[tuple[str, str]]:
+        names = [f"{mixers} {length}" for length in self.lengths for mixers in ("hoist", "wide")]
+        return [*(("intact", name) for name in names), CONTROL]
+
+
+class ByHand(nn.Module):
+    """The layers of a window in eager: their attentions, then the sum of their FFNs."""
+
+    def __init__(self, layers: Sequence[Any], wide: bool) -> None:
+        super().__init__()
+        self.layers, self.wide = nn.ModuleList(layers), wide
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
+        layers: Any = self.layers
+        x = entry = hidden_states
+        for layer in layers:
+            read = layer.input_layernorm(entry if self.wide else x)
+            x = x + layer.self_attn(hidden_states=read, **given)[0]
+        total = x
+        for layer in layers:
+            total = total + layer.mlp(layer.post_attention_layernorm(x))
+        return total
+
+
+@contextmanager
+def rearranged(model: Any, windows: Sequence[Sequence[int]], wide: bool) -> Iterator[None]:
+    """The model computes its windows by hand inside. Not to be compiled: afterwards its layers are as they were."""
+    layers = model.model.layers
+    model.model.layers = nn.ModuleList(ByHand([layers[number] for number in window], wide) for window in windows)
+    try:
+        yield
+    finally:
+        model.model.layers = layers
+
+
+def windows_of(model: Any, length: int) -> list[list[int]]:
+    """All layers, window by window; the last one may be shorter."""
+    count = len(model.model.layers)
+    return [list(range(first, min(first + length, count))) for first in range(0, count, length)]
+
+
+def measure_windows(
+    of: WindowCase, model: Any, modes: Sequence[str], *, rounds: int, threads: int, sample_seconds: float = 0.02
+) -> Measurement:
+    """All forms of one case, interleaved. Raises `RuntimeError` where one computes something else than it is called."""
+    torch._dynamo.reset()
+    mode = modes[-1] if modes else "default"
+    phase = {"prefill": prefill, "decode": decode}[of.case.phase]
+    with torch.no_grad():
+        wanted = {name: _by_hand(of.case, phase, model, name) for _, name in of.ratios}
+        runs: dict[str, Callable[[], Tensor]] = {"intact": phase(model, of.case, lambda f: compiled(f, mode))}
+        for _, name in of.ratios:
+            runs[name] = phase(model, of.case, lambda f, name=name: _compiled(f, mode, model, name))
+            _check(of, name, runs[name](), wanted[name], model)
+        samples = measure(runs, rounds=rounds, threads=threads, sample_seconds=sample_seconds)
+    return Measurement.of(of.place, samples, of.ratios)
+
+
+def _plan(model: Any, name: str) -> FusionPlan | None:
+    """The plan of a candidate such as `hoist 2`; None: as it is."""
+    mixers, _, length = name.partition(" ")
+    if mixers == "intact":
+        return None
+    return FusionPlan(groups=[{"members": window, "mixers": mixers} for window in windows_of(model, int(length))])
+
+
+def _compiled(run: Callable[..., Any], mode: str, model: Any, name: str) -> Callable[..., Any]:
+    plan = _plan(model, name)
+    return compiled(run, mode) if plan is None else compiled(run, mode, fused=True, plan=plan)
+
+
+def _by_hand(case: Case, phase: Callable[..., Callable[[], Tensor]], model: Any, name: str) -> Tensor:
+    """Logits of a form in eager."""
+    plan = _plan(model, name)
+    if plan is None:
+        return phase(model, case, lambda f: f)().float()
+    windows = [[int(member) for member in group] for group in plan.groups]
+    with rearranged(model, windows, wide=name.startswith("wide")):
+        return phase(model, case, lambda f: f)().float()
+
+
+def _check(of: WindowCase, name: str, found: Tensor, wanted: Tensor, model: Any) -> None:
+    limit = 0.05 if of.case.dtype == torch.bfloat16 else 1e-3
+    error = float((found.float() - wanted).norm() / wanted.norm())
+    if not error <= limit:
+        raise RuntimeError(f"{of.place}: the logits of {name} are off by {error:.2g}, allowed {limit}")
+    plan = _plan(model, name)
+    if plan is not None and len(last_reports()[-1].groups) != len(plan.groups):
+        raise RuntimeError(f"{of.place}: {name} has {len(last_reports()[-1].groups)} groups of {len(plan.groups)}")
+
+
+def cases(small: bool) -> Iterator[WindowCase]:
+    """Most important first."""
+    name, lengths = ("small", (2,)) if small else ("8 layers", (2, 4))
+    for phase, tokens in (("decode", 8 if small else 64), ("prefill", 16 if small else 128)):
+        for dtype in (torch.bfloat16, torch.float32):
+            yield WindowCase(Case(name, phase, tokens, dtype), lengths)
+
+
+def window_columns(found: Sequence[Measurement]) -> list[tuple[str, str]]:
+    """Headings: how many times as fast as the intact model."""
+    names = dict.fromkeys(name for one in found for name in one.ratios)
+    shown: Mapping[str, str] = {"/".join(CONTROL): "A/A"}
+    return [(name, shown.get(name) or name.partition("/")[2]) for name in names]
+
+
+# --- the command ---------------------------------------------------------------------------------------
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=170.0)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--continue", dest="go_on", action="store_true", help="keep the cases of an earlier run")
+    parser = arguments(__doc__, seconds=330.0)
+    parser.add_argument("--windows", action="store_true", help="models that keep all their attention")
+    parser.add_argument("--quick", action="store_true", help="with --windows: tiny shapes, nothing recorded")
+    parser.add_argument("--rounds", type=int, help="default: 8, of windows 12")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    with Session("whole_models", seconds=chosen.seconds, fresh=not chosen.go_on) as session:
+    if chosen.windows and chosen.quick:
+        found = [_windows_on_the_cpu(of, 3) for of in cases(small=True)]
+        print(ratio_table(found, window_columns(found)))
+        return
+    name = "window_speed" if chosen.windows else "whole_models"
+    with Session(name, seconds=chosen.seconds, fresh=not chosen.go_on) as session:
+        if chosen.windows:
+            session.predictions = WINDOW_PREDICTIONS
+            for of in cases(small=False):
+                session.do(of.place, partial(_windows_on_the_cpu, of, chosen.rounds or 12), needs=75.0)
+            print(ratio_table(session.measurements, window_columns(session.measurements)))
+            return
         limits = measure_limits("cpu")
         session.results["limits"] = limits.to_dict()
         session.predictions = PREDICTIONS
-        for name, phase, tokens, needs in (
-            ("1B", "decode", 32, 90.0),
-            ("reference", "decode", 64, 70.0),
-            ("reference", "prefill", 256, 70.0),
-            ("1B", "prefill", 32, 90.0),
-        ):
-            case = Case(name, phase, tokens, torch.float32 if name == "reference" else torch.bfloat16)
-            session.do(case.place, lambda case=case: _on_the_cpu(case, limits, chosen.rounds), needs=needs)
-    print(show(session.measurements))
+        for case, needs in ON_THE_CPU:
+            session.do(case.place, partial(_on_the_cpu, case, limits, chosen.rounds or 8), needs=needs)
+        print(show(session.measurements))
+
+
+# Most important first, and the seconds that each needs.
+ON_THE_CPU = (
+    (Case("1B", "decode", 32, torch.bfloat16), 90.0),
+    (Case("reference", "decode", 64, torch.float32), 70.0),
+    (Case("reference", "prefill", 256, torch.float32), 70.0),
+    (Case("1B", "prefill", 32, torch.bfloat16), 90.0),
+)
 
 
 def _on_the_cpu(case: Case, limits: Limits, rounds: int) -> Measurement:
     pair = Pair.reference() if case.model == "reference" else Pair.sized(case.model, case.dtype, "cpu")
     return measure_case(case, pair, limits, "default", rounds=rounds, threads=1)
+
+
+def _windows_on_the_cpu(of: WindowCase, rounds: int) -> Measurement:
+    return measure_windows(of, SIZES[of.case.model].intact(of.case.dtype, "cpu"), (), rounds=rounds, threads=1)
 
 
 if __name__ == "__main__":

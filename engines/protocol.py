@@ -5,7 +5,7 @@
 REQUEST.json is {"prompts": [...], "new_tokens": N, "options": {...}}. For each folder writes ANSWERS/NAME.json with
 "prompt_ids", "tokens" (greedy), "text", where there are any "logprobs" (of those tokens), and facts of the engine;
 and, where the engine shows them, ANSWERS/NAME.safetensors with the logits "0", "1", ... of the prompts, float32
-[prompt and new tokens, vocabulary]. `bench/engine_folders.py` reads both.
+[prompt and new tokens, vocabulary]. `bench/engines.py` reads both.
 """
 
 import json

@@ -13,24 +13,42 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerFast
 
-from bench.reference.architecture import SHAPES, build_model
-from bench.reference.data import Corpus, TokenIds, blocks, load_corpus
-from bench.reference.export import export
-from bench.reference.muon import Muon
+from bench.reference import (
+    CALIBRATION_FILE,
+    END_OF_TEXT,
+    HELD_OUT_FILE,
+    SHAPES,
+    Corpus,
+    TokenIds,
+    blocks,
+    build_model,
+    heldout_batches,
+    load_corpus,
+    load_model,
+)
+from fxfusion.analysis.quality import Quality, evaluate
 
 HERE = Path(__file__).parent
 SEQUENCE, BATCH = 256, 8
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the odd polynomial that drives singular values towards 1
+_ITERATIONS = 5
 HELD_OUT_BLOCKS = 32  # for the loss logged while training; the export measures on far more
 
 
@@ -55,6 +73,55 @@ class Recipe:
         progress = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
         return self.learning_rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Newton-Schulz: about the nearest (semi-)orthogonal matrix to each of `[n, rows, columns]`."""
+    a, b, c = _COEFFICIENTS
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x: Tensor = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide is matrices else x.mT
+
+
+class Muon(Optimizer):
+    """Muon: momentum SGD (Nesterov) with orthogonal updates and decoupled weight decay, for matrices of hidden layers.
+
+    Why not AdamW alone: in one run of each on the reference model (2,048 tokens a step; peak rates 3e-3 and 2e-3,
+    neither tuned) 200 steps of Muon reached the held-out loss of 400 steps of AdamW, 4.58 to 4.57, at about 1.35 times
+    the time a step. `torch.optim.Muon` goes one matrix at a time and in bfloat16, which some processors only emulate.
+
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; the scale of the update is that of
+    arXiv 2502.16982, so that learning rates and weight decays of AdamW fit.
+    """
+
+    def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters; those of one shape go together, which is far faster for small matrices."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    shapes.setdefault(weight.shape, []).append(weight)
+            for shape, weights in shapes.items():
+                updates = orthogonalise(torch.stack([self._average(w, group["momentum"]) for w in weights]))
+                # An orthogonal matrix has entries of rms max(shape) ** -0.5; updates of AdamW have about 0.2.
+                scale = -group["lr"] * 0.2 * max(shape) ** 0.5
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, list(updates.unbind()), alpha=scale)
+
+    def _average(self, weight: Tensor, momentum: float) -> Tensor:
+        state, gradient = self.state[weight], weight.grad
+        assert gradient is not None
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(weight)
+        average: Tensor = state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(average, momentum)
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -203,6 +270,99 @@ def train(trainer: Trainer, stop_after: int, log_every: int, evaluate_every: int
             if step % save_every == 0 or final:
                 trainer.save()
             update(step, text)
+
+
+# --- the trained model, its tokenizer and the token ids for measurements -------------------------------
+
+BLOCK, BLOCKS = 1024, 192  # 196,608 tokens each for measuring and for calibration: 0.8 MB as uint16 together
+
+README = """\
+# The reference model
+
+{title}: {parameters:,}
+parameters, stored as bfloat16. Trained on the `.py` files of the Python {python} standard library (tests
+included) with a byte-level BPE of 4,096 tokens. Files whose path hashes into 8 of 100 buckets are held out:
+neither model nor tokenizer saw them.
+
+Trained by `python -m bench.reference.train`: {steps:,} steps of 8 x 256 tokens in {minutes:.0f} minutes
+(Muon and AdamW, peak learning rate {learning_rate:g}, cosine after {warmup} warm-up steps, {precision}).
+{schedule}
+`training_log.jsonl` has the losses on the way.
+
+Held-out perplexity of these weights: **{perplexity:.2f}**, 95 % interval {low:.2f} to {high:.2f}
+({loss:.3f} nats per token; `fxfusion.evaluate` in float32, {tokens:,} tokens in sequences of 256).
+
+`heldout_ids.safetensors` and `calibration_ids.safetensors` (`input_ids`, uint16 `[{blocks}, {block}]`) hold
+token ids of the held-out and of the training files. `bench.reference` has functions that load all of this.
+"""
+
+_TITLES = {
+    "llama": "A Llama of 12 layers, hidden 256, 4 heads (2 key-value heads), FFN 640, tied embeddings",
+    "gpt2": "A GPT-2 of 12 layers, hidden 128, 4 heads, FFN 512",
+}
+
+
+def export(work: Path, output: Path, corpus: Corpus) -> Quality:
+    """Write the checkpoint in `work` as a model to `output`; returns the held-out quality measured there.
+
+    FileNotFoundError when `work` holds no checkpoint.
+    """
+    state = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
+    model = build_model(seed=0, shape=state["recipe"].get("shape", "llama"))
+    model.load_state_dict(state["model"])
+    model.bfloat16()
+    model.save_pretrained(output)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=corpus.tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=BLOCK
+    )
+    tokenizer.save_pretrained(output)
+    _write_ids(output / HELD_OUT_FILE, corpus.held_out)
+    _write_ids(output / CALIBRATION_FILE, corpus.train)
+    shutil.copyfile(work / "log.jsonl", output / "training_log.jsonl")
+    quality = evaluate(load_model(folder=output), heldout_batches(folder=output), progress=True)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    (output / "README.md").write_text(_readme(state, parameters, quality))
+    print(json.dumps({"step": state["step"], **quality.to_dict()}))
+    return quality
+
+
+def _write_ids(file: Path, ids: TokenIds) -> None:
+    chosen = blocks(ids, BLOCK, seed=1)[:BLOCKS]
+    save_file({"input_ids": torch.from_numpy(chosen)}, file)
+
+
+def _readme(state: dict[str, Any], parameters: int, quality: Quality) -> str:
+    recipe = state["recipe"]
+    return README.format(
+        title=_TITLES[recipe.get("shape", "llama")],
+        parameters=parameters,
+        python=platform.python_version(),
+        steps=state["step"],
+        learning_rate=recipe["learning_rate"],
+        warmup=recipe["warmup"],
+        precision="bfloat16 autocast" if recipe["autocast"] else "float32",
+        minutes=state["seconds"] / 60,
+        schedule=_schedule(state["schedules"]),
+        perplexity=quality.perplexity,
+        low=quality.perplexity.low,
+        high=quality.perplexity.high,
+        tokens=quality.tokens,
+        loss=quality.loss,
+        blocks=BLOCKS,
+        block=BLOCK,
+    )
+
+
+def _schedule(schedules: list[list[int]]) -> str:
+    """The commands that repeat the run; more than one where the number of steps was changed on the way."""
+    commands = [
+        f"`--steps {steps} --stop-after {following}`"
+        for (_, steps), (following, _) in zip(schedules, schedules[1:], strict=False)
+    ]
+    return "Options to repeat it: " + ", then ".join([*commands, f"`--steps {schedules[-1][1]}`"]) + "."
+
+
+# --- the command ---------------------------------------------------------------------------------------
 
 
 def bfloat16_is_fast(device: str) -> bool:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fxfusion.analysis.quality import Quality, evaluate, record_logits
-from fxfusion.cli import evaluation_tables, timing
+from fxfusion.cli import evaluation_tables
 from fxfusion.cli.conversion import Format
 from fxfusion.cli.refit import write_refitted
 from fxfusion.cli.results_folder import PLAN, contents, digest
 from fxfusion.cli.road_planning import choose_plan, show
 from fxfusion.cli.session import Session
+from fxfusion.cost import interleaved
 from fxfusion.errors import OptionError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.recovery.refit import refit
@@ -94,12 +95,12 @@ def _speed(run: Session, fused: PreTrainedModel, batch: Tensor) -> dict[str, Any
         ids = batch[:1, :tokens].to(run.device)
         calls = {label: _call(model, ids) for label, model in (("intact", run.model), ("fused", fused))}
         with torch.no_grad():
-            samples = timing.sample({**calls, "control": calls["intact"]}, _ROUNDS, run.common.seed)
+            samples = interleaved.sample({**calls, "control": calls["intact"]}, _ROUNDS, run.common.seed)
         found[name] = {
             "tokens": tokens,
-            "milliseconds": {label: timing.median(samples[label]) * 1e3 for label in calls},
-            "faster": timing.ratio(samples["intact"], samples["fused"]).to_dict(),
-            "control": timing.ratio(samples["intact"], samples["control"]).to_dict(),
+            "milliseconds": {label: interleaved.median(samples[label]) * 1e3 for label in calls},
+            "faster": interleaved.ratio(samples["intact"], samples["fused"]).to_dict(),
+            "control": interleaved.ratio(samples["intact"], samples["control"]).to_dict(),
         }
     return found
 
@@ -118,8 +119,8 @@ def _show_speed(run: Session, found: dict[str, Any]) -> None:
         (
             f"{name} ({one['tokens']} tokens)" if one["tokens"] > 1 else name,
             *(f"{milliseconds:.2f}" for milliseconds in one["milliseconds"].values()),
-            str(timing.Ratio(**one["faster"])),
-            str(timing.Ratio(**one["control"])),
+            str(interleaved.Ratio(**one["faster"])),
+            str(interleaved.Ratio(**one["control"])),
         )
         for name, one in found.items()
     ]

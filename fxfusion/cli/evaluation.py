@@ -16,10 +16,11 @@ from fxfusion.analysis.generation import greedy_agreement
 from fxfusion.analysis.lm_eval import lm_eval_results
 from fxfusion.analysis.quality import evaluate, record_logits
 from fxfusion.backend import forget_reports, last_reports
-from fxfusion.cli import inputs, timing
+from fxfusion.cli import inputs
 from fxfusion.cli.planned import call_of, compiled, without_attention
 from fxfusion.cli.results_folder import COMPILED, QUALITY, contents, digest
 from fxfusion.cli.session import Session
+from fxfusion.cost import interleaved
 from fxfusion.errors import FxFusionError
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan.fusion_plan import FusionPlan
@@ -216,15 +217,15 @@ class Evaluation:
             intact = torch.compile(call_of(run.model), backend=self.compiler, dynamic=False)
             calls["intact"] = self._timed(intact, ids)
         with run.screen.busy(f"compiling and timing calls with {tokens} tokens"), torch.no_grad():
-            samples = timing.sample(calls, _ROUNDS, run.common.seed)
+            samples = interleaved.sample(calls, _ROUNDS, run.common.seed)
         ratios = {
-            name: timing.ratio(samples[name], samples["fused"]) for name in calls if name in ("unfused", "intact")
+            name: interleaved.ratio(samples[name], samples["fused"]) for name in calls if name in ("unfused", "intact")
         }
         return {
             "tokens": tokens,
-            "seconds": {name: timing.median(samples[name]) for name in calls},
+            "seconds": {name: interleaved.median(samples[name]) for name in calls},
             "fused_against": {name: ratio.to_dict() for name, ratio in ratios.items()},
-            "control": timing.ratio(samples["unfused"], samples["control"]).to_dict(),
+            "control": interleaved.ratio(samples["unfused"], samples["control"]).to_dict(),
         }
 
     def _timed(self, model: Callable[[Tensor], Any], ids: Tensor) -> Callable[[], None]:

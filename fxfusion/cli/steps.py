@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.backend import ffn_fusion, last_reports
-from fxfusion.cli import reference, surgery, timing
+from fxfusion.cli import reference, surgery
 from fxfusion.cli.screen import Screen
 from fxfusion.compiler.pipeline import explain as explain_model
+from fxfusion.cost import interleaved
 from fxfusion.models.drop_attention import drop_attention as drop
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.report import FusionReport
@@ -177,7 +178,7 @@ def measure_speed(subject: Subject, settings: Settings, screen: Screen) -> None:
         with screen.busy(f"compiling and timing calls of {tokens} token{'s' if tokens > 1 else ''}"):
             found = _time(subject, settings, tokens)
         subject.result.setdefault("speed", {})[name] = found
-        values = {key: timing.Ratio(**found[key]) for key in ("fused", "control")}
+        values = {key: interleaved.Ratio(**found[key]) for key in ("fused", "control")}
         milliseconds = [f"{found[key] * 1e3:.2f}" for key in ("unfused_seconds", "fused_seconds")]
         rows.append((f"{tokens} token{'s' if tokens > 1 else ''} a call", *milliseconds, *values.values()))
     screen.table(("", "unfused ms", "fused ms", "times faster [95 %]", "control [95 %]"), rows)
@@ -192,13 +193,13 @@ def _time(subject: Subject, settings: Settings, tokens: int) -> dict[str, Any]:
     # One function per shape and kind, so that all have the same guards to check before a call.
     unfused = torch.compile(call_of(subject.dropped), backend=settings.compiler, dynamic=False)
     calls = {"unfused": lambda: unfused(ids), "fused": lambda: fused(ids), "control": lambda: unfused(ids)}
-    samples = timing.sample(calls, settings.rounds)
+    samples = interleaved.sample(calls, settings.rounds)
     return {
         "tokens": tokens,
-        "unfused_seconds": timing.median(samples["unfused"]),
-        "fused_seconds": timing.median(samples["fused"]),
-        "fused": timing.ratio(samples["unfused"], samples["fused"]).to_dict(),
-        "control": timing.ratio(samples["unfused"], samples["control"]).to_dict(),
+        "unfused_seconds": interleaved.median(samples["unfused"]),
+        "fused_seconds": interleaved.median(samples["fused"]),
+        "fused": interleaved.ratio(samples["unfused"], samples["fused"]).to_dict(),
+        "control": interleaved.ratio(samples["unfused"], samples["control"]).to_dict(),
     }
 
 
@@ -219,7 +220,7 @@ def summarise(subject: Subject, screen: Screen) -> None:
         ("residual blocks in a row", f"{counts['blocks_before']} -> {counts['blocks_after']}"),
         ("rewrite exact", "yes" if result["exactness"]["passed"] else "NO"),
         ("perplexity, unfused -> fused", f"{shown(quality['attention_removed'])} -> {shown(quality['fused_fold'])}"),
-        *((f"speed, {name}", f"{timing.Ratio(**found['fused'])}") for name, found in result["speed"].items()),
+        *((f"speed, {name}", f"{interleaved.Ratio(**found['fused'])}") for name, found in result["speed"].items()),
     ]
     screen.table(("", ""), rows)
 

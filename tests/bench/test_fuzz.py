@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import fuzz, fuzz_compiled
-from bench.fuzz import check_with_effects, main, run_block
-from bench.fuzz_compiled import TRANSFORMS, WRITES, check_compiled
+from bench import fuzz
+from bench.fuzz import TRANSFORMS, WRITES, check_compiled, check_with_effects, main, run_block
 from bench.record import Record
 from fxfusion.testing import Effect, Ffn, Stack, StackSpec
 from fxfusion.testing.checks import relative_error
@@ -26,20 +25,20 @@ def test_every_write_changes_the_output_and_leaves_the_memory(name: str) -> None
     with torch.no_grad():
         before = model(x)[0]
         memory = {name: value.clone() for name, value in model.named_buffers()}
-        fuzz_compiled._apply(WRITES[name], model)
+        fuzz._apply(WRITES[name], model)
         assert all(torch.equal(value, memory[name]) for name, value in model.named_buffers())
         assert relative_error(model(x)[0], before) > 1e-3
 
 
 @pytest.mark.parametrize("name", sorted(WRITES))
 def test_every_write_is_seen_by_the_next_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_compiled, "WRITES", {name: WRITES[name], "another": WRITES["add_"]})
+    monkeypatch.setattr(fuzz, "WRITES", {name: WRITES[name], "another": WRITES["add_"]})
     assert check_compiled(WITH_MEMORY, 24) == 1
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
 def test_transforms_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_compiled, "TRANSFORMS", {name: TRANSFORMS[name]})
+    monkeypatch.setattr(fuzz, "TRANSFORMS", {name: TRANSFORMS[name]})
     assert check_compiled(PAIR, 24) == (0 if name == "vmap" else 1)
 
 

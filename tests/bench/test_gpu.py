@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from bench.gpu import Part, parts, summary
+from bench.grid import Cell
 from bench.record import Measurement, Record
-from bench.shapes import Cell
-from bench.tables import by_kind
-from bench.whole_models import Case
-from bench.window_speed import WindowCase
+from bench.show import by_kind
+from bench.whole_models import Case, WindowCase
 
 # What may not be needed: the machine with the GPU has torch, transformers, networkx, tabulate and pydantic.
 RUN = """

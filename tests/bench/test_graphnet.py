@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.graphnet import _crashed_again, analysed, empty, main, measure, without_mixers
-from bench.graphnet_checks import check_group
+from bench.graphnet import _crashed_again, analysed, check_group, empty, main, measure, without_mixers
 from bench.graphnet_samples import NotRebuilt, rebuild, samples
 from bench.record import Record
 
@@ -207,7 +206,7 @@ def test_a_group_whose_stream_is_read_elsewhere_is_false(tmp_path: Path) -> None
 
 
 def test_a_fused_form_that_is_not_the_parallel_form_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.graphnet_checks.Region.parallel", lambda self, values: self.sequential(values)[-1])
+    monkeypatch.setattr("bench.graphnet.Region.parallel", lambda self, values: self.sequential(values)[-1])
     found = empty()
     measure(sample(tmp_path, "chain", CHAIN), found, tmp_path)
     assert [one["why"][:6] for one in found["as it is"]["wrong"]] == ["off by"]

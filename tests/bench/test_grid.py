@@ -6,23 +6,28 @@ import pytest
 import torch
 from torch import nn
 
-from bench.chains import Chain, Concatenated, decoder, first_calls
-from bench.grid import pairs, shares
-from bench.limits import Limits, measure_limits
+from bench.grid import (
+    SHAPES,
+    SMALL,
+    Cell,
+    Chain,
+    Concatenated,
+    Limits,
+    decoder,
+    first_calls,
+    grid,
+    measure_limits,
+    pairs,
+    shares,
+)
 from bench.record import Measurement
-from bench.shapes import SHAPES, SMALL, Cell, grid
-from fxfusion.cost.layer_table import LayerTable
 
 
-def test_shapes_are_those_of_the_published_tables() -> None:
-    table = LayerTable.published("nemotron-super-49b")
-    run = SHAPES["Super-49B, run"]
-    assert run.hidden == table.hidden_size
-    assert list(run.widths) == [table.layers[layer].ffn_width for layer in range(53, 71)]
-    for name, part in (("llama-3.3-70b", "70B / 8"), ("llama-3.1-405b", "405B / 8")):
-        table = LayerTable.published(name)
-        assert SHAPES[part].widths == ((table.layers[0].ffn_width or 0) // 8,)
-        assert SHAPES[part].hidden == table.hidden_size
+def test_shapes_are_those_of_the_published_models() -> None:
+    assert (SHAPES["70B / 8"].hidden, SHAPES["70B / 8"].widths) == (8192, (3584,))
+    assert (SHAPES["405B / 8"].hidden, SHAPES["405B / 8"].widths) == (16384, (6656,))
+    run = SHAPES["Super-49B, run"].widths
+    assert len(run) == 18 and run[:4] == (7168, 5632, 5632, 7168) and run[-3:] == (5632, 2816, 2816)
 
 
 def test_the_grid_holds_each_cell_once() -> None:

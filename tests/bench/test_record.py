@@ -1,15 +1,18 @@
-"""One schema for all results: the recorded files fit it; what does not follow from its samples is refused."""
+"""One schema for all results: the recorded files fit it; what does not follow from its samples is refused. Samples,
+their intervals, and runs of many parts: kept one by one, continued, out of time, with one that fails."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
-from bench.record import RESULTS, VERSION, Measurement, Record
+from bench.record import RESULTS, VERSION, Measurement, Record, Session, measure, median, ratio
 
 FILES = sorted(RESULTS.glob("*.json"))
 SAMPLES = {"slow": [2.0, 2.2, 2.4], "fast": [1.0, 1.1, 1.2], "again": [1.01, 1.09, 1.2]}
@@ -73,3 +76,99 @@ def test_a_changed_file_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "some.json").write_text(json.dumps(document))
     with pytest.raises(ValidationError, match=words):
         Record.read(tmp_path / "some.json")
+
+
+# --- samples and intervals ----------------------------------------------------------------------------
+
+
+def test_a_ratio_is_of_rounds_not_of_means() -> None:
+    drift = [1.0, 2.0, 4.0, 8.0] * 5  # a machine that gets slower: the same for both
+    found = ratio([2 * one for one in drift], drift)
+    assert (found.value, found.low, found.high) == (2.0, 2.0, 2.0)
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    draw = random.Random(0)
+    hits = 0
+    for _ in range(200):
+        slow, fast = ([draw.lognormvariate(mean, 0.1) for _ in range(30)] for mean in (0.2, 0.0))
+        found = ratio(slow, fast, draws=400)
+        hits += found.low <= 1.2214 <= found.high
+    assert 0.89 <= hits / 200 <= 0.98
+
+
+def test_rounds_must_match() -> None:
+    with pytest.raises(ValueError):
+        ratio([1.0, 2.0], [1.0])
+
+
+def test_a_median_lies_in_its_interval() -> None:
+    found = median([5.0, 1.0, 2.0, 3.0, 4.0])
+    assert found.value == 3.0 and 1.0 <= found.low < 3.0 < found.high <= 5.0
+
+
+def test_short_calls_are_repeated_until_a_sample_is_long_enough() -> None:
+    calls: list[int] = []
+    before = torch.get_num_threads()
+    (found,) = measure({"a": lambda: calls.append(torch.get_num_threads())}, rounds=3, threads=1).values()
+    assert len(calls) > 1000 and max(found) < 1e-4
+    assert set(calls) == {1} and torch.get_num_threads() == before
+
+
+# --- runs of many parts -------------------------------------------------------------------------------
+
+
+def part(tokens: int) -> Measurement:
+    return Measurement.of({"tokens": tokens}, {"a": [1.0, 2.0]})
+
+
+def test_parts_are_written_one_by_one_and_not_done_again(tmp_path: Path) -> None:
+    path, done = tmp_path / "some.json", []
+
+    def measure(tokens: int) -> Measurement:
+        done.append(tokens)
+        return part(tokens)
+
+    with Session("some", seconds=60, path=path) as session:
+        session.do({"tokens": 1}, lambda: measure(1))
+        assert Record.read(path).measurements == (part(1),) and not Record.read(path).complete, "it may yet be stopped"
+        session.do({"tokens": 1}, lambda: measure(1))
+    with Session("some", seconds=60, path=path, fresh=False) as session:
+        for tokens in (1, 4):
+            session.do({"tokens": tokens}, lambda tokens=tokens: measure(tokens))
+    assert done == [1, 4] and len(Record.read(path).measurements) == 2 and Record.read(path).complete
+    with Session("some", seconds=60, path=path):
+        pass
+    assert not Record.read(path).measurements
+
+
+def test_results_of_another_machine_are_not_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "some.json"
+    record = Record.of("some", measurements=(part(1),))
+    machine = record.machine.model_copy(update={"processor": "another"})
+    record.model_copy(update={"machine": machine}).write(path)
+    with Session("some", seconds=60, path=path, fresh=False) as session:
+        assert not session.measurements
+    assert "another machine" in capsys.readouterr().err
+
+
+def test_what_has_no_time_is_named(tmp_path: Path) -> None:
+    with Session("some", seconds=60, path=tmp_path / "some.json") as session:
+        session.do({"tokens": 1}, lambda: part(1), needs=61)
+    found = Record.read(tmp_path / "some.json")
+    assert found.left_out == ("tokens 1",) and not found.complete and not found.measurements
+
+
+def test_a_part_that_fails_costs_neither_the_others_nor_the_error(tmp_path: Path) -> None:
+    def fail() -> Measurement:
+        raise RuntimeError("out of memory")
+
+    with (
+        pytest.raises(SystemExit, match="tokens 1"),
+        Session("some", seconds=60, path=tmp_path / "some.json") as session,
+    ):
+        session.do({"tokens": 1}, fail)
+        session.do({"tokens": 4}, lambda: part(4))
+    found = Record.read(tmp_path / "some.json")
+    assert found.results["failed"] == {"tokens 1": "RuntimeError: out of memory"}
+    assert [one.place["tokens"] for one in found.measurements] == [4] and not found.complete

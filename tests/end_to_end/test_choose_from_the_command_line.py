@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench.reference.load import MODEL_FOLDER
+from bench.reference import MODEL_FOLDER
 from bench.whole_path import GOAL_SECONDS, whole_path
 from fxfusion.plan.fusion_plan import FusionPlan
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fxfusion
-from bench.assisted import PLAN, assisted, greedy
-from bench.reference.load import heldout_batches, load_model
+from bench.reference import heldout_batches, load_model
+from bench.whole_path import PLAN, assisted, greedy
 from tests.end_to_end import caching
 from tests.end_to_end.caching import LIMIT, RED, off
 from tests.end_to_end.family_table import family_named
@@ -96,7 +96,7 @@ def test_as_a_draft_it_gives_the_text_of_the_intact_model_in_fewer_calls(models:
         found = assisted(intact, model, prompt, new=32)
         assert torch.equal(found.text, greedy(intact, prompt, new=32))
         assert found.calls + found.accepted == 32
-        assert 0.3 < found.accepted / found.proposed < 1.0  # measured on more prompts by `python -m bench.assisted`
+        assert 0.3 < found.accepted / found.proposed < 1.0  # more prompts: bench.whole_path --assisted
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerGroup, PerTensor
 
 import fxfusion
-from bench.reference.load import heldout_batches, load_model
+from bench.reference import heldout_batches, load_model
 from fxfusion.errors import SurgeryError
 from tests.end_to_end.eager_parallel import (
     llama,

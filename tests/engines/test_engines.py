@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.engine_environments import ROOT, run_script
-from bench.engine_folders import LIMIT, Answer, Comparison, write_folders
+from bench.engines import LIMIT, ROOT, Answer, Comparison, run_script, write_folders
 
 pytestmark = pytest.mark.engines
 

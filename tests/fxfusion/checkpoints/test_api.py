@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fxfusion
-from bench.reference.load import MODEL_FOLDER, heldout_batches, load_model
+from bench.reference import MODEL_FOLDER, heldout_batches, load_model
 from fxfusion.errors import CheckpointError, OptionError, PlanError
 from tests.end_to_end.caching import RED, off, recomputed
 from tests.fxfusion.checkpoints import models

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.reference.load import MODEL_FOLDER, load_tokenizer
+from bench.reference import MODEL_FOLDER, load_tokenizer
 from fxfusion.checkpoints.companions import Companions
 from fxfusion.errors import CheckpointError
 

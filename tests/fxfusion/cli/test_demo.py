@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-import random
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fxfusion import cli
-from fxfusion.cli import reference, surgery, timing
+from fxfusion.cli import reference, surgery
 from fxfusion.errors import FxFusionError
 from fxfusion.models.drop_attention import drop_attention
 
@@ -159,35 +155,3 @@ def test_a_changed_weight_is_restored_even_after_an_error(model_folder: Path) ->
         assert int((weight != before).sum()) == 1
         raise ZeroDivisionError
     assert torch.equal(weight, before)
-
-
-def test_ratio_finds_a_known_speed_up_and_none_between_equals() -> None:
-    draw = random.Random(1)
-
-    def noisy(seconds: float) -> list[float]:
-        return [seconds * math.exp(draw.gauss(0, 0.05)) for _ in range(60)]
-
-    base = noisy(1.0)
-    faster, control = timing.ratio(base, noisy(0.8)), timing.ratio(base, noisy(1.0))
-    assert faster.low < 1.25 < faster.high and faster.low > 1.1
-    assert control.low < 1.0 < control.high
-    assert str(timing.Ratio(1.254, 1.2, 1.3)) == "1.25x [1.20, 1.30]"
-    with pytest.raises(ValueError, match="no samples"):
-        timing.ratio([], [])
-
-
-def test_samples_are_taken_in_random_order_and_per_call() -> None:
-    order: list[str] = []
-
-    def call(name: str, seconds: float) -> Any:
-        return lambda: (order.append(name), time.sleep(seconds))
-
-    samples = timing.sample({"a": call("a", 0.03), "b": call("b", 0.015)}, rounds=8)
-    assert [len(found) for found in samples.values()] == [8, 8]
-    assert 1.2 < timing.median(samples["a"]) / timing.median(samples["b"]) < 3.0
-    runs = "".join(order)
-    assert "abb" in runs and "bba" in runs and runs != "ab" * (len(runs) // 2)
-
-
-def test_median() -> None:
-    assert timing.median([3.0, 1.0, 2.0]) == 2.0 and timing.median([4.0, 1.0, 2.0, 3.0]) == 2.5

@@ -1,10 +1,10 @@
-"""whole_blocks: the paper's windows of whole blocks."""
+"""Roads: the paper's windows of whole blocks."""
 
 from __future__ import annotations
 
 import torch
 
-from bench.whole_blocks import parallel_blocks, pick_windows
+from bench.roads import parallel_blocks, pick_windows
 from tests.fxfusion.recovery.own_text import model_of, own_text
 
 

@@ -1,17 +1,15 @@
-"""The benchmark of windows: its cases, the form that it checks against, and its part of the page."""
+"""The benchmark of windows: its cases, and the form that it checks against."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import performance_forms, performance_page, window_speed
-from bench.record import Measurement, Record
-from bench.whole_models import Case
-from bench.window_speed import MODELS, WindowCase, cases, columns, measure_windows, rearranged, windows_of
+from bench import whole_models
+from bench.record import Measurement
+from bench.whole_models import SIZES, Case, WindowCase, cases, measure_windows, rearranged, window_columns, windows_of
 from fxfusion import FusionPlan
 
 SMALL = WindowCase(Case("small", "decode", 8, torch.float32), (2,))
@@ -19,7 +17,7 @@ SMALL = WindowCase(Case("small", "decode", 8, torch.float32), (2,))
 
 def small() -> Any:
     torch.manual_seed(0)
-    return MODELS["small"].intact(torch.float32, "cpu")
+    return SIZES["small"].intact(torch.float32, "cpu")
 
 
 def test_what_is_measured() -> None:
@@ -37,7 +35,7 @@ def test_what_is_measured() -> None:
         ("intact", "wide 4"),
         ("intact", "intact again"),
     ]
-    assert MODELS[found[0].case.model].layers == 8
+    assert SIZES[found[0].case.model].layers == 8
 
 
 def test_windows_cover_all_layers() -> None:
@@ -69,8 +67,8 @@ def test_a_form_that_computes_something_else_is_an_error(monkeypatch: pytest.Mon
     def as_it_is(run: Any, mode: str, model: Any, name: str) -> Any:
         return run
 
-    monkeypatch.setattr(window_speed, "_compiled", as_it_is)
-    monkeypatch.setattr(window_speed, "compiled", lambda run, mode: run)
+    monkeypatch.setattr(whole_models, "_compiled", as_it_is)
+    monkeypatch.setattr(whole_models, "compiled", lambda run, mode: run)
     with pytest.raises(RuntimeError, match="the logits of hoist 2 are off by"):
         measure_windows(SMALL, small(), (), rounds=1, threads=1)
 
@@ -90,25 +88,4 @@ def made_up() -> Measurement:
 
 
 def test_headings_name_the_candidates() -> None:
-    assert [head for _, head in columns([made_up()])] == ["hoist 2", "wide 2", "A/A"]
-
-
-def test_the_page_shows_it_when_the_file_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = Record.of("window_speed", measurements=(made_up(),))
-    record.write(tmp_path / "window_speed.json")
-    monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
-    waiting = performance_page.if_recorded("grouped_speed", performance_forms.grouped, "Norms")
-    assert waiting == "## Norms\n\nNot recorded yet: `python -m bench.grouped_speed`."
-    monkeypatch.setattr(Record, "read", staticmethod(lambda name: record))
-    text = performance_page.if_recorded("window_speed", performance_forms.windows, "Windows")
-    assert "* intact / hoist 2: 1.50x over 1 cases, faster in 1, slower in 0, and neither in 0" in text
-    assert "2.00x [2.00, 2.00]" in text and "A/A" in text
-
-
-def test_the_page_shows_groups_with_norms_on_their_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"unfused": [3.0], "members": [2.5], "fused": [2.0], "unfused_again": [3.0]}
-    pairs = [("unfused", "fused"), ("members", "fused"), ("unfused", "unfused_again")]
-    record = Record.of("grouped_speed", measurements=(Measurement.of({"tokens": 1}, times, pairs),))
-    monkeypatch.setattr(Record, "read", staticmethod(lambda name: record))
-    text = " ".join(performance_forms.grouped().split())
-    assert "Over 1 cells of a chain of 8 the fused one is 1.50x as fast" in text and "1.25x" in text
+    assert [head for _, head in window_columns([made_up()])] == ["hoist 2", "wide 2", "A/A"]
