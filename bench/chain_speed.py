@@ -182,8 +182,9 @@ class ChainBench:
         found: dict[str, Any] = {GEOMEANS[name]: geomean(cells, name) for name in self.ratios if name in GEOMEANS}
         if OF_LIMIT in self.ratios:
             found |= {f"least_of_limit_{dtype}": least_of_limit(cells, dtype) for dtype in ("float32", "bfloat16")}
-        for name in self.ratios.keys() & below:
-            found[f"cells_{below[name]}"] = sum(one.ratios[name].high < 0.97 for one in cells)
+        for name in self.ratios:
+            if name in below:
+                found[f"cells_{below[name]}"] = sum(one.ratios[name].high < 0.97 for one in cells)
         return found
 
     def show(self, cells: Sequence[Measurement]) -> None:

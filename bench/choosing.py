@@ -21,23 +21,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bench import show
 from bench.record import record
 from bench.reference import calibration_batches, heldout_batches, load_model
-from bench.show import (
-    DOCS,
-    Columns,
-    Row,
-    cell,
-    fine_cell,
-    groups_of,
-    new_figure,
-    put_section,
-    render,
-    save,
-    span,
-    table,
-    value,
-)
+from bench.show import Row, value
 from fxfusion import drop_attention
 from fxfusion.analysis.dependency import dependency_matrix
 from fxfusion.analysis.heat_map import heat_map
@@ -51,7 +38,7 @@ from fxfusion.planning.planner import Planner
 METHODS = ("cosine", "loss", "kl")
 RUN = 7  # attentions in a row that are dropped for the tables of the paper, whose models have long runs
 CACHE = Path(".fxfusion_results")
-FIGURES = DOCS / "figures"
+FIGURES = show.DOCS / "figures"
 say = Console(stderr=True).print
 
 
@@ -232,14 +219,14 @@ def _in(name: str) -> Any:
 
 
 # Headings of tables, and what they show of a row.
-INTENSITY: Columns = [
+INTENSITY: show.Columns = [
     ("FFNs left", "depth"),
     ("variant", variant),
-    ("groups", groups_of),
+    ("groups", show.groups_of),
     ("perplexity", "perplexity"),
     LOSS,
 ]
-ENDS: Columns = [
+ENDS: show.Columns = [
     ("norm", "norm"),
     ("leading", _in("leading")),
     ("last", _in("last")),
@@ -247,48 +234,47 @@ ENDS: Columns = [
     ("perplexity", "perplexity"),
     LOSS,
 ]
-NORMS: Columns = {
-    "groups": lambda row: groups_of(row["fold"]),
+NORMS: show.Columns = {
+    "groups": lambda row: show.groups_of(row["fold"]),
     "norm=fold": "fold.loss_increase",
     "norm=last": "last.loss_increase",
 }
-REMOVAL: Columns = [
+REMOVAL: show.Columns = [
     ("FFNs left", "depth"),
-    ("fused", lambda row: row["fused"] and groups_of(row["fused"]) or "-"),
+    ("fused", lambda row: row["fused"] and show.groups_of(row["fused"]) or "-"),
     ("loss", "fused.loss_increase"),
     ("removed", lambda row: " ".join(map(str, row["removed_ffns"]))),
     ("loss", "removed.loss_increase"),
 ]
-REVERSED: Columns = {
+REVERSED: show.Columns = {
     "layers": lambda row: f"{row['range'][0]}-{row['range'][1]}",
     "in order": "unfused.loss_increase",
     "fused": "fused.loss_increase",
     "reversed": "reversed.loss_increase",
 }
-PLANNER: Columns = [
+PLANNER: show.Columns = [
     ("FFNs left", "depth"),
-    ("attention dropped", lambda row: span(row["dropped"])),
-    ("paper's rule", lambda row: groups_of(row["paper"])),
+    ("attention dropped", lambda row: show.span(row["dropped"])),
+    ("paper's rule", lambda row: show.groups_of(row["paper"])),
     ("loss", "paper.loss_increase"),
-    ("planner", lambda row: groups_of(row["planner"])),
+    ("planner", lambda row: show.groups_of(row["planner"])),
     ("norm", "planner.norm"),
     ("loss", "planner.loss_increase"),
-    ("difference", lambda row: "same plan" if same_plan(row) else fine_cell(row["difference"])),
+    ("difference", lambda row: "same plan" if same_plan(row) else show.fine_cell(row["difference"])),
 ]
 
 
-def write_page(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
+def write_page(results: Mapping[str, Any], folder: Path = show.DOCS) -> Path:
     """Write the section and its plots."""
     plot_drop_curves(results["drop_curves"]["curves"], folder / "figures" / "drop_curves.svg")
     plot_planner(results["against_the_eye"]["rows"], folder / "figures" / "planner.svg")
-    text = render("choosing.md.j2", globals() | {"results": results, **results})
-    return put_section(folder / "results.md", "choosing", text)
+    return show.write_section(folder, "choosing", globals() | {"results": results, **results})
 
 
 def drop_table(curves: Mapping[str, Sequence[Row]]) -> str:
     counts = range(len(next(iter(curves.values()))))
-    rows = [[count, *(cell(curve[count]["loss_increase"]) for curve in curves.values())] for count in counts]
-    return table(rows, ["attentions dropped", *curves], markdown=True)
+    rows = [[count, *(show.cell(curve[count]["loss_increase"]) for curve in curves.values())] for count in counts]
+    return show.table(rows, ["attentions dropped", *curves], markdown=True)
 
 
 def ranked(curves: Mapping[str, Sequence[Row]]) -> str:
@@ -298,11 +284,7 @@ def ranked(curves: Mapping[str, Sequence[Row]]) -> str:
 
 def order_table(orders: Mapping[str, Sequence[int]]) -> str:
     rows = [[name, " ".join(map(str, layers))] for name, layers in orders.items()]
-    return table(rows, ["score", "layers, first dropped first"], markdown=True)
-
-
-def pictures(found: Mapping[str, Any]) -> str:
-    return "\n\n".join(f"![{name}](figures/dependency_{name}.svg)" for name in found)
+    return show.table(rows, ["score", "layers, first dropped first"], markdown=True)
 
 
 def matrix_table(found: Mapping[str, Any]) -> str:
@@ -310,12 +292,12 @@ def matrix_table(found: Mapping[str, Any]) -> str:
     for name, matrix in found.items():
         values = [entry for number, line in enumerate(matrix["values"]) for entry in line[number + 1 :]]
         rows.append([name, *(f"{one:.4f}" for one in (min(values), sum(values) / len(values), max(values)))])
-    return table(rows, ["matrix", "least", "mean", "largest"], markdown=True)
+    return show.table(rows, ["matrix", "least", "mean", "largest"], markdown=True)
 
 
 def ratio_by_layer(found: Mapping[str, Any]) -> str:
     rows = zip(found["layers"], *(map("{:.3f}".format, found[name]) for name in ("cosine", "ratio")), strict=True)
-    return table(rows, ["layer", "cos(X, f(X))", "norm of h over norm of X"], markdown=True)
+    return show.table(rows, ["layer", "cos(X, f(X))", "norm of h over norm of X"], markdown=True)
 
 
 def folded(ends: Mapping[str, Any]) -> dict[tuple[bool, bool], float]:
@@ -383,11 +365,11 @@ def disagreements(results: Mapping[str, Any]) -> str:
         ),
     ]
     said = [(what, "agrees" if agrees else "**disagrees**", how) for what, agrees, how in found]
-    return table(said, ["what the paper finds", "here", "numbers"], markdown=True)
+    return show.table(said, ["what the paper finds", "here", "numbers"], markdown=True)
 
 
 def plot_drop_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
-    figure, axes = new_figure(x="attentions dropped", y="loss above intact [nats per token]")
+    figure, axes = show.new_figure(x="attentions dropped", y="loss above intact [nats per token]")
     for index, (name, curve) in enumerate(curves.items()):
         xs = range(len(curve))
         axes.plot(xs, [value(row) for row in curve], "o-", ms=3, label=name, color=f"C{index}")
@@ -395,11 +377,11 @@ def plot_drop_curves(curves: Mapping[str, Sequence[Row]], path: Path) -> None:
         axes.fill_between(xs, low, high, alpha=0.15, color=f"C{index}", linewidth=0)
     axes.set_yscale("symlog", linthresh=0.05)
     axes.legend(title="order by")
-    save(figure, path)
+    show.save(figure, path)
 
 
 def plot_planner(rows: Sequence[Row], path: Path) -> None:
-    figure, axes = new_figure(
+    figure, axes = show.new_figure(
         x="paper's rule: loss above intact [nats]",
         y="planner: loss above intact [nats]",
         title="each point: one set of dropped attentions, one depth",
@@ -409,7 +391,7 @@ def plot_planner(rows: Sequence[Row], path: Path) -> None:
     axes.plot(paper, ours, "o", ms=4, alpha=0.7)
     ends = [min([*paper, *ours]), max([*paper, *ours])]
     axes.plot(ends, ends, color="black", linewidth=0.8)
-    save(figure, path)
+    show.save(figure, path)
 
 
 def main() -> None:

@@ -75,8 +75,8 @@ class Cell:
 
     @property
     def place(self) -> dict[str, str | int]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"shape": self.shape.name, "members": self.length, "tokens": self.tokens, "dtype": dtype}
+        members = {"shape": self.shape.name, "members": self.length}
+        return {**members, "tokens": self.tokens, "dtype": name_of(self.dtype)}
 
     @property
     def parameters(self) -> int:
@@ -139,7 +139,7 @@ class Limits:
         return max(parameters * dtype.itemsize / self.bandwidth, 2 * parameters * tokens / self.rate[dtype])
 
     def to_dict(self) -> dict[str, object]:
-        rates = {str(dtype).removeprefix("torch."): rate for dtype, rate in self.rate.items()}
+        rates = {name_of(dtype): rate for dtype, rate in self.rate.items()}
         return {"bandwidth_bytes_per_second": self.bandwidth, "operations_per_second": rates}
 
 
@@ -284,13 +284,24 @@ def compiled(module: Callable[..., Any], mode: str, *, fused: bool = False, plan
     return torch.compile(own, mode=mode, dynamic=False, fullgraph=True)
 
 
-def first_calls(runs: dict[str, Run], chain: Chain, x: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of the first call, and how far each result is from what it should be, relative to the branch.
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
-    Raises `RuntimeError` where a form computes something else: its speed would mean nothing.
-    """
+
+def check_close(what: str, found: Tensor, wanted: Tensor, stream: Tensor | None = None) -> float:
+    """How far a result is off, relative to what was added to the stream. Raises `RuntimeError` where it is something
+    else: its speed would mean nothing."""
+    limit = 0.05 if found.dtype == torch.bfloat16 else 1e-3
+    size = wanted.float() if stream is None else wanted.float() - stream.float()
+    error = float((found.float() - wanted.float()).norm() / size.norm())
+    if not error <= limit:
+        raise RuntimeError(f"{what} is off by {error:.2g}, allowed {limit}")
+    return error
+
+
+def first_calls(runs: dict[str, Run], chain: Chain, x: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of the first call, and how far each result is from what it should be, relative to the branch."""
     sequential, parallel = chain(x), chain.parallel(x)
-    limit = 0.05 if x.dtype == torch.bfloat16 else 1e-3
     seconds, errors = {}, {}
     for name, run in runs.items():
         wanted = sequential if name.startswith(("eager", "unfused")) else parallel
@@ -299,9 +310,7 @@ def first_calls(runs: dict[str, Run], chain: Chain, x: Tensor) -> tuple[dict[str
         if x.is_cuda:
             torch.cuda.synchronize()
         seconds[name] = time.perf_counter() - start
-        errors[name] = float((output.float() - wanted.float()).norm() / (wanted.float() - x.float()).norm())
-        if not errors[name] <= limit:
-            raise RuntimeError(f"{name} is off by {errors[name]:.2g}, allowed {limit}")
+        errors[name] = check_close(name, output, wanted, x)
     return seconds, errors
 
 

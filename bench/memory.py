@@ -9,14 +9,8 @@ run uncompiled, after a small model that has loaded what loads.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 from bench.record import Measurement, arguments, record
+from bench.scale import child
 from bench.show import bytes_, table
 
 PREDICTIONS = {
@@ -86,14 +80,8 @@ print(json.dumps({"found": found, "model": size, "groups": group * (2 if sys.arg
 
 def measure_route(route: str) -> Measurement:
     """`group_bytes`: of all fused groups for the backend, of the widest one for `fuse`."""
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-c", _SCRIPT, route]
     # What is freed goes back at once, so that the figures say what is held, not what malloc keeps for later.
-    settings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False, env=settings)
-    if done.returncode:
-        raise RuntimeError(f"{route}: {done.stderr[-1500:]}")
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    said = child(_SCRIPT, route, MALLOC_MMAP_THRESHOLD_=str(2**20), OMP_NUM_THREADS="1")
     samples = {name: [float(value)] for name, value in said["found"].items()}
     facts = {"model_bytes": said["model"], "group_bytes": said["groups"]}
     return Measurement.of({"route": route}, samples, unit="bytes", facts=facts)

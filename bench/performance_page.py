@@ -13,21 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import show
 from bench.record import RESULTS, Interval, Measurement, Record
-from bench.show import (
-    DOCS,
-    by_kind,
-    bytes_,
-    columns,
-    draw_lines,
-    new_figure,
-    ratio_table,
-    render,
-    save,
-    seconds,
-    table,
-    times,
-)
 
 NAMES = "chain_speed grouped_speed grid whole_models window_speed gpu scale memory check".split()
 FORMS = ("unfused", "fused", "surgery")
@@ -44,15 +31,15 @@ GOALS = (
 
 
 def main() -> None:
-    (DOCS / "performance.md").write_text(page(), "utf-8")
-    print("written:", *(path.name for path in figures(DOCS / "figures")), "performance.md")
+    (show.DOCS / "performance.md").write_text(page(), "utf-8")
+    print("written:", *(path.name for path in figures(show.DOCS / "figures")), "performance.md")
 
 
 def page(records: dict[str, Record] | None = None) -> str:
     """The whole text; what was not recorded says how it would be made. `records`: instead of the files."""
     if records is None:
         records = {name: Record.read(name) for name in NAMES if (RESULTS / f"{name}.json").exists()}
-    return render("performance.md.j2", globals() | dict.fromkeys(NAMES) | records)
+    return show.render("performance.md.j2", globals() | dict.fromkeys(NAMES) | records)
 
 
 # --- what ran where, and gains ------------------------------------------------------------------------
@@ -79,11 +66,11 @@ def ratios(found: Sequence[Measurement]) -> str:
     """The table of all ratios."""
     names = dict.fromkeys(name for one in found for name in one.ratios)
     heads = [(name, "A/A" if "again" in name else name.replace("/", " / ").replace("_", " ")) for name in names]
-    return ratio_table(found, heads, markdown=True)
+    return show.ratio_table(found, heads, markdown=True)
 
 
 def by_kinds(record: Record) -> str:
-    return "\n\n".join(ratios(found) for found in by_kind(record.measurements).values() if found)
+    return "\n\n".join(ratios(found) for found in show.by_kind(record.measurements).values() if found)
 
 
 def gains(record: Record, ratio: str) -> list[Interval]:
@@ -122,22 +109,22 @@ def _of(name: str) -> Callable[[Any], Any]:
 
 
 def _took(name: str) -> Callable[[Any], str | None]:
-    return lambda one: seconds(one.medians[name].value) if name in one.medians else None
+    return lambda one: show.seconds(one.medians[name].value) if name in one.medians else None
 
 
-def _fact(name: str, shown: Callable[[Any], str] = bytes_) -> Callable[[Any], str]:
+def _fact(name: str, shown: Callable[[Any], str] = show.bytes_) -> Callable[[Any], str]:
     return lambda one: shown(one.facts[name])
 
 
 def _median_size(name: str) -> Callable[[Any], str | None]:
-    return lambda one: bytes_(one.medians[name].value) if name in one.medians else None
+    return lambda one: show.bytes_(one.medians[name].value) if name in one.medians else None
 
 
 def chain_goals(record: Record) -> str:
     """What was asked for, and what was measured."""
     found = record.results["summary"]
     rows = [(*row[:2], "not measured" if found[row[2]] is None else row[3].format(found[row[2]])) for row in GOALS]
-    return table(rows, ("figure", "goal", "measured"), markdown=True)
+    return show.table(rows, ("figure", "goal", "measured"), markdown=True)
 
 
 def rates(record: Record) -> str:
@@ -148,15 +135,17 @@ def rates(record: Record) -> str:
 def shares(record: Record) -> str:
     found, names = record.measurements, [name for name in record.measurements[0].samples if "again" not in name]
     shown = {name: _fact(f"share of limit, {name}", "{:.0%}".format) for name in names}
-    return columns(found, {**{name: _of(name) for name in found[0].place}, **shown})
+    return show.columns(found, {**{name: _of(name) for name in found[0].place}, **shown})
 
 
 def speeds(record: Record) -> str:
     """Of whole models."""
     heads = {name: _of(name) for name in record.measurements[0].place}
     heads |= {f"tokens/s, {name}": _fact(f"tokens_per_second, {name}", "{:.3g}".format) for name in FORMS}
-    heads |= {f"first call, {name}": _fact(f"first call, {name}", seconds) for name in FORMS}
-    return columns(record.measurements, heads | {f"memory more, {n}": _fact(f"peak bytes more, {n}") for n in FORMS})
+    heads |= {f"first call, {name}": _fact(f"first call, {name}", show.seconds) for name in FORMS}
+    return show.columns(
+        record.measurements, heads | {f"memory more, {n}": _fact(f"peak bytes more, {n}") for n in FORMS}
+    )
 
 
 def compiles(record: Record) -> str:
@@ -167,7 +156,7 @@ def compiles(record: Record) -> str:
 def whole(record: Record) -> str:
     heads = {"model": _of("model"), "nodes": _of("nodes"), "nodes after": _of("nodes_after")}
     heads |= {name: _took(name) for name in ("capture", "fxfusion", "plan", "dry-run export", "all")}
-    return columns(_what(record, "whole"), heads | {"peak memory": _fact("peak_bytes")})
+    return show.columns(_what(record, "whole"), heads | {"peak memory": _fact("peak_bytes")})
 
 
 def _what(record: Record, what: str) -> list[Any]:
@@ -182,7 +171,7 @@ def growth(record: Record) -> list[Any]:
 def growth_table(grown: Sequence[Any]) -> str:
     heads = {"layers": _of("layers"), "nodes": _of("nodes"), "capture": _took("capture"), "fxfusion": _took("fxfusion")}
     heads["per node"] = lambda one: f"{one.medians['fxfusion'].value / one.facts['nodes'] * 1e6:.0f} us"
-    return columns(grown, heads | {"peak memory": _fact("peak_bytes")})
+    return show.columns(grown, heads | {"peak memory": _fact("peak_bytes")})
 
 
 def times_of(grown: Sequence[Any], name: str) -> float:
@@ -194,7 +183,7 @@ def times_of(grown: Sequence[Any], name: str) -> float:
 def compiles_faster(record: Record) -> str:
     return "\n\n".join(
         f"Inductor compiles a decoder of {one.place['layers']} layers in {_took('fused')(one)} fused and "
-        f"{_took('unfused')(one)} unfused: {times(one.ratios['unfused/fused'])} as fast."
+        f"{_took('unfused')(one)} unfused: {show.times(one.ratios['unfused/fused'])} as fast."
         for one in _what(record, "compile")
     )
 
@@ -202,13 +191,13 @@ def compiles_faster(record: Record) -> str:
 def memory_table(record: Record) -> str:
     heads = {"route": _of("route"), "model": _fact("model_bytes"), "fused groups": _fact("group_bytes")}
     later = {"peak more": "peak", "after": "after", "after two recompiles": "recompiled"}
-    return columns(record.measurements, heads | {head: _median_size(name) for head, name in later.items()})
+    return show.columns(record.measurements, heads | {head: _median_size(name) for head, name in later.items()})
 
 
 def counts(record: Record) -> str:
     found = record.results["counts"].items()
     rows = [(name, f"{count:g}" if isinstance(count, float) else count) for name, count in found]
-    return table(rows, ["on a decoder of 8 layers (kernels: of 4)", "count"], markdown=True)
+    return show.table(rows, ["on a decoder of 8 layers (kernels: of 4)", "count"], markdown=True)
 
 
 # --- figures ------------------------------------------------------------------------------------------
@@ -222,24 +211,24 @@ def figures(folder: Path) -> list[Path]:
 
 
 def _growth_figure(grown: Sequence[Any], path: Path) -> Path:
-    figure, axes = new_figure(x="layers", y="seconds", title="models without weights, one thread")
+    figure, axes = show.new_figure(x="layers", y="seconds", title="models without weights, one thread")
     for head, name in {"Dynamo's capture": "capture", "fxfusion: match, plan, rewrite": "fxfusion"}.items():
-        draw_lines(axes, {head: [(one.place["layers"], one.medians[name]) for one in grown]})
+        show.draw_lines(axes, {head: [(one.place["layers"], one.medians[name]) for one in grown]})
     axes.legend()
-    return save(figure, path)
+    return show.save(figure, path)
 
 
 def _limit_figure(path: Path) -> Path:
     found: list[Any] = [one for one in Record.read("grid").measurements if one.place["tokens"] == 1]
     title = "1 token, CPU, by reading the weights"
-    figure, axes = new_figure(x="members of the chain", y="share of the limit", title=title)
+    figure, axes = show.new_figure(x="members of the chain", y="share of the limit", title=title)
     for dtype in dict.fromkeys(one.place["dtype"] for one in found):
         ours = sorted((one for one in found if one.place["dtype"] == dtype), key=_of("members"))
         for name in found[0].samples:
             if "again" not in name:
-                draw_lines(axes, {f"{name}, {dtype}": [(one.place["members"], _share(one, name)) for one in ours]})
+                show.draw_lines(axes, {f"{name}, {dtype}": [(one.place["members"], _share(one, name)) for one in ours]})
     axes.legend(fontsize="x-small")
-    return save(figure, path)
+    return show.save(figure, path)
 
 
 def _share(one: Any, name: str) -> Interval:

@@ -17,28 +17,17 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from bench import show
 from bench.choosing import CACHE, numbers
 from bench.record import Interval, Record
 from bench.reference import calibration_batches, heldout_batches, load_model
-from bench.show import (
-    DOCS,
-    Columns,
-    Row,
-    columns,
-    draw_lines,
-    groups_of,
-    new_figure,
-    put_section,
-    render,
-    save,
-    span,
-    value,
-)
+from bench.show import Row, value
 from fxfusion import FusionPlan, drop_attention, evaluate, fuse, refit
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.models.drop_record import read_refit
@@ -177,30 +166,30 @@ def half_run(study: Study) -> tuple[list[int], list[list[int]]]:
     return dropped, choices(dropped)["the run"]
 
 
+def _rows(name: str, cells: Mapping[Any, Cell]) -> list[dict[str, Any]]:
+    return [{name: key, **cell} for key, cell in cells.items() if cell is not None]
+
+
 def later(study: Study) -> dict[str, Any]:
     """The groups alone, later FFNs, attention outputs."""
     dropped, groups = half_run(study)
     cells = {one: study.refitted(dropped, groups, "intact", one, 16) for one in LATER}
-    rows = [{"later": one, **cell} for one, cell in cells.items() if cell is not None]
-    return {"dropped": dropped, "groups": groups, "batches": 16, "rows": rows}
+    return {"dropped": dropped, "groups": groups, "batches": 16, "rows": _rows("later", cells)}
 
 
 def tokens(study: Study) -> dict[str, Any]:
     """Loss against calibration tokens."""
     dropped, groups = half_run(study)
     cells = {n: study.refitted(dropped, groups, "intact", "all", n) for n in TOKENS}
-    rows = [{"batches": n, **cell} for n, cell in cells.items() if cell is not None]
-    return {"dropped": dropped, "groups": groups, "rows": rows}
+    return {"dropped": dropped, "groups": groups, "rows": _rows("batches", cells)}
 
 
 def penalties(study: Study) -> dict[str, Any]:
     """Loss against the penalty, one for all layers, and chosen layer by layer."""
     dropped, groups = half_run(study)
-    cells = {one: study.refitted(dropped, groups, "intact", "all", penalties=(one,)) for one in PENALTIES}
-    rows = [{"penalty": one, **cell} for one, cell in cells.items() if cell is not None]
-    chosen = study.refitted(dropped, groups, "intact")
-    rows += [] if chosen is None else [{"penalty": None, **chosen}]
-    return {"dropped": dropped, "groups": groups, "batches": study.calibration, "rows": rows}
+    one = partial(study.refitted, dropped, groups, "intact")
+    cells = {penalty: one("all", penalties=(penalty,)) for penalty in PENALTIES} | {None: one()}
+    return {"dropped": dropped, "groups": groups, "batches": study.calibration, "rows": _rows("penalty", cells)}
 
 
 def fusion(study: Study) -> dict[str, Any]:
@@ -241,19 +230,19 @@ def tokens_of(batches: int) -> str:
     return f"{batches * TOKENS_PER_BATCH:,}"
 
 
-LATER_TABLE: Columns = {
+LATER_TABLE: show.Columns = {
     "refitted": lambda row: REFITTED[row["later"]],
     "loss": "loss_increase",
     "layers": lambda row: len(row["refit"]["fits"]),
 }
-TOKENS_TABLE: Columns = {"calibration tokens": lambda row: tokens_of(row["batches"]), "loss": "loss_increase"}
-PENALTY_TABLE: Columns = {
+TOKENS_TABLE: show.Columns = {"calibration tokens": lambda row: tokens_of(row["batches"]), "loss": "loss_increase"}
+PENALTY_TABLE: show.Columns = {
     "penalty": lambda row: "chosen, layer by layer" if row["penalty"] is None else f"{row['penalty']:g}",
     "loss": "loss_increase",
 }
-BUDGETS_TABLE: Columns = {
-    "attention dropped": lambda row: span(row["dropped"]),
-    "FFNs fused": groups_of,
+BUDGETS_TABLE: show.Columns = {
+    "attention dropped": lambda row: show.span(row["dropped"]),
+    "FFNs fused": show.groups_of,
     "perplexity as it is": "as_it_is.perplexity",
     "loss as it is": "as_it_is.loss_increase",
     "refitted to unfused": "unfused.loss_increase",
@@ -262,11 +251,10 @@ BUDGETS_TABLE: Columns = {
 }
 
 
-def write_section(results: Mapping[str, Any], missing: Sequence[str] = (), folder: Path = DOCS) -> Path:
+def write_section(results: Mapping[str, Any], missing: Sequence[str] = (), folder: Path = show.DOCS) -> Path:
     """Write the section and its plot. `missing`: cells that were not measured."""
     plot_tokens(results["tokens"], folder / "figures" / "refit_tokens.svg")
-    text = render("recovery.md.j2", globals() | dict(results) | {"missing": missing})
-    return put_section(folder / "results.md", "recovery", text)
+    return show.write_section(folder, "recovery", globals() | dict(results) | {"missing": missing})
 
 
 def brought_back(rows: Sequence[Row]) -> str:
@@ -280,8 +268,8 @@ def brought_back(rows: Sequence[Row]) -> str:
         best = min(own, key=lambda row: value(row["intact"]))
         below = sum(value(row["intact"]) < cost for row in own)
         lines.append(
-            f"* attention dropped from {span(dropped)}: fused and refitted to the intact model loses less than the "
-            f"unfused model in {below} of {len(own)} choices; the best ({groups_of(best)}) brings back "
+            f"* attention dropped from {show.span(dropped)}: fused and refitted to the intact model loses less than "
+            f"the unfused model in {below} of {len(own)} choices; the best ({show.groups_of(best)}) brings back "
             f"{1 - value(best['intact']) / cost:.0%} of the {cost:.3f} nats that dropping cost."
         )
         for row in own:
@@ -289,7 +277,7 @@ def brought_back(rows: Sequence[Row]) -> str:
             if harm > 0.01:
                 left = value(row["unfused"]) - cost
                 lines.append(
-                    f"* fusing {groups_of(row)} cost {harm:.3f} nats more; refitted to the unfused model "
+                    f"* fusing {show.groups_of(row)} cost {harm:.3f} nats more; refitted to the unfused model "
                     f"{left:+.3f} are left ({1 - left / harm:.0%} removed)."
                 )
     if not lines:
@@ -312,21 +300,21 @@ def most_removed(found: Mapping[str, Any]) -> str:
 
 
 def fusion_table(found: Mapping[str, Any]) -> str:
-    heads: Columns = {
+    heads: show.Columns = {
         "refitted": lambda row: REFITTED[row["later"]],
         "calibration tokens": lambda row: tokens_of(row["batches"]),
         "loss above unfused": lambda row: f"{value(row) - value(found['unfused']):+.4f}",
         "removed": lambda row: f"{_removed(found, row):.0%}",
     }
-    return columns(found["rows"], heads)
+    return show.columns(found["rows"], heads)
 
 
 def plot_tokens(found: Mapping[str, Any], path: Path) -> None:
-    figure, axes = new_figure(x="calibration tokens", y="loss above intact [nats per token]")
+    figure, axes = show.new_figure(x="calibration tokens", y="loss above intact [nats per token]")
     points = [(row["batches"] * TOKENS_PER_BATCH, Interval(**row["loss_increase"])) for row in found["rows"]]
-    draw_lines(axes, {"fused and refitted": points})
+    show.draw_lines(axes, {"fused and refitted": points})
     axes.set_xscale("log")
-    save(figure, path)
+    show.save(figure, path)
 
 
 def main() -> None:

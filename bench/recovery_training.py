@@ -19,11 +19,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from bench import show
 from bench.choosing import CACHE, numbers
 from bench.record import record
 from bench.recovery import TOKENS_PER_BATCH, Cells, Study, half_run, plan_of, say
 from bench.reference import calibration_batches
-from bench.show import DOCS, Columns, Row, draw_lines, new_figure, put_section, render, save
+from bench.show import Row
 from fxfusion import evaluate, fuse, recover, refit
 from fxfusion.recovery.distil import Step
 from fxfusion.recovery.recover import RECORD
@@ -75,7 +76,7 @@ def trained(study: Study, name: str, rate: float, steps: int, batches: int, cach
     }
 
 
-TABLE: Columns = {
+TABLE: show.Columns = {
     "start": "start",
     "largest learning rate": lambda row: f"{row['learning_rate']:g}",
     "loss before": "before.loss_increase",
@@ -87,11 +88,10 @@ TABLE: Columns = {
 }
 
 
-def write_section(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
+def write_section(results: Mapping[str, Any], folder: Path = show.DOCS) -> Path:
     """Write the section and its plot."""
     plot_curves(results["rows"], folder / "figures" / "recovery_training.svg")
-    text = render("recovery_training.md.j2", globals() | {"results": results, **results})
-    return put_section(folder / "results.md", "recovery training", text)
+    return show.write_section(folder, "recovery training", globals() | {"results": results, **results})
 
 
 def worth(raw: Row, refitted: Row) -> str:
@@ -108,11 +108,11 @@ def best_of(rows: Sequence[Row], start: str) -> Row:
 
 
 def plot_curves(rows: Sequence[Row], path: Path) -> None:
-    figure, axes = new_figure(x="steps", y="KL on the text for validation [nats per token]")
-    draw_lines(axes, {f"{row['start']} start, {row['learning_rate']:g}": measured(row) for row in rows})
+    figure, axes = show.new_figure(x="steps", y="KL on the text for validation [nats per token]")
+    show.draw_lines(axes, {f"{row['start']} start, {row['learning_rate']:g}": measured(row) for row in rows})
     axes.set_ylim(bottom=0)
     axes.legend()
-    save(figure, path)
+    show.save(figure, path)
 
 
 def measured(row: Row) -> list[tuple[float, float]]:

@@ -15,30 +15,17 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench import show
 from bench.choosing import CACHE, numbers, say
 from bench.record import RESULTS, Interval, Record, measure, median
 from bench.reference import MODEL_FOLDER, calibration_batches, heldout_batches, load_model
-from bench.show import (
-    DOCS,
-    Columns,
-    Point,
-    Row,
-    columns,
-    draw_lines,
-    fine_cell,
-    new_figure,
-    put_section,
-    render,
-    save,
-    span,
-)
+from bench.show import Row
 from fxfusion import fuse
 from fxfusion.analysis.batches import Batch
 from fxfusion.analysis.dependency import dependency_matrix
@@ -72,6 +59,7 @@ class Study:
         self.refitted = RefitMeter(self.judge, self.calibration, self.cache / f"heldout_{heldout}")
         self.chooser = PlanMeter(self.judge.traced, self.calibration[:1], self.cache / "screen")
         self.costs: dict[Any, float] = {}
+        self.prices: dict[int, Price] = {}
 
     def search(self, roads: Sequence[Road], price: Price) -> RoadSearch:
         """On the calibration text; all searches share what windows cost."""
@@ -88,19 +76,12 @@ class Study:
         return facts | {"refitted": numbers(self.refitted.quality(plan)) if refit else None}
 
     def latency(self, tp: int) -> Price:
-        if tp not in self._prices:
-            self._prices[tp] = predicted_latency(self.judge, "h100", tp, "bf16", self.big)
-        return self._prices[tp]
-
-    @cached_property
-    def _prices(self) -> dict[int, Price]:
-        return {}
-
-    @cached_property
-    def big(self) -> LayerTable:
-        """As many layers as the model has, of a size for which tensor parallelism is used."""
-        table = LayerTable.published(BIG)
-        return table.model_copy(update={"layers": table.layers[: self.judge.ffns], "fused_slots": {}})
+        """Of as many layers as the model has, of a size for which tensor parallelism is used."""
+        if tp not in self.prices:
+            table = LayerTable.published(BIG)
+            big = table.model_copy(update={"layers": table.layers[: self.judge.ffns], "fused_slots": {}})
+            self.prices[tp] = predicted_latency(self.judge, "h100", tp, "bf16", big)
+        return self.prices[tp]
 
 
 def fronts(study: Study) -> dict[str, Any]:
@@ -110,12 +91,9 @@ def fronts(study: Study) -> dict[str, Any]:
     for name, search in in_turn(searches):
         for depth in DEPTHS:
             say(f"  {name}, {depth} FFNs", style="dim")
-            try:
-                plan = search.best_at(depth).plan
-            except PlanError as error:
-                say(f"  {error}", style="dim")
-                continue
-            found.setdefault(name, []).append({"asked": depth, **study.row(plan, depth in REFITTED_DEPTHS)})
+            plan = best_at(search, depth)
+            if plan is not None:
+                found.setdefault(name, []).append({"asked": depth, **study.row(plan, depth in REFITTED_DEPTHS)})
     return found
 
 
@@ -136,23 +114,22 @@ def in_turn(searches: Mapping[str, RoadSearch]) -> Iterator[tuple[str, RoadSearc
 def equal_latency(study: Study, tp: int = 8) -> list[dict[str, Any]]:
     """At equal predicted latency: the best plan of each road alone, and of all together."""
     price = study.latency(tp)
-    intact = price.of(FusionPlan())
     searches = all_searches(study, price)
     rows = []
     for saved in SAVED:
-        most = intact * (1 - saved)
-        row: dict[str, Any] = {"saved": saved, "most_ms": most}
-        for name, search in in_turn(searches):
-            row[name] = attempt(study, search, most)
-        rows.append(row)
+        most = price.of(FusionPlan()) * (1 - saved)
+        plans = {name: best_at(search, most) for name, search in in_turn(searches)}
+        found = {name: None if plan is None else study.row(plan) for name, plan in plans.items()}
+        rows.append({"saved": saved, "most_ms": most, **found})
     return rows
 
 
-def attempt(study: Study, search: RoadSearch, most: float) -> dict[str, Any] | None:
+def best_at(search: RoadSearch, most: float) -> FusionPlan | None:
     """None where the road does not get there."""
     try:
-        return study.row(search.best_at(most).plan)
-    except PlanError:
+        return search.best_at(most).plan
+    except PlanError as error:
+        say(f"  {error}", style="dim")
         return None
 
 
@@ -288,6 +265,7 @@ def parallel_blocks(model: nn.Module, windows: Sequence[Sequence[int]]) -> Calla
 
 # --- the section of docs/results.md -------------------------------------------------------------------
 
+FORMS = ("block", "wide", "hoist")
 BOUNDS = {7: 0.015, 9: 0.005}  # nats after refit at these FFN depths, which issue 7 asks for
 
 
@@ -316,36 +294,36 @@ def _loss(kind: str, *path: str) -> Callable[[Any], str]:
     def shown(row: Any) -> str:
         for step in (*path, kind):
             row = None if row is None else row[step]
-        return "-" if row is None else fine_cell(row["loss_increase"])
+        return "-" if row is None else show.fine_cell(row["loss_increase"])
 
     return shown
 
 
-SECOND: Columns = {
+SECOND: show.Columns = {
     "FFNs left": lambda row: f"{row['depth']:.0f}",
     "windows": plan_words,
     "loss as it is": _loss("as_is"),
     "loss after refit": _loss("refitted"),
 }
-LATENCY: Columns = {
+LATENCY: show.Columns = {
     "saved": lambda row: f"{row['saved']:.0%}",
     "ms": lambda row: f"{row['most_ms']:.3f}",
     **{road: _loss("refitted", road) for road in ("drop", "hoist", "wide", "mixed")},
     "the mixed plan": lambda row: plan_words(row["mixed"]),
 }
-CPU: Columns = {
+CPU: show.Columns = {
     "model": "name",
     "ms": lambda one: f"{one['milliseconds']:.2f}",
     "times faster": lambda one: f"{one['intact_over_it']:.2f}x",
     "loss after refit": lambda one: f"{one['loss']:+.4f}" if "loss" in one else "-",
 }
-BLOCKS: Columns = {
-    "windows": lambda row: "; ".join(span(window) for window in row["windows"]),
-    **{form: (lambda row, form=form: fine_cell(row[form]["loss_increase"])) for form in ("block", "wide", "hoist")},
+BLOCKS: show.Columns = {
+    "windows": lambda row: "; ".join(show.span(window) for window in row["windows"]),
+    **{form: (lambda row, form=form: show.fine_cell(row[form]["loss_increase"])) for form in FORMS},
 }
 
 
-def write_page(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
+def write_page(results: Mapping[str, Any], folder: Path = show.DOCS) -> Path:
     """Write the section and its plots."""
     figures = folder / "figures"
     plot_fronts(results["fronts"], figures)
@@ -354,12 +332,12 @@ def write_page(results: Mapping[str, Any], folder: Path = DOCS) -> Path:
     if "positions" in results:
         plot_positions(results["positions"], figures / "roads_positions.svg")
     parts = dict.fromkeys(("equal_latency", "cpu_latency", "positions", "whole_blocks", "second"))
-    return put_section(folder / "results.md", "roads", render("roads.md.j2", globals() | parts | dict(results)))
+    return show.write_section(folder, "roads", globals() | parts | dict(results))
 
 
 def front_table(fronts: Mapping[str, Sequence[Row]]) -> str:
     rows = [{"road": name, **row} for name, found in fronts.items() for row in found]
-    return columns(rows, {"road": "road", **dict(SECOND)})
+    return show.columns(rows, {"road": "road", **dict(SECOND)})
 
 
 def reached(fronts: Mapping[str, Sequence[Row]]) -> str:
@@ -402,7 +380,7 @@ def losses(found: Mapping[str, Any]) -> list[float]:
 
 def last_order(found: Mapping[str, Any]) -> str:
     last = found["rows"][-1]
-    return ", ".join(sorted(("block", "wide", "hoist"), key=lambda form: float(last[form]["loss_increase"]["value"])))
+    return ", ".join(sorted(FORMS, key=lambda form: float(last[form]["loss_increase"]["value"])))
 
 
 def plot_fronts(fronts: Mapping[str, Sequence[Row]], folder: Path) -> None:
@@ -413,23 +391,23 @@ def plot_fronts(fronts: Mapping[str, Sequence[Row]], folder: Path) -> None:
         "tp8": ("predicted ms for a token, eight H100", lambda row: float(row["predicted_ms"]["tp8"])),
     }
     for name, (label, x) in axes_of.items():
-        figure, axes = new_figure(x=label, y="loss above intact [nats per token]")
+        figure, axes = show.new_figure(x=label, y="loss above intact [nats per token]")
         for kind, style in (("as_is", "--"), ("refitted", "-")):
-            series: dict[str, list[Point]] = {}
+            series: dict[str, list[show.Point]] = {}
             for road, rows in fronts.items():
                 points = [(x(row), Interval(**row[kind]["loss_increase"])) for row in rows if row[kind] is not None]
                 if points:
                     label = f"{road}, refitted" if kind == "refitted" else road
                     series[label] = sorted(points, key=lambda point: point[0])
             before = len(axes.containers)
-            draw_lines(axes, series)
+            show.draw_lines(axes, series)
             for label, container in zip(series, axes.containers[before:], strict=True):
                 for part in (container[0], *container[1], *container[2]):
                     part.set_color(f"C{list(fronts).index(label.removesuffix(', refitted'))}")
                 container[0].set_linestyle(style)
         axes.set_yscale("symlog", linthresh=0.01)
         axes.legend(fontsize="x-small", ncols=2)
-        save(figure, folder / f"roads_{name}.svg")
+        show.save(figure, folder / f"roads_{name}.svg")
 
 
 def plot_positions(found: Sequence[Row], path: Path) -> None:
@@ -453,18 +431,19 @@ def plot_positions(found: Sequence[Row], path: Path) -> None:
         axes.set_xticks(range(firsts))
         axes.set_yticks(range(sizes - 1), range(2, sizes + 1))
     figure.colorbar(image, ax=list(grid), label="loss above intact [nats]")
-    save(figure, path)
+    show.save(figure, path)
 
 
 def plot_cpu(found: Sequence[Row], path: Path) -> None:
-    figure, axes = new_figure(x="ms for one token on this CPU", y="loss after refit [nats per token]", size=(6.0, 4.0))
+    words = {"x": "ms for one token on this CPU", "y": "loss after refit [nats per token]"}
+    figure, axes = show.new_figure(**words, size=(6.0, 4.0))
     for one in found:
         loss = 0.0 if one["name"] == "intact" else one.get("loss")
         if loss is not None:
             place = (one["milliseconds"], loss)
             axes.plot(*place, "o", ms=5)
             axes.annotate(one["name"], place, fontsize="x-small", xytext=(4, 3), textcoords="offset points")
-    save(figure, path)
+    show.save(figure, path)
 
 
 def main() -> None:

@@ -14,13 +14,13 @@ Goals (issues 4 and 5): whole under 60 s and 4 GB each; growth linear in layers;
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from bench.record import Measurement, Session, arguments
+from bench.record import RESULTS, Measurement, Session, arguments
 from bench.show import bytes_, seconds, table
 
 WHOLE = ("llama-3.1-405b", "nemotron-super-49b")
@@ -115,26 +115,26 @@ finish()
 """
 
 
-def child(script: str, argument: object) -> dict[str, Any]:
+def child(script: str, argument: object, **environment: str) -> dict[str, Any]:
     """What a fresh process printed. Raises `RuntimeError` with its last words."""
-    command = [sys.executable, "-c", _START + script, str(argument)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    command, settings = [sys.executable, "-c", script, str(argument)], os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parents[1], check=False, env=settings)
     if done.returncode:
-        raise RuntimeError(done.stderr[-1500:])
+        raise RuntimeError(f"{argument}: {done.stderr[-1500:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def whole(name: str) -> Measurement:
-    return _measurement({"what": "whole", "model": name}, [child(_WHOLE, name)])
+    return _measurement({"what": "whole", "model": name}, [child(_START + _WHOLE, name)])
 
 
 def growth(layers: int, repeats: int) -> Measurement:
-    return _measurement({"what": "growth", "layers": layers}, [child(_GROWTH, layers) for _ in range(repeats)])
+    return _measurement({"what": "growth", "layers": layers}, [child(_START + _GROWTH, layers) for _ in range(repeats)])
 
 
 def compile_time(rounds: int) -> Measurement:
-    found = child(_COMPILE, rounds)
+    found = child(_START + _COMPILE, rounds)
     return Measurement.of({"what": "compile", "layers": 16}, found["seconds"], [("unfused", "fused")])
 
 

@@ -155,6 +155,12 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
+def write_section(folder: Path, name: str, words: Mapping[str, Any]) -> Path:
+    """Make the section of results.md in the folder from the page of that name."""
+    text = render(f"{name.replace(' ', '_')}.md.j2", words)
+    return put_section(folder / "results.md", name, text)
+
+
 def render(page: str, words: Mapping[str, Any]) -> str:
     """A page of bench/pages. Its sentences call functions of `words` and of this module, and read the findings."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined

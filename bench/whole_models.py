@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import fxfusion
-from bench.grid import Limits, compiled, measure_limits, with_random_weights
+from bench.grid import Limits, check_close, compiled, measure_limits, name_of, with_random_weights
 from bench.record import Measurement, Scalar, Session, arguments, measure
 from bench.show import bytes_, ratio_table, seconds, table, times
 from fxfusion import FusionPlan, last_reports
@@ -104,8 +104,7 @@ class Case:
 
     @property
     def place(self) -> dict[str, str | int]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"model": self.model, "phase": self.phase, "tokens": self.tokens, "dtype": dtype}
+        return {"model": self.model, "phase": self.phase, "tokens": self.tokens, "dtype": name_of(self.dtype)}
 
 
 def prefill(model: Any, case: Case, compile_: Callable[..., Any]) -> Callable[[], Tensor]:
@@ -193,12 +192,9 @@ def measure_case(case: Case, pair: Pair, limits: Limits, mode: str, *, rounds: i
 
 def _check_same(runs: dict[str, Callable[[], Tensor]], case: Case) -> None:
     """Raises `RuntimeError` where the two fused forms, or the two unfused ones, do not give the same logits."""
-    logits = {name: run().float() for name, run in runs.items()}
-    limit = 0.05 if case.dtype == torch.bfloat16 else 1e-3
+    logits = {name: run().clone() for name, run in runs.items()}  # CUDA graphs write to one place
     for one, other in (("fused", "surgery"), ("unfused", "unfused again")):
-        error = float((logits[one] - logits[other]).norm() / logits[other].norm())
-        if not error <= limit:
-            raise RuntimeError(f"{case.place}: the logits of {one} and {other} differ by {error:.2g}")
+        check_close(f"{case.place}: the logits of {one} against {other}", logits[one], logits[other])
 
 
 def _first_call(name: str, run: Callable[[], Tensor]) -> dict[str, Scalar]:
@@ -360,10 +356,7 @@ def _by_hand(case: Case, phase: Callable[..., Callable[[], Tensor]], model: Any,
 
 
 def _check(of: WindowCase, name: str, found: Tensor, wanted: Tensor, model: Any) -> None:
-    limit = 0.05 if of.case.dtype == torch.bfloat16 else 1e-3
-    error = float((found.float() - wanted).norm() / wanted.norm())
-    if not error <= limit:
-        raise RuntimeError(f"{of.place}: the logits of {name} are off by {error:.2g}, allowed {limit}")
+    check_close(f"{of.place}: the logits of {name}", found, wanted)
     plan = _plan(model, name)
     if plan is not None and len(last_reports()[-1].groups) != len(plan.groups):
         raise RuntimeError(f"{of.place}: {name} has {len(last_reports()[-1].groups)} groups of {len(plan.groups)}")

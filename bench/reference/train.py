@@ -30,19 +30,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerFast
 
-from bench.reference import (
-    CALIBRATION_FILE,
-    END_OF_TEXT,
-    HELD_OUT_FILE,
-    SHAPES,
-    Corpus,
-    TokenIds,
-    blocks,
-    build_model,
-    heldout_batches,
-    load_corpus,
-    load_model,
-)
+from bench import reference as ref
+from bench.show import render
 from fxfusion.analysis.quality import Quality, evaluate
 
 HERE = Path(__file__).parent
@@ -141,15 +130,15 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 class Trainer:
     """Model, optimizer and position in the recipe; everything that a checkpoint holds."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, work: Path, device: str, compiled: bool) -> None:
+    def __init__(self, recipe: Recipe, corpus: ref.Corpus, work: Path, device: str, compiled: bool) -> None:
         self.recipe, self.work, self.device = recipe, work, torch.device(device)
         self.step, self.seconds = 0, 0.0
         self.schedules = [[0, recipe.steps]]  # from which step on, length of the schedule
-        model: nn.Module = build_model(recipe.seed, recipe.shape)
+        model: nn.Module = ref.build_model(recipe.seed, recipe.shape)
         self.model = model.to(self.device)
         self.optimizers = build_optimizers(self.model, recipe)
-        self.train_blocks = blocks(corpus.train, SEQUENCE + 1, recipe.seed)
-        self.held_out = blocks(corpus.held_out, SEQUENCE + 1, recipe.seed)[:HELD_OUT_BLOCKS]
+        self.train_blocks = ref.blocks(corpus.train, SEQUENCE + 1, recipe.seed)
+        self.held_out = ref.blocks(corpus.held_out, SEQUENCE + 1, recipe.seed)[:HELD_OUT_BLOCKS]
         self.loss: Callable[[Tensor], Tensor] = torch.compile(self._loss) if compiled else self._loss
 
     def _loss(self, ids: Tensor) -> Tensor:
@@ -158,7 +147,7 @@ class Trainer:
             logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
-    def _ids(self, rows: TokenIds) -> Tensor:
+    def _ids(self, rows: ref.TokenIds) -> Tensor:
         return torch.from_numpy(rows.astype("int64")).to(self.device)
 
     def advance(self) -> float:
@@ -276,81 +265,40 @@ def train(trainer: Trainer, stop_after: int, log_every: int, evaluate_every: int
 
 BLOCK, BLOCKS = 1024, 192  # 196,608 tokens each for measuring and for calibration: 0.8 MB as uint16 together
 
-README = """\
-# The reference model
 
-{title}: {parameters:,}
-parameters, stored as bfloat16. Trained on the `.py` files of the Python {python} standard library (tests
-included) with a byte-level BPE of 4,096 tokens. Files whose path hashes into 8 of 100 buckets are held out:
-neither model nor tokenizer saw them.
-
-Trained by `python -m bench.reference.train`: {steps:,} steps of 8 x 256 tokens in {minutes:.0f} minutes
-(Muon and AdamW, peak learning rate {learning_rate:g}, cosine after {warmup} warm-up steps, {precision}).
-{schedule}
-`training_log.jsonl` has the losses on the way.
-
-Held-out perplexity of these weights: **{perplexity:.2f}**, 95 % interval {low:.2f} to {high:.2f}
-({loss:.3f} nats per token; `fxfusion.evaluate` in float32, {tokens:,} tokens in sequences of 256).
-
-`heldout_ids.safetensors` and `calibration_ids.safetensors` (`input_ids`, uint16 `[{blocks}, {block}]`) hold
-token ids of the held-out and of the training files. `bench.reference` has functions that load all of this.
-"""
-
-_TITLES = {
-    "llama": "A Llama of 12 layers, hidden 256, 4 heads (2 key-value heads), FFN 640, tied embeddings",
-    "gpt2": "A GPT-2 of 12 layers, hidden 128, 4 heads, FFN 512",
-}
-
-
-def export(work: Path, output: Path, corpus: Corpus) -> Quality:
+def export(work: Path, output: Path, corpus: ref.Corpus) -> Quality:
     """Write the checkpoint in `work` as a model to `output`; returns the held-out quality measured there.
 
     FileNotFoundError when `work` holds no checkpoint.
     """
     state = torch.load(work / "checkpoint.pt", map_location="cpu", weights_only=True)
-    model = build_model(seed=0, shape=state["recipe"].get("shape", "llama"))
+    model = ref.build_model(seed=0, shape=state["recipe"].get("shape", "llama"))
     model.load_state_dict(state["model"])
     model.bfloat16()
     model.save_pretrained(output)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=corpus.tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=BLOCK
+        tokenizer_object=corpus.tokenizer, bos_token=ref.END_OF_TEXT, eos_token=ref.END_OF_TEXT, model_max_length=BLOCK
     )
     tokenizer.save_pretrained(output)
-    _write_ids(output / HELD_OUT_FILE, corpus.held_out)
-    _write_ids(output / CALIBRATION_FILE, corpus.train)
+    _write_ids(output / ref.HELD_OUT_FILE, corpus.held_out)
+    _write_ids(output / ref.CALIBRATION_FILE, corpus.train)
     shutil.copyfile(work / "log.jsonl", output / "training_log.jsonl")
-    quality = evaluate(load_model(folder=output), heldout_batches(folder=output), progress=True)
+    quality = evaluate(ref.load_model(folder=output), ref.heldout_batches(folder=output), progress=True)
     parameters = sum(weight.numel() for weight in model.parameters())
     (output / "README.md").write_text(_readme(state, parameters, quality))
     print(json.dumps({"step": state["step"], **quality.to_dict()}))
     return quality
 
 
-def _write_ids(file: Path, ids: TokenIds) -> None:
-    chosen = blocks(ids, BLOCK, seed=1)[:BLOCKS]
+def _write_ids(file: Path, ids: ref.TokenIds) -> None:
+    chosen = ref.blocks(ids, BLOCK, seed=1)[:BLOCKS]
     save_file({"input_ids": torch.from_numpy(chosen)}, file)
 
 
 def _readme(state: dict[str, Any], parameters: int, quality: Quality) -> str:
-    recipe = state["recipe"]
-    return README.format(
-        title=_TITLES[recipe.get("shape", "llama")],
-        parameters=parameters,
-        python=platform.python_version(),
-        steps=state["step"],
-        learning_rate=recipe["learning_rate"],
-        warmup=recipe["warmup"],
-        precision="bfloat16 autocast" if recipe["autocast"] else "float32",
-        minutes=state["seconds"] / 60,
-        schedule=_schedule(state["schedules"]),
-        perplexity=quality.perplexity,
-        low=quality.perplexity.low,
-        high=quality.perplexity.high,
-        tokens=quality.tokens,
-        loss=quality.loss,
-        blocks=BLOCKS,
-        block=BLOCK,
-    )
+    facts = {"state": state, "parameters": parameters, "quality": quality, "python": platform.python_version()}
+    more = {"shape": state["recipe"].get("shape", "llama"), "schedule": _schedule(state["schedules"])}
+    return render("reference_model.md.j2", {**facts, **more, "BLOCK": BLOCK, "BLOCKS": BLOCKS})
 
 
 def _schedule(schedules: list[list[int]]) -> str:
@@ -380,7 +328,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--steps", type=int, default=defaults.steps, help="length of the whole schedule")
     parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    parser.add_argument("--shape", choices=SHAPES, default=defaults.shape)
+    parser.add_argument("--shape", choices=ref.SHAPES, default=defaults.shape)
     parser.add_argument("--stop-after", type=int, help="stop early, on the schedule of --steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -399,7 +347,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     autocast = bfloat16_is_fast(arguments.device) if arguments.autocast is None else arguments.autocast
     recipe = Recipe(arguments.steps, arguments.learning_rate, autocast=autocast, shape=arguments.shape)
-    corpus = load_corpus(arguments.work)
+    corpus = ref.load_corpus(arguments.work)
     print(f"{len(corpus.train):,} training tokens, {len(corpus.held_out):,} held-out tokens", flush=True)
     if not arguments.export:
         trainer = Trainer(recipe, corpus, arguments.work, arguments.device, arguments.compile)

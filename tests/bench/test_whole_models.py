@@ -69,7 +69,7 @@ def test_a_form_that_computes_something_else_is_an_error(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(whole_models, "_compiled", as_it_is)
     monkeypatch.setattr(whole_models, "compiled", lambda run, mode: run)
-    with pytest.raises(RuntimeError, match="the logits of hoist 2 are off by"):
+    with pytest.raises(RuntimeError, match="the logits of hoist 2 is off by"):
         measure_windows(SMALL, small(), (), rounds=1, threads=1)
 
 
