@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=570.0)
     parser.add_argument("--only", action="append", choices=[name for name, *_ in SUITE])
     chosen = parser.parse_args()
-    start, rows = time.perf_counter(), []
+    start = time.perf_counter()
+    rows: list[tuple[str, str | None, str]] = []
     for name, least, most in SUITE:
         left = chosen.seconds - (time.perf_counter() - start)
         if chosen.only and name not in chosen.only:

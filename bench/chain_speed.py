@@ -112,7 +112,7 @@ def frozen(module: nn.Module) -> Compiled:
     Dynamo asks the global setting whether weights become constants, not the options, which alone do nothing; and
     without options it would take up the code of an unfrozen copy.
     """
-    options = {"freezing": True}
+    options: dict[str, Any] = {"freezing": True}
     made = torch.compile(copy.deepcopy(module), backend="inductor", dynamic=False, fullgraph=True, options=options)
     packs = lambda: sum(count for name, count in counters["inductor"].items() if "weight_pack" in name)  # noqa: E731
 

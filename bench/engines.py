@@ -224,7 +224,7 @@ def run_script(engine: str, script: str, arguments: Sequence[str | Path], scratc
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM", "HF_"))}
     with log.open("wb") as output:
         try:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
             environment = {**kept, **settings, **threads, **caches}
             done = subprocess.run(command, **streams, cwd=scratch, env=environment, timeout=timeout, check=False)
             problem = f"ended with exit code {done.returncode}" if done.returncode else None

@@ -219,9 +219,9 @@ class Concatenated(nn.Module):
 
 def decoder(hidden: int, widths: Sequence[int], dtype: torch.dtype, device: str) -> Any:
     """A decoder whose attention and vocabulary are as small as they can be; random weights, gains near 1."""
-    sizes = {"hidden_size": hidden, "intermediate_size": max(widths), "num_hidden_layers": len(widths)}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
-    tokens = {"vocab_size": 32, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
+    sizes: dict[str, Any] = {"hidden_size": hidden, "intermediate_size": max(widths), "num_hidden_layers": len(widths)}
+    heads: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64}
+    tokens: dict[str, Any] = {"vocab_size": 32, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0}
     config = LlamaConfig(**sizes, **heads, **tokens)
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)

@@ -29,7 +29,7 @@ def table(rows: Iterable[Sequence[object]], headers: Sequence[str], *, markdown:
     return tabulate(cells, headers, tablefmt="github" if markdown else "simple", disable_numparse=True)
 
 
-def columns(rows: Iterable[Row], of: Columns) -> str:
+def columns(rows: Iterable[Any], of: Columns) -> str:
     """A Markdown table by columns: heading, and a function of the row or the place of its value, such as `a.b`.
 
     An estimate is shown with its interval, what is None as a dash.
@@ -38,7 +38,7 @@ def columns(rows: Iterable[Row], of: Columns) -> str:
     return table(([_shown(row, what) for _, what in heads] for row in rows), [head for head, _ in heads], markdown=True)
 
 
-def _shown(row: Row, what: Shown) -> object:
+def _shown(row: Any, what: Shown) -> object:
     if not isinstance(what, str):
         return what(row)
     found: Any = row
