@@ -74,8 +74,7 @@ class WideBuilder:
         replace = {template.stream: self.stream}
         for constant, role in zip(template.prologue_constants, self.group.roles, strict=True):
             if role != "fixed":
-                example = ops.tensor_value(constant)
-                assert example is not None
+                example = ops.tensor_of(constant)
                 fill = torch.ones if role == "gain" else torch.zeros
                 shape = tuple(example.shape)
                 replace[constant] = self.editor.call(fill, shape, dtype=example.dtype, device=example.device)
@@ -142,7 +141,5 @@ def regrouped(editor: GraphEditor, value: fx.Node, wanted: fx.Node, like: fx.Nod
     if has_axes_of(value, wanted):
         return value
     if is_flat(wanted):
-        example = ops.tensor_value(value)
-        assert example is not None
-        return editor.method("reshape", value, -1, example.shape[-1])
+        return editor.method("reshape", value, -1, ops.tensor_of(value).shape[-1])
     return editor.method("reshape_as", value, like)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from fxfusion.errors import RefusalCode, Refused
@@ -87,7 +86,7 @@ class GroupChecker:
             if value is None or value.numel() not in (1, member.width):
                 words = f"{constant} is not one number or one per intermediate channel"
                 return Refused(RefusalCode.NOT_POINTWISE, words)
-            if value.dim() == 0 and value.dtype != _dtype_of(member.down.input):
+            if value.dim() == 0 and value.dtype != ops.tensor_of(member.down.input).dtype:
                 # A vector of them would take part in type promotion, the number does not.
                 words = f"{constant} is a {value.dtype} number in a middle of another dtype"
                 return Refused(RefusalCode.DIFFERENT_DTYPE, words)
@@ -107,20 +106,14 @@ class GroupChecker:
 
     def _outside_reader(self, ffn: FfnNode) -> str | None:
         """A node outside every FFN that reads one of the weights, also through views and casts of it."""
-        for weight in ffn.weights:
-            pending = list(weight_leaves(weight, self.facts))
-            while pending:
-                for user in pending.pop().users:
-                    if user in self.facts.constants:
-                        pending.append(user)
-                    elif user not in self._inside:
-                        return user.name
-        return None
 
+        def constant_users(node: fx.Node) -> list[fx.Node]:
+            return [user for user in node.users if user in self.facts.constants]
 
-def _dtype_of(node: fx.Node) -> torch.dtype | None:
-    example = ops.tensor_value(node)
-    return example.dtype if example is not None else None
+        leaves = (leaf for weight in ffn.weights for leaf in weight_leaves(weight, self.facts))
+        users = (user for node in ops.reached(leaves, constant_users) for user in node.users)
+        known = self.facts.constants
+        return next((user.name for user in users if user not in known and user not in self._inside), None)
 
 
 def fold_roles(members: Sequence[HasNorm], prover: NormProver) -> tuple[Role, ...]:

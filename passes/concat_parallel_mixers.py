@@ -51,7 +51,7 @@ class ConcatParallelMixers(Pass):
         changed = 0
         refusals: list[Refusal] = []
         for block in self.blocks:
-            facts = GraphFacts(graph, (node for node in graph.nodes if node.name in self.weights))
+            facts = GraphFacts(graph, self.weights)
             opaque = {node: self.opaque[node.name] for node in graph.nodes if node.name in self.opaque}
             entry = stream_of(block[0])
             try:
@@ -120,8 +120,7 @@ def _plain_norm(editor: GraphEditor, end: MixerEnds, gains: Sequence[fx.Node]) -
         return end.stream
     replace = {end.stream: end.stream}
     for gain in gains:
-        example = ops.tensor_value(gain)
-        assert example is not None
+        example = ops.tensor_of(gain)
         replace[gain] = editor.call(torch.ones, tuple(example.shape), dtype=example.dtype, device=example.device)
     return editor.clone(end.prologue, replace)[end.normed]
 
@@ -129,7 +128,7 @@ def _plain_norm(editor: GraphEditor, end: MixerEnds, gains: Sequence[fx.Node]) -
 def _folded(editor: GraphEditor, linear: Linear, gains: Sequence[fx.Node]) -> fx.Node:
     """The weight `[out, in]` times the norm's gains, rounded once."""
     weight = _out_in(editor, linear)
-    own = _dtype(linear.weight)
+    own = ops.tensor_of(linear.weight).dtype
     for gain in gains:
         wide = torch.promote_types(own, torch.float32)
         factor = editor.method("to", editor.method("reshape", gain, -1), wide)
@@ -156,8 +155,7 @@ def _summed_bias(editor: GraphEditor, ends: Sequence[MixerEnds], index: int) -> 
 
 
 def _zeros(editor: GraphEditor, linear: Linear) -> fx.Node:
-    example = ops.tensor_value(linear.weight)
-    assert example is not None
+    example = ops.tensor_of(linear.weight)
     return editor.call(torch.zeros, (linear.out_features,), dtype=example.dtype, device=example.device)
 
 
@@ -168,9 +166,3 @@ def _out_in(editor: GraphEditor, linear: Linear) -> fx.Node:
 def _packed(node: fx.Node, index: int) -> fx.Node:
     node.meta[PACK_TAG] = index
     return node
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    example = ops.tensor_value(node)
-    assert example is not None
-    return example.dtype

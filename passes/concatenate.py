@@ -115,10 +115,9 @@ def left_behind(graph: fx.Graph, groups: Sequence[Group]) -> list[str]:
 
 def like_branch(editor: GraphEditor, value: fx.Node, stream: fx.Node, branch: fx.Node) -> fx.Node:
     """The value in the stream's shape and the branch's dtype."""
-    made, wanted, kind = (ops.tensor_value(node) for node in (value, stream, branch))
-    assert made is not None and wanted is not None and kind is not None
-    if made.dtype != kind.dtype:
-        value = editor.method("to", value, kind.dtype)
-    if [str(size) for size in made.shape] != [str(size) for size in wanted.shape]:
+    dtype = ops.tensor_of(branch).dtype
+    if ops.tensor_of(value).dtype != dtype:
+        value = editor.method("to", value, dtype)
+    if ops.shape_of(value) != ops.shape_of(stream):
         value = editor.method("view_as", value, stream)
     return value

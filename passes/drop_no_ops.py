@@ -25,10 +25,9 @@ from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.effects import DROPOUT_OPS, dropout_arguments
 from fxfusion.graph.pass_base import Pass, PassResult
 
-_CASTS = frozenset("to type_as float double half bfloat16".split())
 _VIEWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze expand expand_as broadcast_to".split())
 _IDENTITIES = frozenset(("alias", "lift_fresh", "Identity"))
-_DROPPED = _CASTS | _VIEWS | _IDENTITIES | DROPOUT_OPS | {"contiguous"}
+_DROPPED = ops.CASTS | _VIEWS | _IDENTITIES | DROPOUT_OPS | {"contiguous"}
 
 
 class DropNoOps(Pass):
@@ -59,8 +58,8 @@ def _returned_input(node: fx.Node, facts: GraphFacts) -> fx.Node | None:
     """The value that the node hands back unchanged, or None."""
     name = ops.op_name(node)
     source = node.all_input_nodes[0]
-    if name in _CASTS:
-        if not (_same_kind(node, source) and _same_shape(node, source)) or _asks_for_layout(node):
+    if name in ops.CASTS:
+        if not (_same_kind(node, source) and ops.shape_of(node) == ops.shape_of(source)) or _asks_for_layout(node):
             return None
         return source if not (_copies(node) and _is_told_apart(node, source, facts)) else None
     if name in DROPOUT_OPS:
@@ -69,7 +68,7 @@ def _returned_input(node: fx.Node, facts: GraphFacts) -> fx.Node | None:
     if name in _IDENTITIES:
         return source
     if name == "contiguous":
-        plain = _is_contiguous(source) and _same_shape(node, source) and not _asks_for_layout(node)
+        plain = _is_contiguous(source) and ops.shape_of(node) == ops.shape_of(source) and not _asks_for_layout(node)
         return source if plain else None
     if name in _VIEWS:
         return _cancelled_view(source, node, facts)
@@ -80,7 +79,7 @@ def _cancelled_view(source: fx.Node, node: fx.Node, facts: GraphFacts) -> fx.Nod
     """The value before a run of views that ends in the shape it began with."""
     start = source
     while True:
-        if _same_shape(start, node) and _same_kind(start, node):
+        if _same_kind(start, node) and ops.shape_of(start) == ops.shape_of(node):
             # A reshape may copy; handing back the original would then create an alias.
             return start if _is_contiguous(start) or not _is_told_apart(node, start, facts) else None
         if ops.op_name(start) not in _VIEWS or not start.all_input_nodes:
@@ -116,11 +115,6 @@ def _asks_for_layout(node: fx.Node) -> bool:
 def _same_kind(one: fx.Node, other: fx.Node) -> bool:
     left, right = ops.tensor_value(one), ops.tensor_value(other)
     return left is not None and right is not None and left.dtype == right.dtype and left.device == right.device
-
-
-def _same_shape(one: fx.Node, other: fx.Node) -> bool:
-    left, right = ops.tensor_value(one), ops.tensor_value(other)
-    return left is not None and right is not None and [str(s) for s in left.shape] == [str(s) for s in right.shape]
 
 
 def _is_contiguous(node: fx.Node) -> bool:

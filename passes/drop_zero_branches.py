@@ -38,7 +38,7 @@ class DropZeroBranches(Pass):
         self.weights = weights
 
     def run(self, graph: fx.Graph) -> PassResult:
-        facts = GraphFacts(graph, (node for node in graph.nodes if node.name in self.weights))
+        facts = GraphFacts(graph, self.weights)
         zero = _zero_values(graph, facts)
         changed = 0
         for node in list(graph.nodes):
@@ -108,7 +108,7 @@ def _interchangeable(node: fx.Node, kept: fx.Node) -> bool:
     before, after = ops.tensor_value(node), ops.tensor_value(kept)
     if before is None or after is None:
         return False
-    return before.dtype == after.dtype and [str(s) for s in before.shape] == [str(s) for s in after.shape]
+    return before.dtype == after.dtype and ops.shape_of(node) == ops.shape_of(kept)
 
 
 def _is_number(value: Any) -> bool:

@@ -80,7 +80,7 @@ def _look(node: fx.Node) -> tuple[object, ...]:
     value = ops.tensor_value(node)
     if value is None or value.layout != torch.strided:
         return ()
-    return (*map(str, (*value.shape, *value.stride())), value.dtype, value.device)
+    return (*ops.shape_of(node), *map(str, value.stride()), value.dtype, value.device)
 
 
 def _keeps_look(written: fx.Node, added: object) -> bool:

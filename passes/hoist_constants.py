@@ -30,7 +30,7 @@ class HoistConstants(Pass):
         self.weights = weights
 
     def run(self, graph: fx.Graph) -> PassResult:
-        facts = GraphFacts(graph, (node for node in graph.nodes if node.name in self.weights))
+        facts = GraphFacts(graph, self.weights)
         late: list[fx.Node] = []
         first: dict[int, fx.Node] = {}
         for node in graph.nodes:

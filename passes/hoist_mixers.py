@@ -23,7 +23,6 @@ from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
 from fxfusion.passes.ffn import FfnNode, Mixer, Window
 from fxfusion.passes.match_pieces import views_behind
-from fxfusion.passes.match_window import shape_of
 
 
 class HoistMixers(Pass):
@@ -72,7 +71,7 @@ def _rewire(window: Window, made_by: str) -> None:
         like = _same_shape(block.stream, window.entry)
         if stream is None:
             stream = like
-        elif shape_of(stream) != shape_of(like):
+        elif ops.shape_of(stream) != ops.shape_of(like):
             names = [member.name for member in window.members]
             stream = GraphEditor(block.nodes[0], made_by, names).method("view_as", stream, like)
         for node in (*block.nodes, block.add):
@@ -81,7 +80,7 @@ def _rewire(window: Window, made_by: str) -> None:
 
 
 def _same_shape(value: fx.Node, entry: Sequence[fx.Node]) -> fx.Node:
-    return next(node for node in entry if shape_of(node) == shape_of(value))
+    return next(node for node in entry if ops.shape_of(node) == ops.shape_of(value))
 
 
 def _move_behind(anchor: fx.Node, ffns: Sequence[FfnNode]) -> None:

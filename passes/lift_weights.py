@@ -56,7 +56,7 @@ class LiftWeights(Pass):
         self.packs: tuple[Pack, ...] = ()
 
     def run(self, graph: fx.Graph) -> PassResult:
-        facts = GraphFacts(graph, (node for node in graph.nodes if node.name in self.weights))
+        facts = GraphFacts(graph, self.weights)
         tagged: dict[int, list[fx.Node]] = {}
         for node in graph.nodes:
             if PACK_TAG in node.meta:
@@ -91,16 +91,9 @@ class LiftWeights(Pass):
 
 def constant_needs(roots: Sequence[fx.Node], facts: GraphFacts) -> tuple[list[fx.Node], list[fx.Node]]:
     """The weights that constant values are computed from, and the nodes in between, both in graph order."""
-    seen: set[fx.Node] = set()
-    pending = list(roots)
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    ordered = sorted(seen, key=facts.order.__getitem__)
+    ordered = sorted(ops.reached(roots), key=facts.order.__getitem__)
     sources = [node for node in ordered if node.op in ("placeholder", "get_attr")]
-    return sources, [node for node in ordered if node not in set(sources)]
+    return sources, [node for node in ordered if node.op not in ("placeholder", "get_attr")]
 
 
 def constant_graph(sources: Sequence[fx.Node], inner: Sequence[fx.Node], roots: Sequence[fx.Node]) -> fx.GraphModule:

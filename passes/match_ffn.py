@@ -58,8 +58,8 @@ class FfnMatcher:
         """The FFN node `add = stream + branch`. Raises `Refused`."""
         regions = self._cut(stream, branch, found)
         _check_widths(regions, stream)
-        prologue_constants = self._constants_of(regions.prologue)
-        middle_constants = self._constants_of(regions.middle)
+        prologue_constants = self.facts.constants_of(regions.prologue)
+        middle_constants = self.facts.constants_of(regions.middle)
         output = self._output_structure(regions)
         places = {stream: "x"} | {node: f"c{index}" for index, node in enumerate(prologue_constants)}
         prologue = describe_region(regions.prologue, places)
@@ -148,14 +148,9 @@ class FfnMatcher:
                     message = f"{ops.op_name(node)} reads {source}, which no projection made"
                     raise Refused(RefusalCode.STRUCTURE, message, node)
 
-    def _constants_of(self, nodes: Sequence[fx.Node]) -> tuple[fx.Node, ...]:
-        """The constants that a region reads, in the order it reads them."""
-        sources = (source for node in nodes for source in node.all_input_nodes)
-        return tuple(dict.fromkeys(source for source in sources if source in self.facts.constants))
-
     def _output_structure(self, regions: _Regions) -> Structure:
         output = regions.tail.output
-        return output_structure(output, regions.down.node, self._constants_of(output)) if output else ()
+        return output_structure(output, regions.down.node, self.facts.constants_of(output)) if output else ()
 
     def _prove_token_wise(self, regions: _Regions, stream: fx.Node, structure: Structure) -> bool:
         """Whether the middle is segmented. Raises `Refused` where the branch is not token-wise."""
@@ -171,18 +166,20 @@ class FfnMatcher:
         return found
 
     def _check_token_wise(self, regions: _Regions, stream: fx.Node) -> bool:
-        constants = {node: False for node in self._constants_of(regions.prologue)}
+        constants = {node: False for node in self.facts.constants_of(regions.prologue)}
         check_token_wise(regions.prologue, {stream: True} | constants)
         segmented = self._is_segmented(regions)
         output = regions.tail.output
-        if output and not is_norm(output, regions.down.node, self._constants_of(output)):
+        if output and not is_norm(output, regions.down.node, self.facts.constants_of(output)):
             raise regions.tail.refusal
         return segmented
 
     def _is_segmented(self, regions: _Regions) -> bool:
         """Whether a norm over the channels stands in the middle. Raises `Refused` where it is no token-wise code."""
         cuts = regions.cuts
-        inputs = {node: True for node in cuts.pieces} | {node: False for node in self._constants_of(regions.middle)}
+        inputs = {node: True for node in cuts.pieces} | {
+            node: False for node in self.facts.constants_of(regions.middle)
+        }
         inputs |= {view: True for view in cuts.aliases if cuts.resolve(view) in cuts.pieces}
         views = [view for view in cuts.aliases if cuts.resolve(view) in regions.middle]
         nodes = sorted((*regions.middle, *views), key=self.facts.order.__getitem__)
@@ -249,7 +246,7 @@ def _middle_structure(
     entries = []
     for index, piece in enumerate(cuts.pieces.values()):
         channels = f"{piece.start // width}*width" if piece.step == 1 else f"{piece.start}::{piece.step}"
-        entries.append(Entry("piece", f"{piece.projection}:{channels}", _dtype(piece.node), ""))
+        entries.append(Entry("piece", f"{piece.projection}:{channels}", ops.dtype_name(piece.node), ""))
         places[piece.node] = f"p{index}"
     computed = {node: f"%{index}" for index, node in enumerate(regions.middle)}
     for view in cuts.aliases:
@@ -257,11 +254,6 @@ def _middle_structure(
         places[view] = places.get(shown, computed.get(shown, str(view)))
     entries += describe_region(regions.middle, places, {width: "width"} if own_width else {})
     end = cuts.resolve(regions.down.input)
-    entries.append(Entry("down", "", _dtype(regions.down.node), computed.get(end, places.get(end, str(end)))))
-    entries.append(Entry("branch", "", _dtype(branch), ""))
+    entries.append(Entry("down", "", ops.dtype_name(regions.down.node), computed.get(end, places.get(end, str(end)))))
+    entries.append(Entry("branch", "", ops.dtype_name(branch), ""))
     return tuple(entries)
-
-
-def _dtype(node: fx.Node) -> str:
-    example = ops.tensor_value(node)
-    return str(example.dtype).removeprefix("torch.") if example is not None else ""

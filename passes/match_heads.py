@@ -52,8 +52,7 @@ def match_heads(ends: MixerEnds, facts: GraphFacts) -> MixerHeads:
         if [start for start, _ in edges] + [linear.out_features] != [0, *(stop for _, stop in edges)]:
             raise Refused(RefusalCode.STRUCTURE, f"{ends.name} does not read {linear.node} in whole heads, each once")
     own = {node for linear in (*ends.projections, ends.out) for node in (linear.weight, linear.bias)}
-    sources = (source for node in nodes for source in node.all_input_nodes)
-    constants = tuple(dict.fromkeys(source for source in sources if source in facts.constants))
+    constants = facts.constants_of(nodes)
     places = {ends.normed: "x"} | {node: f"c{index}" for index, node in enumerate(constants)}
     return MixerHeads(
         ends=ends,

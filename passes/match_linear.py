@@ -11,7 +11,6 @@ Source: issue 2.
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from fxfusion.graph import ops
@@ -52,7 +51,7 @@ def _linear(
     example = ops.tensor_value(weight)
     if example is None or example.dim() != 2 or not all(isinstance(size, int) for size in example.shape):
         return None
-    if not example.is_floating_point() or not _is_vector(bias):
+    if not example.is_floating_point() or (isinstance(bias, fx.Node) and len(ops.shape_of(bias)) != 1):
         return None
     rows, columns = example.shape
     return Linear(
@@ -64,13 +63,6 @@ def _linear(
         in_features=rows if transposed else columns,
         out_features=columns if transposed else rows,
     )
-
-
-def _is_vector(bias: object) -> bool:
-    if not isinstance(bias, fx.Node):
-        return True
-    example = ops.tensor_value(bias)
-    return isinstance(example, torch.Tensor) and example.dim() == 1
 
 
 def _is_transpose(node: fx.Node) -> bool:

@@ -25,7 +25,6 @@ from fxfusion.passes.match_linear import match_linear
 from fxfusion.passes.match_pieces import behind_views
 from fxfusion.passes.match_residual import check_shapes, weight_leaves
 from fxfusion.passes.match_tail import TailStep, match_tail
-from fxfusion.passes.match_window import shape_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +71,11 @@ def match_mixer(
     normed = inputs.pop()
     if behind_views(normed) is not normed:
         raise Refused(RefusalCode.STRUCTURE, f"the projections of {name} read a regrouped stream", normed)
-    if not loose and shape_of(out.input)[:-1] != shape_of(stream)[:-1]:
+    if not loose and ops.shape_of(out.input)[:-1] != ops.shape_of(stream)[:-1]:
         raise Refused(RefusalCode.STRUCTURE, f"{name} regroups its tokens before it ends", out.node)
     _check_weights(name, (*projections, out), facts, opaque)
     prologue = facts.slice_between(normed, stream).nodes if normed is not stream else ()
-    sources = (source for node in prologue for source in node.all_input_nodes)
-    constants = tuple(dict.fromkeys(source for source in sources if source in facts.constants))
+    constants = facts.constants_of(prologue)
     check_token_wise(prologue, {stream: True} | dict.fromkeys(constants, False))
     places = {stream: "x"} | {node: f"c{index}" for index, node in enumerate(constants)}
     return MixerEnds(

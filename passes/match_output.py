@@ -31,23 +31,21 @@ def match_output(branch: fx.Node, down: fx.Node, facts: GraphFacts) -> tuple[fx.
 
     Empty where they read anything but that result, constants, and sizes or dtypes that are known before it.
     """
-    floor = facts.order[down]
-    inside: set[fx.Node] = set()
-    pending, reaches_down = [branch], False
-    if not _same_channels(branch, down):
+
+    def is_early(node: fx.Node) -> bool:
+        return facts.order[node] < facts.order[down] or node.op == "placeholder"
+
+    def read(node: fx.Node) -> list[fx.Node]:
+        if node is down or node in facts.constants or is_early(node):
+            return []
+        return node.all_input_nodes[:1] if regroups_tokens(node) else node.all_input_nodes
+
+    found = [node for node in ops.reached([branch], read) if node not in facts.constants]
+    leaks = any(is_early(node) and not ops.is_shape_value(node) for node in found)
+    if leaks or down not in found or ops.shape_of(branch)[-1:] != ops.shape_of(down)[-1:]:
         return ()
-    while pending:
-        node = pending.pop()
-        reaches_down = reaches_down or node is down
-        if node is down or node in inside or node in facts.constants:
-            continue
-        if facts.order[node] < floor or node.op == "placeholder":
-            if ops.is_shape_value(node):
-                continue
-            return ()
-        inside.add(node)
-        pending.extend(node.all_input_nodes[:1] if regroups_tokens(node) else node.all_input_nodes)
-    return tuple(sorted(inside, key=facts.order.__getitem__)) if reaches_down else ()
+    inside = (node for node in found if node is not down and not is_early(node))
+    return tuple(sorted(inside, key=facts.order.__getitem__))
 
 
 def is_norm(nodes: Sequence[fx.Node], down: fx.Node, constants: Sequence[fx.Node]) -> bool:
@@ -87,14 +85,7 @@ def regroups_tokens(node: fx.Node) -> bool:
 
 def has_axes_of(node: fx.Node, like: fx.Node) -> bool:
     """Whether two values have the same token axes."""
-    one, other = ops.tensor_value(node), ops.tensor_value(like)
-    assert one is not None and other is not None
-    return [str(size) for size in one.shape[:-1]] == [str(size) for size in other.shape[:-1]]
-
-
-def _same_channels(node: fx.Node, other: fx.Node) -> bool:
-    one, two = ops.tensor_value(node), ops.tensor_value(other)
-    return one is not None and two is not None and one.shape[-1:] == two.shape[-1:]
+    return ops.shape_of(node)[:-1] == ops.shape_of(like)[:-1]
 
 
 def is_flat(node: fx.Node) -> bool:

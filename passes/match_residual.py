@@ -223,13 +223,12 @@ def _mixing_op(found: Slice, facts: GraphFacts) -> str:
 
 
 def check_shapes(add: fx.Node, branch: fx.Node, stream: fx.Node) -> None:
-    summed, added, carried = (ops.tensor_value(node) for node in (add, branch, stream))
-    assert summed is not None and added is not None and carried is not None
-    shapes = [[str(size) for size in value.shape] for value in (summed, added, carried)]
-    if shapes[0] != shapes[1] or shapes[0] != shapes[2]:
-        raise Refused(RefusalCode.BROADCAST, f"the addition broadcasts {shapes[2]} and {shapes[1]}", add)
-    if summed.dtype != carried.dtype:
-        message = f"the addition turns a {carried.dtype} stream into {summed.dtype}"
+    summed, added, carried = map(ops.shape_of, (add, branch, stream))
+    if not summed == added == carried:
+        raise Refused(RefusalCode.BROADCAST, f"the addition broadcasts {list(carried)} and {list(added)}", add)
+    before, after = (ops.tensor_of(node).dtype for node in (stream, add))
+    if before != after:
+        message = f"the addition turns a {before} stream into {after}"
         raise Refused(RefusalCode.DIFFERENT_DTYPE, message, add)
 
 
@@ -290,17 +289,7 @@ def _writers(node: fx.Node, facts: GraphFacts) -> str:
 
 def weight_leaves(node: fx.Node, facts: GraphFacts) -> set[fx.Node]:
     """The weights that a constant is computed from."""
-    leaves: set[fx.Node] = set()
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current in facts.weights or current.op == "get_attr":
-            leaves.add(current)
-        pending.extend(current.all_input_nodes)
-    return leaves
+    return {source for source in ops.reached([node]) if source in facts.weights or source.op == "get_attr"}
 
 
 def _refusal(refused: Refused, add: fx.Node, found: Slice, facts: GraphFacts) -> Refusal:

@@ -26,8 +26,6 @@ from fxfusion.passes.match_pieces import VIEWS, keeps_channels
 
 TailStep = tuple[Literal["mul", "add"], fx.Node | float]
 
-_CASTS = frozenset("to type_as float double half bfloat16".split())
-
 
 @dataclass(frozen=True, slots=True)
 class Tail:
@@ -92,7 +90,7 @@ def _step_back(node: fx.Node, facts: GraphFacts) -> tuple[fx.Node, TailStep | No
 def _only_rounds(node: fx.Node, name: str) -> bool:
     """Whether the node is a cast to a float of 16 bits or more."""
     value = ops.tensor_value(node)
-    return name in _CASTS and value is not None and value.dtype.is_floating_point and value.dtype.itemsize > 1
+    return name in ops.CASTS and value is not None and value.dtype.is_floating_point and value.dtype.itemsize > 1
 
 
 def _is_constant(value: Any, facts: GraphFacts) -> bool:

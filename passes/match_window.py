@@ -68,7 +68,7 @@ class WindowMatcher:
         check_fit(members, self.norm, self.checker)
         entry = (members[0].stream, *views_behind(members[0].stream))
         for block in blocks:
-            if shape_of(block.stream) not in map(shape_of, entry):
+            if ops.shape_of(block.stream) not in map(ops.shape_of, entry):
                 words = f"the stream before {_where(block)} has another shape than before {_where(members[0])}"
                 raise Refused(RefusalCode.BROADCAST, words)
         return Window(names=names, members=tuple(members), mixers=mixers, entry=entry)
@@ -128,12 +128,6 @@ class WindowMatcher:
         return (
             self.facts.order[value] > self.facts.order[source] and self.facts.slice_between(value, source).reaches_stop
         )
-
-
-def shape_of(node: fx.Node) -> tuple[str, ...]:
-    """The sizes of a value, symbolic ones too."""
-    value = ops.tensor_value(node)
-    return () if value is None else tuple(str(size) for size in value.shape)
 
 
 def _where(block: Block) -> str:

@@ -75,7 +75,7 @@ class WeightPacker:
             for kind, value in member.tail:
                 if kind == "mul":
                     weight = self._scale_rows(weight, value, member.hidden)
-            parts.append(self._to(weight, _dtype(member.down.weight)))
+            parts.append(self._to(weight, ops.tensor_of(member.down.weight).dtype))
         return self._packed(self._cat(parts, 1))
 
     def own_down(self, member: FfnNode) -> tuple[fx.Node, fx.Node | None]:
@@ -91,7 +91,7 @@ class WeightPacker:
         total = parts[0]
         for part in parts[1:]:
             total = self.editor.call(operator.add, total, part)
-        return self._packed(self._to(total, _dtype(self.group.members[0].down.weight)))
+        return self._packed(self._to(total, ops.tensor_of(self.group.members[0].down.weight).dtype))
 
     def _down_bias_part(self, member: FfnNode) -> fx.Node | None:
         wide = self._wide_dtype(member.down.weight)
@@ -119,7 +119,7 @@ class WeightPacker:
         return self.editor.call(operator.getitem, value, slice(piece.start, piece.stop, piece.step))
 
     def _fold_gains(self, member: FfnNode, rows: fx.Node) -> fx.Node:
-        dtype, wide = _dtype(rows), self._wide_dtype(rows)
+        dtype, wide = ops.tensor_of(rows).dtype, self._wide_dtype(rows)
         for gain in self._with_role(member, "gain"):
             factor = self._to(self.editor.method("reshape", gain, -1), wide)
             rows = self.editor.call(operator.mul, self._to(rows, wide), factor)
@@ -137,9 +137,10 @@ class WeightPacker:
             # Not `torch.mv`: autocast would round it.
             moved = self.editor.method("sum", self.editor.call(operator.mul, rows, vector), -1)
             total = moved if total is None else self.editor.call(operator.add, total, moved)
+        like = ops.tensor_of(linear.weight)
         if total is None:
-            total = self.editor.call(torch.zeros, (member.width,), dtype=wide, device=_device(linear.weight))
-        return self._to(total, _dtype(linear.weight))
+            total = self.editor.call(torch.zeros, (member.width,), dtype=wide, device=like.device)
+        return self._to(total, like.dtype)
 
     def _with_role(self, member: FfnNode, role: str) -> list[fx.Node]:
         if self.group.norm == "last":
@@ -162,10 +163,10 @@ class WeightPacker:
         return self.editor.method("expand", self.editor.method("reshape", node, -1), length)
 
     def _to(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return node if _dtype(node) == dtype else self.editor.method("to", node, dtype)
+        return node if ops.tensor_of(node).dtype == dtype else self.editor.method("to", node, dtype)
 
     def _wide_dtype(self, node: fx.Node) -> torch.dtype:
-        return torch.promote_types(_dtype(node), torch.float32)
+        return torch.promote_types(ops.tensor_of(node).dtype, torch.float32)
 
     def _cat(self, parts: Sequence[fx.Node], dim: int) -> fx.Node:
         return self.editor.call(torch.cat, list(parts), dim)
@@ -175,15 +176,3 @@ class WeightPacker:
         if node.op not in ("placeholder", "get_attr"):
             node.meta[PACK_TAG] = self.index
         return node
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    example = ops.tensor_value(node)
-    assert example is not None, f"{node} has no example value"
-    return example.dtype
-
-
-def _device(node: fx.Node) -> torch.device:
-    example = ops.tensor_value(node)
-    assert example is not None, f"{node} has no example value"
-    return example.device

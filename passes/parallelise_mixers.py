@@ -17,11 +17,11 @@ from typing import ClassVar
 
 from torch import fx
 
+from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
 from fxfusion.passes.ffn import Matches, Mixer, Window
 from fxfusion.passes.find_chains import leading_mixer
-from fxfusion.passes.match_window import shape_of
 
 
 class ParalleliseMixers(Pass):
@@ -66,7 +66,7 @@ def stream_of(mixer: Mixer) -> fx.Node:
 
 def _reread(mixer: Mixer, entry: fx.Node, made_by: str) -> None:
     stream = stream_of(mixer)
-    if shape_of(entry) != shape_of(stream):
+    if ops.shape_of(entry) != ops.shape_of(stream):
         entry = GraphEditor(mixer.nodes[0], made_by, [mixer.layer]).method("view_as", entry, stream)
     for node in _branch(mixer):
         node.replace_input_with(stream, entry)

@@ -107,8 +107,8 @@ class _Sizes:
     def __init__(self, graph: fx.Graph, sources: _Sources) -> None:
         self._sources = sources
         self._by_call: dict[Any, fx.Node] = {}
-        given = [node for node in graph.nodes if node.op == "placeholder"]
-        self._by_expression = {str(_value(node)): node for node in given if isinstance(_value(node), torch.SymInt)}
+        given = ((node, ops.example(node)) for node in graph.nodes if node.op == "placeholder")
+        self._by_expression = {str(value): node for node, value in given if isinstance(value, torch.SymInt)}
 
     def settle(self, node: fx.Node) -> int:
         """Write out a plain number, replace a value that is there already, or move the node up; whether it did."""
@@ -116,7 +116,7 @@ class _Sizes:
             return 0
         if self.write_out(node):
             return 1
-        value = _value(node)
+        value = ops.example(node)
         call = (node.op, node.target, repr(node.args), repr(node.kwargs))
         same = self._by_call.setdefault(call, node)
         if isinstance(value, torch.SymInt) and same is node:
@@ -129,7 +129,7 @@ class _Sizes:
 
     def write_out(self, node: fx.Node) -> int:
         """Put a number or dtype in the place of the node, where that is known: a SymInt may be a constant."""
-        value = _value(node)
+        value = ops.example(node)
         if type(value) is torch.SymInt and str(value).isdecimal():
             value = int(str(value))
         returned = any(user.op == "output" for user in node.users)
@@ -247,16 +247,12 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if ops.tensor_value(source) is not None]
 
 
-def _value(node: fx.Node) -> Any:
-    return node.meta.get("example_value", node.meta.get("val"))
-
-
 def _is_symbolic(node: fx.Node) -> bool:
-    value = _value(node)
+    value = ops.example(node)
     sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def _look(node: fx.Node) -> _Look:
     value = ops.tensor_value(node)
-    return () if value is None else (*map(str, value.shape), value.dtype, value.device)
+    return () if value is None else (*ops.shape_of(node), value.dtype, value.device)

@@ -55,7 +55,7 @@ class WriteOutPointwise(Pass):
 
 def _prelu(editor: GraphEditor, node: fx.Node) -> fx.Node | None:
     value, slope = ops.argument(node, 0, "input"), ops.argument(node, 1, "weight")
-    before, example = _example(value), _example(slope)
+    before, example = ops.tensor_value(value), ops.tensor_value(slope)
     if before is None or example is None or example.numel() > 1 and before.dim() != 2:
         return None
     if example.dtype != before.dtype:
@@ -76,8 +76,8 @@ def _rrelu(editor: GraphEditor, node: fx.Node, place: int) -> fx.Node | None:
 def _batch_norm(editor: GraphEditor, node: fx.Node) -> fx.Node | None:
     given = _norm_arguments(node)
     value, mean, variance = given.get("input"), given.get("running_mean"), given.get("running_var")
-    example = _example(value)
-    if given.get("training", False) is not False or example is None or _example(variance) is None:
+    example = ops.tensor_value(value)
+    if given.get("training", False) is not False or example is None or ops.tensor_value(variance) is None:
         return None
     assert isinstance(value, fx.Node)
     swapped = example.dim() == 3 and _swaps(value)
@@ -126,7 +126,7 @@ def _swaps(node: Any) -> bool:
 
 def _replace(node: fx.Node, written: fx.Node) -> bool:
     """Let the readers read what was written out: the first result, where the node has several."""
-    if isinstance(node.meta.get("example_value", node.meta.get("val")), (tuple, list)):
+    if isinstance(ops.example(node), (tuple, list)):
         readers = list(node.users)
         if any(ops.op_name(user) != "getitem" or user.args[1] != 0 for user in readers):
             return False
@@ -142,7 +142,3 @@ def _replace(node: fx.Node, written: fx.Node) -> bool:
     if readers != [node]:
         node.graph.erase_node(node)
     return True
-
-
-def _example(value: Any) -> torch.Tensor | None:
-    return ops.tensor_value(value) if isinstance(value, fx.Node) else None

@@ -25,7 +25,7 @@ from fxfusion.errors import CaptureError
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.effects import keep_unread
-from fxfusion.graph.inline import attribute, inline_modules, merge_attributes
+from fxfusion.graph.inline import attribute, inline_modules
 from fxfusion.graph.torch_private import (
     FakeTensor,
     FakeTensorMode,
@@ -113,22 +113,12 @@ def _parameters_that_are_data(graph: fx.Graph, given: Mapping[fx.Node, Any]) -> 
     while loose - data:
         constants = GraphFacts(graph, state | loose - data).constants
         inputs = (ops.argument(node, *_DATA[name]) for node in graph.nodes if (name := ops.op_name(node)) in _DATA)
-        sources = next((_sources(node) & loose for node in inputs if node in constants), set())
+        sources = next((ops.reached([node]).keys() & loose for node in inputs if node in constants), set())
         found = {node for node in sources if given[node].dim() > 1}  # not the gains of norms on the way
         if not found:
             break
         data |= found
     return data
-
-
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """All that a value is computed from."""
-    seen, pending = {node}, [node]
-    while pending:
-        new = set(pending.pop().all_input_nodes) - seen
-        seen |= new
-        pending += new
-    return seen
 
 
 def captured_from_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CapturedGraph:
@@ -141,7 +131,6 @@ def captured_from_graph(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Ca
         raise CaptureError(f"the graph has {len(placeholders)} inputs, {len(example_inputs)} example inputs were given")
     work = CapturedGraph(module=gm, inputs=tuple(example_inputs)).copy().module
     inline_modules(work)
-    merge_attributes(work)
     _fill_example_values(work, example_inputs)
     return capture_dynamo(work, example_inputs)
 
@@ -222,7 +211,7 @@ def _zeros_for(gm: fx.GraphModule) -> Callable[..., Any]:
         given = dict(zip(placeholders, inputs, strict=True))
 
         def stand_in(node: fx.Node) -> Any:
-            value = node.meta.get("example_value")
+            value = ops.example(node)
             if node in given:
                 return given[node]
             if isinstance(value, torch.Tensor):
@@ -261,7 +250,7 @@ def _fill_example_values(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> N
         for node in gm.graph.nodes:
             node.meta.pop("val", None)
     mode = fake_mode_of(gm.graph) or FakeTensorMode()
-    lacking = [n for n in gm.graph.nodes if n.op != "output" and "val" not in n.meta and "example_value" not in n.meta]
+    lacking = [n for n in gm.graph.nodes if n.op != "output" and not {"val", "example_value"} & n.meta.keys()]
     for node in lacking:
         if node.op == "get_attr":
             value = attribute(gm, str(node.target))

@@ -210,7 +210,7 @@ class _Observer(fx.Interpreter):
         self.seen.not_run[n.name] = why
         for place, source in enumerate(ops.nodes_of((n.args, n.kwargs))):
             self._note(f"value {place} that {n.name} reads", self._read(n, source))
-        return made_up(n.meta.get("example_value", n.meta.get("val")), n.name)
+        return made_up(ops.example(n), n.name)
 
     def _drawn(self, n: fx.Node, value: Any) -> Any:
         """Note what a node made of random numbers."""

@@ -35,16 +35,8 @@ class _Values:
     def __init__(self, sources: dict[fx.Node, torch.Tensor], roots: Sequence[fx.Node]) -> None:
         self._sources, self._known = sources, dict[fx.Node, Any]()
         self._uses = Counter(roots)
-        self._count(roots)
-
-    def _count(self, roots: Sequence[fx.Node]) -> None:
-        seen, waiting = set[fx.Node](), list(roots)
-        while waiting:
-            node = waiting.pop()
-            if node not in seen:
-                seen.add(node)
-                fx.node.map_arg((node.args, node.kwargs), lambda used: self._uses.update([used]))
-                waiting += node.all_input_nodes
+        for node in ops.reached(roots):
+            self._uses.update(ops.nodes_of((node.args, node.kwargs)))
 
     def take(self, node: fx.Node) -> Any:
         """The value, for one of its uses."""
@@ -59,12 +51,7 @@ class _Values:
     def _compute(self, node: fx.Node) -> Any:
         if node.target in _JOINS and (shape := _shape_of_join(node)) is not None:
             return self._join(node, shape)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.take)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op != "call_function" or not callable(node.target):
-            raise AssertionError(f"{node.format_node()} in a graph of weights alone")
-        return node.target(*args, **kwargs)
+        return ops.compute(node, self.take)
 
     def _join(self, node: fx.Node, shape: torch.Size) -> torch.Tensor:
         parts, axis = _arguments(node)

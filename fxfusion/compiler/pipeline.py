@@ -220,7 +220,7 @@ def _portable(found: Analysis) -> Analysis:
 
 def _match(captured: CapturedGraph) -> tuple[GraphFacts, Matches]:
     graph = captured.module.graph
-    facts = GraphFacts(graph, (node for node in graph.nodes if node.name in captured.weights))
+    facts = GraphFacts(graph, captured.weights)
     opaque = {node: captured.opaque[node.name] for node in graph.nodes if node.name in captured.opaque}
     return facts, match_residual(facts, opaque)
 

@@ -34,6 +34,7 @@ from fxfusion.compiler.observe import Reads, Seen, leaves, made_up, observe, wri
 from fxfusion.compiler.pack_values import own, packed_values
 from fxfusion.compiler.packing import packing_mode
 from fxfusion.errors import VerificationError
+from fxfusion.graph import ops
 from fxfusion.graph.effects import GraphEffects
 from fxfusion.graph.torch_private import FakeTensor
 from fxfusion.passes.concatenate import STANDS_FOR
@@ -198,7 +199,7 @@ def lowest_bits(graph: fx.Graph, names: Collection[str] | None = None) -> int:
     values = (
         value
         for node in dict.fromkeys(each for node in nodes for each in (*node.all_input_nodes, node))
-        for value in leaves(node.meta.get("example_value", node.meta.get("val")))
+        for value in leaves(ops.example(node))
         if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
     )
     return min((torch.finfo(value.dtype).bits for value in values), default=64)

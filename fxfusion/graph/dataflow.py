@@ -34,15 +34,16 @@ class Slice:
 
 
 class GraphFacts:
-    """Everything the matchers ask about one graph. `weights`: placeholders that hold module state."""
+    """Everything the matchers ask about one graph. `weights`: placeholders that hold module state, or their names."""
 
-    def __init__(self, graph: fx.Graph, weights: Iterable[fx.Node]) -> None:
+    def __init__(self, graph: fx.Graph, weights: Iterable[fx.Node | str]) -> None:
         self.graph = graph
         self.effects = graph_effects(graph)
         self.order: Mapping[fx.Node, int] = self.effects.order
         self.mode: Mapping[fx.Node, int] = self.effects.modes
         self.written: Set[fx.Node] = self.effects.written
-        self.weights: Set[fx.Node] = frozenset(weights)
+        given = frozenset(weights)
+        self.weights: Set[fx.Node] = frozenset(node for node in graph.nodes if node in given or node.name in given)
 
     @cached_property
     def constants(self) -> Set[fx.Node]:
@@ -64,6 +65,11 @@ class GraphFacts:
     def is_written(self, node: fx.Node) -> bool:
         """Whether some node writes the value, or one that may share its memory."""
         return self.effects.root(node) in self.written
+
+    def constants_of(self, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
+        """The constants that a region reads, in the order it reads them."""
+        sources = (source for node in nodes for source in node.all_input_nodes)
+        return tuple(dict.fromkeys(source for source in sources if source in self.constants))
 
     def slice_between(self, start: fx.Node | Sequence[fx.Node], stop: fx.Node, most: int | None = None) -> Slice:
         """Everything `start` needs that was computed after `stop`. `most`: look no further once it is so many nodes."""

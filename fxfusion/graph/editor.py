@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxfusion.graph import ops
 from fxfusion.graph.effects import KEPT, is_pure
 from fxfusion.graph.provenance import copy_provenance
 from fxfusion.graph.torch_private import FakeTensor, fake_mode_of, is_batched, outside_fake_mode
@@ -74,7 +75,7 @@ def set_example_value(node: fx.Node, mode: Any) -> None:
         return
 
     def value_of(found: fx.Node) -> Any:
-        value = found.meta.get("example_value", found.meta.get("val"))
+        value = ops.example(found)
         if mode is not None and is_batched(value):
             # Its `vmap` is over: what stands for it has the shape of one example.
             with outside_fake_mode(), mode:
@@ -83,15 +84,11 @@ def set_example_value(node: fx.Node, mode: Any) -> None:
             return mode.from_tensor(value, static_shapes=True)
         return value
 
-    args = fx.node.map_arg(node.args, value_of)
-    kwargs = fx.node.map_arg(node.kwargs, value_of)
+    values = {source: value_of(source) for source in sources}
     # torch.export ("val") records values without gradients; new values must agree with them.
     recording = torch.is_grad_enabled() and key == "example_value"
     with outside_fake_mode(), mode or contextlib.nullcontext(), torch.set_grad_enabled(recording):
-        if node.op == "call_method":
-            node.meta[key] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        elif callable(node.target):
-            node.meta[key] = node.target(*args, **kwargs)
+        node.meta[key] = ops.compute(node, values.__getitem__)
 
 
 def write_out(node: fx.Node, value: object) -> None:

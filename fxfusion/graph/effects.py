@@ -316,13 +316,8 @@ class GraphEffects:
         """
         place = self.order[write]
         behind = {user for user in written.users if self.order.get(user, place) > place}
-        follow = {write} | behind
-        pending = list(follow)
-        while pending:
-            new = [user for user in pending.pop().users if user not in follow]
-            follow.update(new)
-            pending += new
-        others = set(self.members(written)) - follow - {written}
+        follow = ops.reached({write} | behind, lambda node: node.users)
+        others = set(self.members(written)) - follow.keys() - {written}
         found = {user: member for member in others for user in member.users if self.order.get(user, -1) > place}
         return found | dict.fromkeys(behind, written)
 
@@ -562,13 +557,13 @@ def _has_plain_receiver(node: fx.Node) -> bool:
     receiver = node.args[0] if node.args else None
     if not isinstance(receiver, fx.Node):
         return isinstance(receiver, _PLAIN)
-    value = receiver.meta.get("example_value", receiver.meta.get("val"))
+    value = ops.example(receiver)
     return value is None or isinstance(value, (torch.Tensor, *_PLAIN))
 
 
 def _is_number(node: fx.Node) -> bool:
     """Whether the capture recorded a result without tensors: a size, a number, a dtype."""
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = ops.example(node)
     if isinstance(value, (list, tuple)):
         return not any(isinstance(item, torch.Tensor) for item in value)
     return value is not None and not isinstance(value, torch.Tensor)

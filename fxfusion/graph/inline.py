@@ -57,9 +57,9 @@ def _without_checks(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _merge_attributes(gm: fx.GraphModule) -> int:
-    """Let one node stand for each tensor, whatever paths lead to it; returns how many nodes went.
+    """Read each tensor by one node, whatever paths lead to it; returns how many nodes went.
 
-    Otherwise a tied weight would look like two weights, and a write to the one would not show on the other.
+    Tracers write a node for each use, and a tied weight would look like two, of which a write shows on one only.
     """
     first: dict[int, fx.Node] = {}
     merged = 0
@@ -97,18 +97,6 @@ def _splice(gm: fx.GraphModule, node: fx.Node, module: torch.nn.Module, inner: f
     node.replace_all_uses_with(fx.node.map_arg(result, stand_in.__getitem__))
     gm.graph.erase_node(node)
     return 1
-
-
-def merge_attributes(gm: fx.GraphModule) -> None:
-    """Read each tensor by one node, in place: tracers write a node for each use, and tied weights have two names."""
-    readers: dict[int, fx.Node] = {}
-    for node in list(gm.graph.nodes):
-        if node.op == "get_attr":
-            value = attribute(gm, str(node.target))
-            first = readers.setdefault(id(value), node) if isinstance(value, torch.Tensor) else node
-            if first is not node:
-                node.replace_all_uses_with(first)
-                gm.graph.erase_node(node)
 
 
 def drop_unused_state(gm: fx.GraphModule) -> None:

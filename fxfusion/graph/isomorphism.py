@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import fx
 
 from fxfusion.errors import RefusalCode
@@ -45,7 +44,9 @@ def describe_region(
     entries = []
     for index, node in enumerate(nodes):
         literals, wiring = _arguments(node, places, sizes)
-        entries.append(Entry(ops.op_identity(node), literals, _dtype(node), wiring))
+        entries.append(
+            Entry(ops.op_identity(node), literals, ops.dtype_name(node) or type(ops.example(node)).__name__, wiring)
+        )
         places[node] = f"%{index}"
     return tuple(entries)
 
@@ -87,10 +88,3 @@ def _plain(value: Any, sizes: Mapping[int, str]) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_plain(item, sizes)}" for key, item in value.items()) + "}"
     return sizes.get(value, repr(value)) if type(value) is int else repr(value)
-
-
-def _dtype(node: fx.Node) -> str:
-    value = node.meta.get("example_value", node.meta.get("val"))
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype).removeprefix("torch.")
-    return type(value).__name__

@@ -8,17 +8,20 @@ here: the bare operation.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxfusion.graph.torch_private import OpOverload
+from fxfusion.graph.torch_private import OpOverload, size_hint
 
 LINEARS = frozenset("linear addmm matmul mm bmm baddbmm einsum bilinear".split())
 """Products with a weight, whatever the weight is; where one stands, a branch has begun."""
+
+CASTS = frozenset("to type_as float double half bfloat16".split())
+"""What changes the dtype of floats."""
 
 _OPERATOR_NAMES = {
     "truediv": "div",
@@ -77,10 +80,41 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
-def tensor_value(node: fx.Node) -> torch.Tensor | None:
-    """The example (fake) tensor that a capture recorded for the node."""
-    value = node.meta.get("example_value", node.meta.get("val"))
+def example(node: fx.Node) -> Any:
+    """What a capture recorded for the node: fake tensors, sizes, numbers; None where it recorded nothing."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def plain_example(node: fx.Node) -> Any:
+    """The number, dtype or sizes that the node stands for, symbolic ones by their hints."""
+    value = example(node)
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(size_hint, value))
+    return value if isinstance(value, (int, float, torch.dtype, torch.device)) else size_hint(value)
+
+
+def tensor_value(node: Any) -> torch.Tensor | None:
+    """The example (fake) tensor of a node; None for anything else."""
+    value = example(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def tensor_of(node: fx.Node) -> torch.Tensor:
+    """The example tensor of a node that is known to have one."""
+    value = tensor_value(node)
+    assert value is not None, f"{node} has no example value"
+    return value
+
+
+def shape_of(node: fx.Node) -> tuple[str, ...]:
+    """The sizes of a tensor as text, since to compare symbolic ones adds guards; none for anything else."""
+    value = tensor_value(node)
+    return () if value is None else tuple(map(str, value.shape))
+
+
+def dtype_name(node: fx.Node) -> str:
+    """The dtype of a tensor, without its module; empty for anything else."""
+    return str(getattr(tensor_value(node), "dtype", "")).removeprefix("torch.")
 
 
 def device_of(node: fx.Node) -> torch.device | None:
@@ -91,12 +125,42 @@ def device_of(node: fx.Node) -> torch.device | None:
 
 def is_shape_value(node: fx.Node) -> bool:
     """Whether the node is a size, a number or a tuple of sizes rather than a tensor."""
-    value = node.meta.get("example_value", node.meta.get("val"))
+    value = example(node)
     if value is None:
         return op_name(node) in ("size", "sym_size", "shape", "dim", "numel", "getattr")
     if isinstance(value, (list, tuple)):
         return all(not isinstance(item, torch.Tensor) for item in value)
     return not isinstance(value, torch.Tensor)
+
+
+def compute(node: fx.Node, value_of: Callable[[fx.Node], Any], literal: Callable[[Any], Any] | None = None) -> Any:
+    """What the node computes of other values for its arguments, and of what `literal` makes of numbers and dtypes."""
+
+    def made(found: Any) -> Any:
+        found = value_of(found) if isinstance(found, fx.Node) else found
+        return found if literal is None else literal(found)
+
+    each = (node.args, dict(node.kwargs))
+    args, kwargs = fx.node.map_arg(each, value_of) if literal is None else fx.node.map_aggregate(each, made)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    if node.op != "call_function" or not callable(node.target):
+        raise TypeError(f"{node.format_node()} is no call of a function")
+    return node.target(*args, **kwargs)
+
+
+def reached(
+    start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]] | None = None
+) -> dict[fx.Node, None]:
+    """The nodes, and all that are reached from them in steps: from a node to its inputs, where nothing else is said."""
+    found = dict.fromkeys(start)
+    pending = list(found)
+    while pending:
+        node = pending.pop()
+        new = [other for other in (step(node) if step else node.all_input_nodes) if other not in found]
+        found.update(dict.fromkeys(new))
+        pending += new
+    return found
 
 
 def nodes_of(value: Any) -> Iterator[fx.Node]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import torch
 from torch import fx
 
 from fxfusion.errors import PassError
@@ -91,16 +90,13 @@ def _interface(graph: fx.Graph) -> tuple[list[str], list[tuple[object, ...]]]:
     outputs: list[tuple[object, ...]] = []
     for node in graph.nodes:
         if node.op == "output":
-            for value in ops.nodes_of(node.args):
-                example = ops.tensor_value(value)
-                outputs.append(_looks(example))
+            outputs += map(_looks, ops.nodes_of(node.args))
     return placeholders, outputs
 
 
-def _looks(example: torch.Tensor | None) -> tuple[object, ...]:
-    if example is None:
-        return ()
-    return (tuple(str(size) for size in example.shape), example.dtype, example.device, example.requires_grad)
+def _looks(node: fx.Node) -> tuple[object, ...]:
+    value = ops.tensor_value(node)
+    return () if value is None else (ops.shape_of(node), value.dtype, value.device, value.requires_grad)
 
 
 def _interface_changes(

@@ -7,7 +7,7 @@ here. Values are tracked as `[tokens..., channels]` or, after a reduction withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,13 +42,19 @@ def check_token_wise(nodes: Sequence[fx.Node], inputs: Mapping[fx.Node, bool], *
     # Inference mode would hand over whole operations (layer_norm) instead of their parts.
     with torch.inference_mode(False), FakeTensorMode() as mode:
         values: dict[fx.Node, Any] = {node: _fake_like(node, mode) for node in inputs}
+
+        def value_of(found: fx.Node) -> Any:
+            return values[found] if found in values else ops.plain_example(found)
+
         judge = _Judge(pointwise_only)
         judge.track(value for node, value in values.items() if inputs[node])
         for node in nodes:
             judge.node = node
+            if node.op not in ("call_function", "call_method"):
+                raise Refused(RefusalCode.UNKNOWN_OP, f"the module {node.target} could not be opened", node)
             try:
                 with judge:
-                    values[node] = _call(node, lambda found: values[found] if found in values else _hint(found))
+                    values[node] = ops.compute(node, value_of)
             except Refused:
                 raise
             except Exception as error:
@@ -62,31 +68,10 @@ def _fake_like(node: fx.Node, mode: Any) -> Any:
     """A fake tensor of the node's shape with every symbolic size replaced by its hint."""
     example = ops.tensor_value(node)
     if example is None:
-        return _hint(node)
+        return ops.plain_example(node)
     shape = [size_hint(size) for size in example.shape]
     with mode:
         return torch.empty(shape, dtype=example.dtype, device=example.device)
-
-
-def _hint(node: fx.Node) -> Any:
-    value = node.meta.get("example_value", node.meta.get("val"))
-    if isinstance(value, (list, tuple)):
-        return (
-            type(value)(size_hint(item) for item in value)
-            if type(value) in (list, tuple)
-            else tuple(size_hint(item) for item in value)
-        )
-    return value if isinstance(value, (int, float, torch.dtype, torch.device)) else size_hint(value)
-
-
-def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
-    args = fx.node.map_arg(node.args, value_of)
-    kwargs = fx.node.map_arg(node.kwargs, value_of)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if not callable(node.target):
-        raise Refused(RefusalCode.UNKNOWN_OP, f"the module {node.target} could not be opened", node)
-    return node.target(*args, **kwargs)
 
 
 class _Judge(TorchDispatchMode):
