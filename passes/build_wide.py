@@ -8,24 +8,29 @@ After:
     where something is computed over all channels of one member (a norm in the activation):
     h = cat_i(act(Wg n [its channels]) ...)
 
-Exact; see `concatenate` and `concatenate_grouped`, which build on it. Edits, searches nothing.
-Source: arXiv 2503.18908, theorem 3.1; issue 7 (inner norms).
+    where the group is prepacked:
+    h = act(packed_linear(n, pack_weight(Wg, tokens))) * ...      same shape, other order of bytes
+
+Exact; see `concatenate`, which builds on it. Edits, searches nothing.
+Source: arXiv 2503.18908, theorem 3.1; issue 7 (inner norms); issue 5 (the fastest form, `python -m bench.chain_speed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
+import fxfusion.graph.prepacked  # noqa: F401  (registers the operators)
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor
-from fxfusion.passes.ffn import FfnNode, Group
+from fxfusion.passes.choose_form import tokens_to_pack_for
+from fxfusion.passes.ffn import Branch, FfnNode, Group, Role
 from fxfusion.passes.match_output import has_axes_of, is_flat, regroups_tokens
-from fxfusion.passes.pack_weights import WeightPacker
+from fxfusion.passes.pack_weights import PACK_TAG, WeightPacker
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +50,27 @@ class WideBuilder:
     def middle(self) -> fx.Node:
         """What the down projection of one wide FFN reads, `[..., sum of widths]`."""
         if not self.group.members[0].segmented:
-            return self._wide_middle(self._project(self._normed()))
+            return self._wide_middle(self._project())
         middles = self.middles()
         axes = next(filter(is_flat, middles), middles[0])  # one member may be computed on `[tokens, channels]`
         return self.editor.call(torch.cat, [regrouped(self.editor, one, axes, axes) for one in middles], -1)
 
     def middles(self) -> list[fx.Node]:
         """What each member's own down projection reads, `[..., width]`."""
-        pieces = self._project(self._normed())
+        pieces = self._project()
         if self.group.members[0].segmented:
             return [self._own_middle(member, start, pieces) for member, start in self._starts()]
         wide = self._wide_middle(pieces)
         return [self.editor.channels(wide, start, start + member.width) for member, start in self._starts()]
+
+    def linear(self, value: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        """A linear layer; of a prepacked group on the weight in oneDNN's layout, where the weight is of the pack."""
+        if not (self.group.is_prepacked and PACK_TAG in weight.meta):
+            return self.editor.call(F.linear, value, weight, bias)
+        tokens = tokens_to_pack_for(self.group)
+        packed = self.editor.call(torch.ops.fxfusion.pack_weight.default, weight, tokens)
+        packed.meta[PACK_TAG] = weight.meta.pop(PACK_TAG)  # so the dense wide weight is not kept
+        return self.editor.call(torch.ops.fxfusion.packed_linear.default, value, packed, bias)
 
     def _starts(self) -> list[tuple[FfnNode, int]]:
         """Each member and its first channel of a wide piece."""
@@ -66,28 +80,15 @@ class WideBuilder:
             start += member.width
         return found
 
-    def _normed(self) -> fx.Node:
-        """The template's norm over the group's input, with folded gains set to one and shifts to zero."""
-        template = self.template
-        if not template.prologue:
-            return self.stream
-        replace = {template.stream: self.stream}
-        for constant, role in zip(template.prologue_constants, self.group.roles, strict=True):
-            if role != "fixed":
-                example = ops.tensor_of(constant)
-                fill = torch.ones if role == "gain" else torch.zeros
-                shape = tuple(example.shape)
-                replace[constant] = self.editor.call(fill, shape, dtype=example.dtype, device=example.device)
-        return self.editor.clone(template.prologue, replace)[template.normed]
-
-    def _project(self, normed: fx.Node) -> dict[fx.Node, fx.Node]:
+    def _project(self) -> dict[fx.Node, fx.Node]:
         """One wide linear layer per projection, cut into one wide piece per piece of the template."""
         pieces: dict[fx.Node, fx.Node] = {}
         template, packer, width = self.template, self.packer, self.group.width
+        normed = plain_norm(self.editor, template, self.group.roles, self.stream)
         for number, _ in enumerate(template.projections):
             own = [piece for piece in template.pieces if piece.projection == number]
             weight, bias = packer.projection_weight(number), packer.projection_bias(number)
-            wide = self.editor.call(F.linear, normed, weight, bias)
+            wide = self.linear(normed, weight, bias)
             for place, piece in enumerate(own):
                 start = place * width
                 pieces[piece.node] = wide if len(own) == 1 else self.editor.channels(wide, start, start + width)
@@ -119,6 +120,19 @@ class WideBuilder:
             if node not in stand_in and (node in member.middle or _shows(node, stand_in, member)):
                 clone_region(self.editor, [node], stand_in, like)
         return stand_in[member.down.input]
+
+
+def plain_norm(editor: GraphEditor, branch: Branch, roles: Sequence[Role], stream: fx.Node) -> fx.Node:
+    """The branch's norm over `stream`, with gains that are folded set to one and shifts to zero."""
+    if not branch.prologue:
+        return stream
+    replace = {branch.stream: stream}
+    for constant, role in zip(branch.prologue_constants, roles, strict=True):
+        if role != "fixed":
+            example = ops.tensor_of(constant)
+            fill = torch.ones if role == "gain" else torch.zeros
+            replace[constant] = editor.call(fill, tuple(example.shape), dtype=example.dtype, device=example.device)
+    return editor.clone(branch.prologue, replace)[branch.normed]
 
 
 def _shows(node: fx.Node, values: Container[fx.Node], member: FfnNode) -> bool:

@@ -17,9 +17,9 @@ from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.isomorphism import first_difference
-from fxfusion.passes.ffn import FfnNode, Group, Role
+from fxfusion.passes.ffn import Branch, FfnNode, Group, Role
 from fxfusion.passes.match_residual import weight_leaves
-from fxfusion.passes.prove_norm import HasNorm, NormProver
+from fxfusion.passes.prove_norm import NormProver
 from fxfusion.plan.policy import NormMode
 
 
@@ -47,6 +47,13 @@ class GroupChecker:
             code, words = different
             return Refused(code, f"differs from {run[0].name}: {words}")
         return self._shared_within([*run, ffn]) or self._constants([*run, ffn], norm)
+
+    def check_fit(self, members: Sequence[FfnNode], norm: NormMode) -> None:
+        """Raises `Refused` unless the FFNs fit into one group."""
+        for end, ffn in enumerate(members):
+            misfit = self.misfit(members[:end], ffn, norm)
+            if misfit is not None:
+                raise Refused(misfit.code, f"{ffn.name}: {misfit.message}")
 
     def group(self, members: Sequence[FfnNode], norm: NormMode) -> Group:
         """The group of members that fit."""
@@ -116,7 +123,7 @@ class GroupChecker:
         return next((user.name for user in users if user not in known and user not in self._inside), None)
 
 
-def fold_roles(members: Sequence[HasNorm], prover: NormProver) -> tuple[Role, ...]:
+def fold_roles(members: Sequence[Branch], prover: NormProver) -> tuple[Role, ...]:
     """What happens to each constant of the norms when they are folded: kept as it is ("fixed") where all share it."""
     proved = prover.roles(members[0])
     shared = [

@@ -26,7 +26,7 @@ from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph import ops
 from fxfusion.graph.effects import autocasts
 from fxfusion.graph.torch_private import is_batched, onednn_packs, size_hint
-from fxfusion.passes.ffn import FfnNode, Form, Group
+from fxfusion.passes.ffn import FfnNode, Form, Group, refusal_of
 
 FormRequest = Literal["auto", "concatenated", "prepacked", "members"]
 
@@ -61,12 +61,10 @@ def choose_forms(
     chosen = [_with_form(group, setting) for group in groups if not _is_left_alone(group, setting, profitable_only)]
     left = [group for group in groups if _is_left_alone(group, setting, profitable_only)]
     refusals = [
-        Refusal(
-            code=RefusalCode.NOT_PROFITABLE,
-            message=f"one wide FFN would not be faster ({_inference_rule(group, setting)[1]}); profitable_only is True",
-            node=ffn.add.name,
-            layer=ffn.name,
-            source=ffn.source,
+        refusal_of(
+            ffn,
+            RefusalCode.NOT_PROFITABLE,
+            f"one wide FFN would not be faster ({_inference_rule(group, setting)[1]}); profitable_only is True",
         )
         for group in left
         for ffn in group.members
@@ -94,9 +92,19 @@ def packs_downs(group: Group) -> bool:
     return group.form == "grouped_prepacked" and not in_cache
 
 
+def packed_bytes(group: Group) -> int:
+    """Memory of a group's packed weights. Down projections before a norm are read in place, unless they are packed."""
+    in_place = group.is_grouped and not packs_downs(group)
+    return 0 if group.form == "members" else sum(member_bytes(member, not in_place) for member in group.members)
+
+
 def weight_bytes(group: Group) -> int:
-    """Memory of the members' weights."""
-    values = [ops.tensor_value(weight) for member in group.members for weight in member.weights]
+    return sum(map(member_bytes, group.members))
+
+
+def member_bytes(ffn: FfnNode, with_down: bool = True) -> int:
+    """Memory of an FFN's weights (biases are small change)."""
+    values = map(ops.tensor_value, ffn.weights if with_down else ffn.weights[:-1])
     return sum(size_hint(value.numel()) * value.element_size() for value in values if value is not None)
 
 

@@ -27,10 +27,11 @@ from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
+from fxfusion.passes.build_wide import plain_norm
 from fxfusion.passes.concatenate import STANDS_FOR
-from fxfusion.passes.ffn import Linear, Mixer
-from fxfusion.passes.match_mixer import MixerEnds, match_mixer
-from fxfusion.passes.pack_weights import PACK_TAG
+from fxfusion.passes.ffn import Branch, Linear, Mixer, Role
+from fxfusion.passes.match_mixer import match_mixer
+from fxfusion.passes.pack_weights import PACK_TAG, out_in
 from fxfusion.passes.parallelise_mixers import stream_of
 from fxfusion.passes.prove_norm import NormProver
 
@@ -52,15 +53,14 @@ class ConcatParallelMixers(Pass):
         refusals: list[Refusal] = []
         for block in self.blocks:
             facts = GraphFacts(graph, self.weights)
-            opaque = {node: self.opaque[node.name] for node in graph.nodes if node.name in self.opaque}
             entry = stream_of(block[0])
             try:
-                ends = [match_mixer(mixer, entry, facts, opaque) for mixer in block]
-                gains = _gains(ends)
+                ends = [match_mixer(mixer, entry, facts, self.opaque) for mixer in block]
+                roles = _roles(ends)
             except Refused as refused:
                 refusals.append(_stay_apart(block[0], refused))
                 continue
-            _join(ends, gains, self.first_index + changed, self.name)
+            _join(ends, roles, self.first_index + changed, self.name)
             changed += 1
         return PassResult(changed, refusals=tuple(refusals))
 
@@ -71,8 +71,8 @@ def _stay_apart(first: Mixer, refused: Refused) -> Refusal:
     return Refusal(code=refused.code, message=message, node=first.add.name, layer=first.layer)
 
 
-def _gains(ends: Sequence[MixerEnds]) -> list[list[fx.Node]]:
-    """Of each mixer's norm, the gains that go into its weights. Raises `Refused` where norms do not fit."""
+def _roles(ends: Sequence[Branch]) -> tuple[Role, ...]:
+    """Which constants of the mixers' norms go into their weights. Raises `Refused` where norms do not fit."""
     first = ends[0]
     roles = NormProver().roles(first)
     for other in ends[1:]:
@@ -89,16 +89,16 @@ def _gains(ends: Sequence[MixerEnds]) -> list[list[fx.Node]]:
                 f"{ends[-1].prologue_constants[place]} of the norm of {ends[-1].name} is no gain that could be folded"
             )
             raise Refused(RefusalCode.NORM_UNPROVED, words)
-    return [[c for c, role in zip(end.prologue_constants, roles, strict=True) if role == "gain"] for end in ends]
+    return roles
 
 
-def _join(ends: Sequence[MixerEnds], gains: Sequence[Sequence[fx.Node]], index: int, made_by: str) -> None:
+def _join(ends: Sequence[Branch], roles: Sequence[Role], index: int, made_by: str) -> None:
     names = [end.name for end in ends]
     first, last = ends[0], ends[-1]
     editor = GraphEditor(first.projections[0].node, made_by, names)
-    linears = [(linear, own) for end, own in zip(ends, gains, strict=True) for linear in end.projections]
+    linears = [(linear, end.with_role("gain", roles)) for end in ends for linear in end.projections]
     weight = editor.call(torch.cat, [_folded(editor, linear, own) for linear, own in linears], 0)
-    normed = _plain_norm(editor, first, gains[0])
+    normed = plain_norm(editor, first, roles, first.stream)
     wide = editor.call(F.linear, normed, _packed(weight, index), _biases(editor, ends, index))
     start = 0
     for linear, _ in linears:
@@ -106,28 +106,17 @@ def _join(ends: Sequence[MixerEnds], gains: Sequence[Sequence[fx.Node]], index: 
         linear.node.replace_all_uses_with(piece)
         start += linear.out_features
     editor = GraphEditor(last.add, made_by, names)
-    heads = editor.call(torch.cat, [end.out.input for end in ends], -1)
-    weight = editor.call(torch.cat, [_out_in(editor, end.out) for end in ends], 1)
+    heads = editor.call(torch.cat, [end.down.input for end in ends], -1)
+    weight = editor.call(torch.cat, [out_in(editor, end.down) for end in ends], 1)
     total = editor.call(F.linear, heads, _packed(weight, index), _summed_bias(editor, ends, index))
     result = editor.call(operator.add, first.stream, total)
     result.meta[STANDS_FOR] = last.add.name
     last.add.replace_all_uses_with(result)
 
 
-def _plain_norm(editor: GraphEditor, end: MixerEnds, gains: Sequence[fx.Node]) -> fx.Node:
-    """The norm with its gains set to one."""
-    if not end.prologue:
-        return end.stream
-    replace = {end.stream: end.stream}
-    for gain in gains:
-        example = ops.tensor_of(gain)
-        replace[gain] = editor.call(torch.ones, tuple(example.shape), dtype=example.dtype, device=example.device)
-    return editor.clone(end.prologue, replace)[end.normed]
-
-
 def _folded(editor: GraphEditor, linear: Linear, gains: Sequence[fx.Node]) -> fx.Node:
     """The weight `[out, in]` times the norm's gains, rounded once."""
-    weight = _out_in(editor, linear)
+    weight = out_in(editor, linear)
     own = ops.tensor_of(linear.weight).dtype
     for gain in gains:
         wide = torch.promote_types(own, torch.float32)
@@ -136,7 +125,7 @@ def _folded(editor: GraphEditor, linear: Linear, gains: Sequence[fx.Node]) -> fx
     return editor.method("to", weight, own) if gains else weight
 
 
-def _biases(editor: GraphEditor, ends: Sequence[MixerEnds], index: int) -> fx.Node | None:
+def _biases(editor: GraphEditor, ends: Sequence[Branch], index: int) -> fx.Node | None:
     linears = [linear for end in ends for linear in end.projections]
     if all(linear.bias is None for linear in linears):
         return None
@@ -144,8 +133,8 @@ def _biases(editor: GraphEditor, ends: Sequence[MixerEnds], index: int) -> fx.No
     return _packed(editor.call(torch.cat, parts, 0), index)
 
 
-def _summed_bias(editor: GraphEditor, ends: Sequence[MixerEnds], index: int) -> fx.Node | None:
-    biases = [end.out.bias for end in ends if end.out.bias is not None]
+def _summed_bias(editor: GraphEditor, ends: Sequence[Branch], index: int) -> fx.Node | None:
+    biases = [end.down.bias for end in ends if end.down.bias is not None]
     if not biases:
         return None
     total = biases[0]
@@ -157,10 +146,6 @@ def _summed_bias(editor: GraphEditor, ends: Sequence[MixerEnds], index: int) -> 
 def _zeros(editor: GraphEditor, linear: Linear) -> fx.Node:
     example = ops.tensor_of(linear.weight)
     return editor.call(torch.zeros, (linear.out_features,), dtype=example.dtype, device=example.device)
-
-
-def _out_in(editor: GraphEditor, linear: Linear) -> fx.Node:
-    return editor.method("t", linear.weight) if linear.transposed else linear.weight
 
 
 def _packed(node: fx.Node, index: int) -> fx.Node:

@@ -4,15 +4,18 @@ Before:
     y1 = x + Wd1 act(Wg1 n1(x)) * (Wu1 n1(x));  y2 = y1 + Wd2 act(Wg2 n2(x)) * (Wu2 n2(x))
         Wgi, Wui: [width_i, hidden];  Wdi: [hidden, width_i]
 After:
-    n = norm(x) without gain
-    y2 = x + Wd act(Wg n) * (Wu n)
+    n = norm(x) without gain;  h = act(Wg n) * (Wu n)                 h: [..., width_1 + width_2]
+    y2 = x + Wd h
         Wg = cat(Wg1 g1, Wg2 g2), Wu likewise: [width_1 + width_2, hidden];  Wd = cat(Wd1, Wd2, dim=1)
+    where each member has a norm Ni on its output, whatever its spelling (a grouped group):
+    y1 = x + N1(Wd1 h[..., :width_1]);  y2 = y1 + N2(Wd2 h[..., width_1:])
 
-Exact: the sum of FFNs that read one input is one FFN with concatenated intermediate channels. Gains and
-shifts of the norms (norm="fold") and scales after the down projections are folded into the weights. Groups whose
-FFNs have a norm on their output are left to `concatenate_grouped`, which runs after this pass; those of form
-"members" stay as they are.
-Source: arXiv 2503.18908, theorem 3.1.
+Exact: the sum of FFNs that read one input is one FFN with concatenated intermediate channels. Gains and shifts of the
+norms (norm="fold") and scales after the down projections are folded into the weights. The norm of a sum is not the sum
+of norms, so behind the activation of grouped members nothing is joined but the addition: the same sum in the same
+order, each with its own norm and down projection (with norm="last" too). Weights of prepacked groups are read in
+oneDNN's layout. Groups of form "members" stay as they are.
+Source: arXiv 2503.18908, theorem 3.1; issue 7 for norms on outputs.
 """
 
 from __future__ import annotations
@@ -21,18 +24,15 @@ import operator
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import fx
 
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
-from fxfusion.passes.build_wide import WideBuilder
-from fxfusion.passes.ffn import Group
+from fxfusion.passes.build_wide import WideBuilder, clone_region, regrouped
+from fxfusion.passes.ffn import FfnNode, Group
 from fxfusion.passes.pack_weights import PACK_TAG, WeightPacker
 
-GROUP_TAG = "fxfusion_group"
-"""Marks the addition that ends a fused group with the group's index."""
 STANDS_FOR = "fxfusion_stands_for"
 """Marks a node with the name of the one whose place it took: they compute the same."""
 
@@ -42,82 +42,70 @@ class Concatenate(Pass):
     exact: ClassVar[bool] = True
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = tuple(groups)
+        self.groups = {index: group for index, group in enumerate(groups) if group.form != "members"}
 
     def run(self, graph: fx.Graph) -> PassResult:
-        _forget_tags(graph)
+        for node in graph.nodes:  # a graph may be fused again, by another plan: its marks would be taken for ours
+            for tag in (PACK_TAG, STANDS_FOR):
+                node.meta.pop(tag, None)
         fused: dict[fx.Node, fx.Node] = {}  # where one group ends, its neighbour may begin
-        wide = self._wide()
-        for index, group in wide:
+        for index, group in self.groups.items():
             stream = group.members[0].stream
             fused[group.members[-1].add] = _fuse(group, index, fused.get(stream, stream), self.name)
-        erase_members(graph, [group for _, group in wide])
-        return PassResult(len(wide))
+        self._erase_members(graph)
+        return PassResult(len(self.groups))
 
     def ensures(self, graph: fx.Graph) -> Sequence[str]:
-        return left_behind(graph, [group for _, group in self._wide()])
+        alive = set(graph.nodes)
+        return [
+            f"{member.name} is still computed by itself"
+            for member in self._members()
+            if alive & {member.down.node, *(linear.node for linear in member.projections)}
+        ]
 
-    def _wide(self) -> list[tuple[int, Group]]:
-        pairs = enumerate(self.groups)
-        return [(index, group) for index, group in pairs if group.form != "members" and not group.is_grouped]
+    def _members(self) -> list[FfnNode]:
+        return [member for group in self.groups.values() for member in group.members]
+
+    def _erase_members(self, graph: fx.Graph) -> None:
+        """Erase what nobody reads any more. In-place nodes too, which general dead-code removal must keep: the
+        matcher made sure that those of a branch write what the branch itself made.
+        """
+        own = {node for member in self._members() for node in (*member.nodes, member.add)}
+        for node in reversed(list(graph.nodes)):
+            if node in own and not node.users:
+                graph.erase_node(node)
 
 
 def _fuse(group: Group, index: int, stream: fx.Node, made_by: str) -> fx.Node:
-    """Build the wide FFN on `stream`, the group's input as it is now; returns the addition that ends it."""
+    """Build the group on `stream`, its input as it is now; returns the addition that ends it."""
     last = group.members[-1]
     editor = GraphEditor(last.add, made_by, [member.name for member in group.members])
     packer = WeightPacker(editor, group, index)
-    middle = WideBuilder(editor, packer, group, stream).middle()
-    down = editor.call(F.linear, middle, packer.down_weight(), packer.down_bias())
-    branch = like_branch(editor, down, stream, last.branch)
-    total = editor.call(operator.add, stream, branch)
-    end_group(group, index, total)
-    return total
-
-
-def end_group(group: Group, index: int, total: fx.Node) -> None:
-    """Let everybody read `total` instead of the last member's addition."""
-    last = group.members[-1]
-    total.meta[GROUP_TAG] = index
+    wide = WideBuilder(editor, packer, group, stream)
+    total = stream
+    if not group.is_grouped:
+        down = wide.linear(wide.middle(), packer.down_weight(), packer.down_bias())
+        total = editor.call(operator.add, total, _like_branch(editor, down, stream, last.branch))
+    else:
+        for member, middle in zip(group.members, wide.middles(), strict=True):
+            branch = _output(editor, member, wide.linear(middle, *packer.own_down(member)), stream)
+            total = editor.call(operator.add, total, _like_branch(editor, branch, stream, member.branch))
     total.meta[STANDS_FOR] = last.add.name
     last.add.replace_all_uses_with(total)
     last.add.graph.erase_node(last.add)
+    return total
 
 
-def _forget_tags(graph: fx.Graph) -> None:
-    """Take the marks of an earlier fusion off: a graph may be fused again, by another plan, and its numbers would be
-    taken for ours."""
-    for node in graph.nodes:
-        for tag in (GROUP_TAG, PACK_TAG, STANDS_FOR):
-            node.meta.pop(tag, None)
+def _output(editor: GraphEditor, member: FfnNode, down: fx.Node, stream: fx.Node) -> fx.Node:
+    """The member's own norm, and what else stands behind its down projection."""
+    values = {member.down.node: regrouped(editor, down, member.down.node, stream)}
+    clone_region(editor, member.output, values, stream)
+    return values[member.branch]
 
 
-def erase_members(graph: fx.Graph, groups: Sequence[Group]) -> None:
-    """Erase what nobody reads any more. In-place nodes too, which general dead-code removal must keep: the
-    matcher made sure that those of a branch write what the branch itself made.
-    """
-    own = {node for group in groups for member in group.members for node in (*member.nodes, member.add)}
-    for node in reversed(list(graph.nodes)):
-        if node in own and not node.users:
-            graph.erase_node(node)
-
-
-def left_behind(graph: fx.Graph, groups: Sequence[Group]) -> list[str]:
-    """Members of which something is still there."""
-    alive = set(graph.nodes)
-    return [
-        f"{member.name} is still computed by itself"
-        for group in groups
-        for member in group.members
-        if alive & {member.down.node, *(linear.node for linear in member.projections)}
-    ]
-
-
-def like_branch(editor: GraphEditor, value: fx.Node, stream: fx.Node, branch: fx.Node) -> fx.Node:
+def _like_branch(editor: GraphEditor, value: fx.Node, stream: fx.Node, branch: fx.Node) -> fx.Node:
     """The value in the stream's shape and the branch's dtype."""
     dtype = ops.tensor_of(branch).dtype
     if ops.tensor_of(value).dtype != dtype:
         value = editor.method("to", value, dtype)
-    if ops.shape_of(value) != ops.shape_of(stream):
-        value = editor.method("view_as", value, stream)
-    return value
+    return value if ops.shape_of(value) == ops.shape_of(stream) else editor.method("view_as", value, stream)

@@ -16,6 +16,7 @@ Source: issue 2; no capture folds these.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import fx
@@ -65,9 +66,7 @@ def _would_share_memory(node: fx.Node, kept: fx.Node, facts: GraphFacts) -> bool
 
 def _zero_values(graph: fx.Graph, facts: GraphFacts) -> set[fx.Node]:
     zero: set[fx.Node] = set()
-
-    def is_zero(value: Any) -> bool:
-        return value in zero if isinstance(value, fx.Node) else _is_number(value) and value == 0
+    is_zero = partial(_is_zero, zero)
 
     def is_constant(value: Any) -> bool:
         return value in facts.constants or value in zero if isinstance(value, fx.Node) else _is_number(value)
@@ -93,15 +92,15 @@ def _addition_of_zero(node: fx.Node, zero: set[fx.Node]) -> fx.Node | None:
     if ops.op_name(node) not in ("add", "sub") or len(node.args) != 2 or set(node.kwargs) - {"alpha"}:
         return None
     left, right = node.args
-
-    def is_zero(value: Any) -> bool:
-        return value in zero if isinstance(value, fx.Node) else _is_number(value) and value == 0
-
-    if is_zero(right) and isinstance(left, fx.Node):
+    if _is_zero(zero, right) and isinstance(left, fx.Node):
         return left
-    if is_zero(left) and isinstance(right, fx.Node) and ops.op_name(node) == "add" and not writes_in_place(node):
+    if _is_zero(zero, left) and isinstance(right, fx.Node) and ops.op_name(node) == "add" and not writes_in_place(node):
         return right if node.kwargs.get("alpha", 1) == 1 else None
     return None
+
+
+def _is_zero(zero: set[fx.Node], value: Any) -> bool:
+    return value in zero if isinstance(value, fx.Node) else _is_number(value) and value == 0
 
 
 def _interchangeable(node: fx.Node, kept: fx.Node) -> bool:

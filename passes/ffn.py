@@ -13,17 +13,18 @@ Source: issue 2; arXiv 2503.18908, equations 1 to 5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import fx
 
-from fxfusion.errors import Refusal
+from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.graph.isomorphism import Structure
 from fxfusion.plan.fusion_plan import PlannedGroup
 
 Role = Literal["gain", "shift", "fixed"]
+TailStep = tuple[Literal["mul", "add"], fx.Node | float]
 Form = Literal["concatenated", "prepacked", "members", "grouped", "grouped_prepacked"]
 
 
@@ -59,38 +60,26 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FfnNode:
-    """One residual feed-forward node, `add = stream + branch(stream)`.
+class Branch:
+    """A residual branch between linear layers, of an FFN or of a mixer: `add = stream + branch(stream)`.
 
     `nodes`: every node of the branch. `prologue`: from the stream to `normed`, in graph order, with
-    the constants it reads in the order it reads them. `middle` likewise, from the pieces to the input
-    of `down`; `aliases` maps views in it to the values they show; `segmented`: whether something in it is
-    computed over all intermediate channels of the member, as by an inner norm. `tail`: what multiplies the result
-    of `down` or is added to it, in order: literals and per-channel constants, `[hidden]` or one number.
-    `output`: instead of a tail, what cannot be folded into `down`: a norm, from the result of `down` to `branch`.
+    the constants it reads in the order it reads them. `projections` read `normed`, `down` is the last linear layer.
+    `tail`: what multiplies the result of `down` or is added to it, in order: literals and per-channel constants,
+    `[hidden]` or one number.
     """
 
     stream: fx.Node
     add: fx.Node
-    branch: fx.Node
     nodes: tuple[fx.Node, ...]
     prologue: tuple[fx.Node, ...]
     prologue_constants: tuple[fx.Node, ...]
+    prologue_structure: Structure
     normed: fx.Node
     projections: tuple[Linear, ...]
-    pieces: tuple[Piece, ...]
-    aliases: Mapping[fx.Node, fx.Node]
-    middle: tuple[fx.Node, ...]
-    middle_constants: tuple[fx.Node, ...]
     down: Linear
-    tail: tuple[tuple[Literal["mul", "add"], fx.Node | float], ...]
-    output: tuple[fx.Node, ...] = ()
-    segmented: bool = False
-    prologue_structure: Structure
-    structure: Structure
+    tail: tuple[TailStep, ...] = ()
     name: str
-    layer: str
-    source: str
 
     @property
     def hidden(self) -> int:
@@ -100,9 +89,40 @@ class FfnNode:
     def width(self) -> int:
         return self.down.in_features
 
+    def with_role(self, role: Role, roles: Sequence[Role]) -> list[fx.Node]:
+        """The constants of the prologue with that role. `roles`: of all of them."""
+        return [constant for constant, own in zip(self.prologue_constants, roles, strict=True) if own == role]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FfnNode(Branch):
+    """One residual feed-forward node; `branch`: what is added.
+
+    `middle`: from the pieces to the input of `down`, in graph order, with its constants as of the prologue;
+    `aliases` maps views in it to the values they show; `segmented`: whether something in it is
+    computed over all intermediate channels of the member, as by an inner norm.
+    `output`: instead of a tail, what cannot be folded into `down`: a norm, from the result of `down` to `branch`.
+    """
+
+    branch: fx.Node
+    pieces: tuple[Piece, ...]
+    aliases: Mapping[fx.Node, fx.Node]
+    middle: tuple[fx.Node, ...]
+    middle_constants: tuple[fx.Node, ...]
+    output: tuple[fx.Node, ...] = ()
+    segmented: bool = False
+    structure: Structure
+    layer: str
+    source: str
+
     @property
     def weights(self) -> tuple[fx.Node, ...]:
         return (*(linear.weight for linear in self.projections), self.down.weight)
+
+
+def refusal_of(ffn: FfnNode, code: RefusalCode, message: str) -> Refusal:
+    """Why an FFN is not fused."""
+    return Refusal(code=code, message=message, node=ffn.add.name, layer=ffn.name, source=ffn.source)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,9 @@ import networkx as nx
 from torch import fx
 
 from fxfusion.errors import Refusal, RefusalCode
-from fxfusion.graph import ops, provenance
+from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
-from fxfusion.passes.ffn import Chain, FfnNode, Matches, Mixer
+from fxfusion.passes.ffn import Chain, FfnNode, Matches, Mixer, refusal_of
 from fxfusion.passes.match_pieces import behind_views
 
 Break = tuple[RefusalCode, str]
@@ -42,7 +42,8 @@ def find_chains(matches: Matches, facts: GraphFacts) -> tuple[tuple[Chain, ...],
                 Chain(members=members, leading=leading_mixer(members[0], matches) is not None, ended_by=ended_by)
             )
         else:
-            refusals.append(_alone(members[0], code, ended_by, _start_of(members[0], matches)))
+            words = f"no neighbour to fuse with: {_start_of(members[0], matches)}; {ended_by}"
+            refusals.append(refusal_of(members[0], code, words))
     return tuple(chains), tuple(refusals)
 
 
@@ -118,13 +119,3 @@ def _block_of(layer: str, others: Sequence[str]) -> str:
 
 def _words(path: str) -> tuple[str, ...]:
     return tuple("" if step.isdigit() else step for step in path.split("."))
-
-
-def _alone(ffn: FfnNode, code: RefusalCode, ended_by: str, started_by: str) -> Refusal:
-    return Refusal(
-        code=code,
-        message=f"no neighbour to fuse with: {started_by}; {ended_by}",
-        node=ffn.add.name,
-        layer=ffn.name,
-        source=ffn.source or provenance.source_line(ffn.add),
-    )

@@ -41,21 +41,27 @@ class Pack:
     values: tuple[str, ...]
 
 
+Into = Literal["placeholder", "get_attr"]
+
+
 class LiftWeights(Pass):
     """`run` leaves what it lifted in `packs`, in group order."""
 
     name: ClassVar[str] = "lift_weights"
     exact: ClassVar[bool] = True
 
-    def __init__(self, weights: frozenset[str], into: Literal["placeholder", "get_attr"]) -> None:
-        """Where packed values go. `"get_attr"` lifts only packs whose sources are attributes too, since an
-        input may change per call; the new attributes hold fake tensors until someone computes the packs.
+    def __init__(self, weights: frozenset[str], into: Into | None) -> None:
+        """Where packed values go; None leaves their computation in the graph. `"get_attr"` lifts only packs whose
+        sources are attributes too, since an input may change per call; the new attributes hold fake tensors until
+        someone computes the packs.
         """
         self.weights = weights
         self.into = into
         self.packs: tuple[Pack, ...] = ()
 
     def run(self, graph: fx.Graph) -> PassResult:
+        if self.into is None:
+            return PassResult(0)
         facts = GraphFacts(graph, self.weights)
         tagged: dict[int, list[fx.Node]] = {}
         for node in graph.nodes:
@@ -67,26 +73,28 @@ class LiftWeights(Pass):
             if self.into == "get_attr" and any(source.op != "get_attr" for source in sources):
                 continue
             module = constant_graph(sources, inner, roots)
-            values = [self._replace(graph, root, f"packed_{index}_{place}") for place, root in enumerate(roots)]
+            named = ((f"packed_{index}_{place}", root) for place, root in enumerate(roots))
+            values = [_replace(graph, root, name, self.into) for name, root in named]
             names = tuple(source.name for source in sources)
             packs.append(Pack(index=index, module=module, sources=names, values=tuple(values)))
         self.packs = tuple(packs)
         return PassResult(len(packs))
 
-    def _replace(self, graph: fx.Graph, root: fx.Node, name: str) -> str:
-        """Put a new input or attribute in the place of a packed value; returns the new node's name."""
-        owner = graph.owning_module
-        if self.into == "get_attr" and owner is not None:
-            while hasattr(owner, name):  # a graph may be fused twice, by two plans
-                name += "_"
-            owner.register_buffer(name, ops.tensor_value(root))
-        last = [node for node in graph.nodes if node.op == "placeholder"]
-        with graph.inserting_after(last[-1] if last else None):
-            value = graph.create_node(self.into, name, (), {}, name=name)
-        value.meta = {key: root.meta[key] for key in ("example_value", "val", "fxfusion") if key in root.meta}
-        root.replace_all_uses_with(value)
-        del root.meta[PACK_TAG]
-        return value.name
+
+def _replace(graph: fx.Graph, root: fx.Node, name: str, into: Into) -> str:
+    """Put a new input or attribute in the place of a packed value; returns the new node's name."""
+    owner = graph.owning_module
+    if into == "get_attr" and owner is not None:
+        while hasattr(owner, name):  # a graph may be fused twice, by two plans
+            name += "_"
+        owner.register_buffer(name, ops.tensor_value(root))
+    last = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(last[-1] if last else None):
+        value = graph.create_node(into, name, (), {}, name=name)
+    value.meta = {key: root.meta[key] for key in ("example_value", "val", "fxfusion") if key in root.meta}
+    root.replace_all_uses_with(value)
+    del root.meta[PACK_TAG]
+    return value.name
 
 
 def constant_needs(roots: Sequence[fx.Node], facts: GraphFacts) -> tuple[list[fx.Node], list[fx.Node]]:

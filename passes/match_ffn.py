@@ -28,7 +28,7 @@ from fxfusion.passes.ffn import FfnNode, Linear
 from fxfusion.passes.match_linear import match_linear
 from fxfusion.passes.match_output import has_axes_of, is_flat, is_norm, output_structure, regroups_tokens
 from fxfusion.passes.match_pieces import VIEWS, Cuts, keeps_channels, match_pieces
-from fxfusion.passes.match_tail import Tail, match_tail
+from fxfusion.passes.match_tail import Tail, match_tail, stands_between
 
 
 @dataclass
@@ -90,7 +90,7 @@ class FfnMatcher:
             structure=structure,
             name=provenance.common_path(linears) or str(add),
             layer=provenance.owning_layer(found.nodes, add),
-            source=provenance.source_line(regions.down.node),
+            source=provenance.source_line(regions.down.node) or provenance.source_line(add),
         )
 
     def _cut(self, stream: fx.Node, branch: fx.Node, found: Slice) -> _Regions:
@@ -171,7 +171,7 @@ class FfnMatcher:
         segmented = self._is_segmented(regions)
         output = regions.tail.output
         if output and not is_norm(output, regions.down.node, self.facts.constants_of(output)):
-            raise regions.tail.refusal
+            raise stands_between(regions.tail.stopped_at)
         return segmented
 
     def _is_segmented(self, regions: _Regions) -> bool:

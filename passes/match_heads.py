@@ -20,8 +20,7 @@ from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.isomorphism import Structure, describe_region, first_difference
-from fxfusion.passes.ffn import Piece
-from fxfusion.passes.match_mixer import MixerEnds
+from fxfusion.passes.ffn import Branch, Piece
 from fxfusion.passes.match_pieces import VIEWS, Cuts, match_pieces
 
 _BY_NUMBER = frozenset("mul div neg clamp".split())
@@ -33,7 +32,7 @@ class MixerHeads:
     `out_count`: the heads that `out` reads. `constants`: what is read between the ends, and is no weight or bias of
     theirs; `structure`: of all of it, the ends' constants included."""
 
-    ends: MixerEnds
+    ends: Branch
     pieces: tuple[Piece, ...]
     counts: tuple[int, ...]
     out_count: int
@@ -41,9 +40,9 @@ class MixerHeads:
     structure: Structure
 
 
-def match_heads(ends: MixerEnds, facts: GraphFacts) -> MixerHeads:
+def match_heads(ends: Branch, facts: GraphFacts) -> MixerHeads:
     """Raises `Refused` where a projection is not cut into heads."""
-    nodes = facts.slice_between(ends.out.input, ends.normed).nodes
+    nodes = facts.slice_between(ends.down.input, ends.normed).nodes
     cuts = match_pieces(ends.projections, nodes)
     found = [(piece, count) for piece, count in _leaves(ends, cuts, nodes)]
     found.sort(key=lambda pair: (pair[0].projection, pair[0].start))
@@ -51,7 +50,7 @@ def match_heads(ends: MixerEnds, facts: GraphFacts) -> MixerHeads:
         edges = [(piece.start, piece.stop) for piece, _ in found if piece.projection == number and piece.step == 1]
         if [start for start, _ in edges] + [linear.out_features] != [0, *(stop for _, stop in edges)]:
             raise Refused(RefusalCode.STRUCTURE, f"{ends.name} does not read {linear.node} in whole heads, each once")
-    own = {node for linear in (*ends.projections, ends.out) for node in (linear.weight, linear.bias)}
+    own = {node for linear in (*ends.projections, ends.down) for node in (linear.weight, linear.bias)}
     constants = facts.constants_of(nodes)
     places = {ends.normed: "x"} | {node: f"c{index}" for index, node in enumerate(constants)}
     return MixerHeads(
@@ -82,10 +81,10 @@ def check_alike(mixers: Sequence[MixerHeads]) -> None:
 
 def _sizes(mixer: MixerHeads) -> tuple[object, ...]:
     channels = tuple((piece.projection, piece.start, piece.stop) for piece in mixer.pieces)
-    return channels, mixer.counts, mixer.out_count, mixer.ends.out.in_features, mixer.ends.hidden
+    return channels, mixer.counts, mixer.out_count, mixer.ends.down.in_features, mixer.ends.hidden
 
 
-def _leaves(ends: MixerEnds, cuts: Cuts, nodes: Sequence[fx.Node]) -> Iterable[tuple[Piece, int]]:
+def _leaves(ends: Branch, cuts: Cuts, nodes: Sequence[fx.Node]) -> Iterable[tuple[Piece, int]]:
     """The pieces that are not cut any further, and into how many heads each is viewed."""
     shown: dict[fx.Node, list[fx.Node]] = {node: [node] for node in cuts.pieces}
     scaled: dict[fx.Node, fx.Node] = {}
@@ -110,7 +109,7 @@ def _is_by_number(node: fx.Node) -> bool:
     return ops.op_name(node) in _BY_NUMBER and len(node.all_input_nodes) == 1
 
 
-def _split(ends: MixerEnds, piece: fx.Node, form: fx.Node, reader: fx.Node) -> int:
+def _split(ends: Branch, piece: fx.Node, form: fx.Node, reader: fx.Node) -> int:
     """Into how many heads a reader of a piece cuts it, or sees it cut: a view that gives one head an axis of its own
     is a form of the piece."""
     count = _outermost(reader, form) if ops.op_name(reader) in VIEWS else None
@@ -121,8 +120,8 @@ def _split(ends: MixerEnds, piece: fx.Node, form: fx.Node, reader: fx.Node) -> i
     return count
 
 
-def _merged(ends: MixerEnds) -> int:
-    node = ends.out.input
+def _merged(ends: Branch) -> int:
+    node = ends.down.input
     count = None
     while ops.op_name(node) in VIEWS and count is None:
         count = _outermost(node.all_input_nodes[0], node)

@@ -11,47 +11,24 @@ Source: issue 7 (wide block).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import fx
 
 from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
-from fxfusion.graph.isomorphism import Structure, describe_region
+from fxfusion.graph.isomorphism import describe_region
 from fxfusion.graph.token_wise import check_token_wise
-from fxfusion.passes.ffn import Linear, Mixer
+from fxfusion.passes.ffn import Branch, Linear, Mixer, TailStep
 from fxfusion.passes.match_linear import match_linear
 from fxfusion.passes.match_pieces import behind_views
 from fxfusion.passes.match_residual import check_shapes, weight_leaves
-from fxfusion.passes.match_tail import TailStep, match_tail
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MixerEnds:
-    """One mixer. `stream`, `nodes`, `prologue`, `normed` and the constants: as of `FfnNode`; `add`: where it is
-    added. `tail`: what is done to the result of `out`, as of an FFN's last linear layer."""
-
-    stream: fx.Node
-    nodes: tuple[fx.Node, ...]
-    prologue: tuple[fx.Node, ...]
-    prologue_constants: tuple[fx.Node, ...]
-    prologue_structure: Structure
-    normed: fx.Node
-    projections: tuple[Linear, ...]
-    out: Linear
-    tail: tuple[TailStep, ...] = ()
-    add: fx.Node
-    name: str
-
-    @property
-    def hidden(self) -> int:
-        return self.out.out_features
+from fxfusion.passes.match_tail import match_tail
 
 
 def match_mixer(
-    mixer: Mixer, stream: fx.Node, facts: GraphFacts, opaque: Mapping[fx.Node, str], *, loose: bool = False
-) -> MixerEnds:
+    mixer: Mixer, stream: fx.Node, facts: GraphFacts, opaque: Mapping[str, str], *, loose: bool = False
+) -> Branch:
     """The ends of a mixer that reads `stream`. Raises `Refused`.
 
     `loose`: for those who do not rewrite the graph. The stream may be regrouped on both sides, and scales stand behind
@@ -62,8 +39,8 @@ def match_mixer(
     if mixer.add.kwargs.get("alpha", 1) != 1:
         raise Refused(RefusalCode.STRUCTURE, f"the addition of {name} scales its branch", mixer.add)
     check_shapes(mixer.add, branch, stream)
-    projections, out, tail = _ends(name, branch, stream, facts)
-    if not loose and (tail or out.node is not branch):
+    projections, down, tail = _ends(name, branch, stream, facts)
+    if not loose and (tail or down.node is not branch):
         raise Refused(RefusalCode.STRUCTURE, f"{name} does not end with a linear layer", branch)
     inputs = {behind_views(linear.input) if loose else linear.input for linear in projections}
     if len(inputs) != 1:
@@ -71,14 +48,14 @@ def match_mixer(
     normed = inputs.pop()
     if behind_views(normed) is not normed:
         raise Refused(RefusalCode.STRUCTURE, f"the projections of {name} read a regrouped stream", normed)
-    if not loose and ops.shape_of(out.input)[:-1] != ops.shape_of(stream)[:-1]:
-        raise Refused(RefusalCode.STRUCTURE, f"{name} regroups its tokens before it ends", out.node)
-    _check_weights(name, (*projections, out), facts, opaque)
+    if not loose and ops.shape_of(down.input)[:-1] != ops.shape_of(stream)[:-1]:
+        raise Refused(RefusalCode.STRUCTURE, f"{name} regroups its tokens before it ends", down.node)
+    _check_weights(name, (*projections, down), facts, opaque)
     prologue = facts.slice_between(normed, stream).nodes if normed is not stream else ()
     constants = facts.constants_of(prologue)
     check_token_wise(prologue, {stream: True} | dict.fromkeys(constants, False))
     places = {stream: "x"} | {node: f"c{index}" for index, node in enumerate(constants)}
-    return MixerEnds(
+    return Branch(
         stream=stream,
         nodes=mixer.nodes,
         prologue=prologue,
@@ -86,7 +63,7 @@ def match_mixer(
         prologue_structure=describe_region(prologue, places),
         normed=normed,
         projections=projections,
-        out=out,
+        down=down,
         tail=tail,
         add=mixer.add,
         name=name,
@@ -103,14 +80,14 @@ def _ends(
     if tail.output:
         words = f"{name} does not end with a linear layer but with {ops.op_name(branch)}"
         raise Refused(RefusalCode.STRUCTURE, words, branch)
-    out = tail.down
+    down = tail.down
     outputs = {linear.node for linear in linears}
     first = (each for each in linears if not outputs & set(facts.slice_between(each.input, stream).nodes))
-    return tuple(each for each in first if each is not out), out, tail.steps
+    return tuple(each for each in first if each is not down), down, tail.steps
 
 
-def _check_weights(name: str, linears: tuple[Linear, ...], facts: GraphFacts, opaque: Mapping[fx.Node, str]) -> None:
+def _check_weights(name: str, linears: tuple[Linear, ...], facts: GraphFacts, opaque: Mapping[str, str]) -> None:
     for linear in linears:
         for weight in weight_leaves(linear.weight, facts):
-            if weight in opaque:
-                raise Refused(RefusalCode.TENSOR_SUBCLASS, f"{name}: {opaque[weight]}", weight)
+            if weight.name in opaque:
+                raise Refused(RefusalCode.TENSOR_SUBCLASS, f"{name}: {opaque[weight.name]}", weight)

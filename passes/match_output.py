@@ -4,7 +4,7 @@ Matches (no edit):
     b = N(h Wd^T + bd)                N: token-wise, over all channels of a token, whatever its spelling
     b = scale * N(s * (h Wd^T + bd))  scales and shifts before and after it belong to it
 The norm of a sum is not the sum of norms, so each member of a group keeps its own. Views that only regroup
-tokens are looked through: `concatenate_grouped` makes them anew, from the stream's shape or as `[tokens, hidden]`.
+tokens are looked through: `concatenate` makes them anew, from the stream's shape or as `[tokens, hidden]`.
 Source: issue 7; class G of model families with a norm behind the FFN.
 """
 

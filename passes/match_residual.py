@@ -22,7 +22,7 @@ from fxfusion.graph.isomorphism import describe_region
 from fxfusion.graph.token_wise import check_token_wise
 from fxfusion.passes.ffn import FfnNode, Matches, Mixer
 from fxfusion.passes.match_ffn import FfnMatcher
-from fxfusion.passes.write_out_layers import LAYER
+from fxfusion.passes.write_out import LAYER
 
 MIXERS = frozenset(
     "scaled_dot_product_attention flex_attention conv1d conv2d conv3d convolution conv_transpose1d cumsum cumprod "
@@ -36,10 +36,10 @@ SELECTORS = frozenset("index_add scatter scatter_add gather index_select masked_
 """Operations that select by their second tensor; where that holds places in a table, nothing is routed."""
 
 
-def match_residual(facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]) -> Matches:
+def match_residual(facts: GraphFacts, opaque_weights: Mapping[str, str]) -> Matches:
     """All FFN nodes, mixers and refusals of a graph, in graph order.
 
-    `opaque_weights`: weights that cannot be packed (tensor subclasses, quantised), with the reason.
+    `opaque_weights`: names of weights that cannot be packed (tensor subclasses, quantised), with the reason.
     """
     matcher, tokens = FfnMatcher(facts), _TokenWise(facts)
     ffns: list[FfnNode] = []
@@ -126,7 +126,7 @@ def _check_stream(stream: fx.Node, found: Slice, facts: GraphFacts) -> None:
 
 
 def _check_branch(
-    add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFacts, opaque_weights: Mapping[fx.Node, str]
+    add: fx.Node, branch: fx.Node, found: Slice, facts: GraphFacts, opaque_weights: Mapping[str, str]
 ) -> None:
     """Everything that can be refused without knowing what the branch computes."""
     computed = _computed_from(found)
@@ -147,8 +147,8 @@ def _check_branch(
     for node in found.nodes:
         for source in node.all_input_nodes:
             for weight in weight_leaves(source, facts) if source in facts.constants else ():
-                if weight in opaque_weights:
-                    raise Refused(RefusalCode.TENSOR_SUBCLASS, opaque_weights[weight], weight)
+                if weight.name in opaque_weights:
+                    raise Refused(RefusalCode.TENSOR_SUBCLASS, opaque_weights[weight.name], weight)
 
 
 def _computed_from(found: Slice) -> set[fx.Node]:
@@ -311,7 +311,7 @@ def linear_layers(found: Slice, facts: GraphFacts) -> tuple[fx.Node, ...]:
 
 
 def _hidden(node: fx.Node) -> Refusal:
-    whole = "is a whole layer in one operation, with a mask or with its norms on the stream"
+    whole = "is a whole layer in one operation, with a mask, its norms on the stream or a symbolic width"
     inside = "holds a sub-graph (activation checkpointing?)"
     return Refusal(
         code=RefusalCode.HIGHER_ORDER,

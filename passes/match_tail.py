@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import fx
 
@@ -20,29 +20,21 @@ from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts, Slice
 from fxfusion.graph.effects import writes_in_place
-from fxfusion.passes.ffn import Linear
+from fxfusion.passes.ffn import Linear, TailStep
 from fxfusion.passes.match_output import NORM_BETWEEN, looks_like_norm, match_output
 from fxfusion.passes.match_pieces import VIEWS, keeps_channels
-
-TailStep = tuple[Literal["mul", "add"], fx.Node | float]
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
     """The last linear layer of a branch and what is done to its result: `steps` that fold into it, or else `output`,
-    every node up to the branch. `stopped_at`: the first one, seen from the branch, that does not fold."""
+    every node up to the branch. `stopped_at`: the first one, seen from the branch, that does not fold; `down`'s where
+    all do."""
 
     down: Linear
+    stopped_at: fx.Node
     steps: tuple[TailStep, ...] = ()
     output: tuple[fx.Node, ...] = ()
-    stopped_at: fx.Node | None = None
-
-    @property
-    def refusal(self) -> Refused:
-        """For an `output` that is no norm."""
-        name = ops.op_name(self.stopped_at) if self.stopped_at is not None else ""
-        words = f"{name} stands between the last linear layer and the addition"
-        return Refused(RefusalCode.STRUCTURE, words, self.stopped_at)
 
 
 def match_tail(branch: fx.Node, linears: Sequence[Linear], found: Slice, facts: GraphFacts) -> Tail:
@@ -56,12 +48,12 @@ def match_tail(branch: fx.Node, linears: Sequence[Linear], found: Slice, facts: 
             output = match_output(branch, linears[-1].node, facts) if linears else ()
             if not output:
                 raise _refusal(node, linears, found, facts)
-            return Tail(linears[-1], output=output, stopped_at=node)
+            return Tail(linears[-1], node, output=output)
         node, step = walked
         if step is not None:
             steps.append(step)
     steps.reverse()
-    return Tail(by_node[node], tuple(steps))
+    return Tail(by_node[node], node, tuple(steps))
 
 
 def _step_back(node: fx.Node, facts: GraphFacts) -> tuple[fx.Node, TailStep | None] | None:
@@ -111,6 +103,9 @@ def _refusal(node: fx.Node, linears: Sequence[Linear], found: Slice, facts: Grap
     after = [other for other in found.nodes if facts.order[other] > last]
     if looks_like_norm(after):
         return Refused(RefusalCode.OUTPUT_NORM, f"{NORM_BETWEEN}, and not of its result alone", node)
-    return Refused(
-        RefusalCode.STRUCTURE, f"{ops.op_name(node)} stands between the last linear layer and the addition", node
-    )
+    return stands_between(node)
+
+
+def stands_between(node: fx.Node) -> Refused:
+    words = f"{ops.op_name(node)} stands between the last linear layer and the addition"
+    return Refused(RefusalCode.STRUCTURE, words, node)

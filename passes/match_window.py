@@ -20,7 +20,7 @@ from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.ffn import FfnNode, Hoisted, Matches, Mixer, Window
 from fxfusion.passes.match_pieces import behind_views, views_behind
-from fxfusion.passes.member_index import MemberIndex, check_fit
+from fxfusion.passes.member_index import MemberIndex
 from fxfusion.plan.fusion_plan import PlannedGroup
 from fxfusion.plan.policy import NormMode
 
@@ -65,7 +65,7 @@ class WindowMatcher:
         self._check_stream(blocks)
         for mixer in mixers:
             self._check_mixer(mixer, members[0])
-        check_fit(members, self.norm, self.checker)
+        self.checker.check_fit(members, self.norm)
         entry = (members[0].stream, *views_behind(members[0].stream))
         for block in blocks:
             if ops.shape_of(block.stream) not in map(ops.shape_of, entry):

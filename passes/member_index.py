@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from fxfusion.errors import Refusal, RefusalCode, Refused
 from fxfusion.graph.provenance import layer_numbers
-from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.ffn import FfnNode
 from fxfusion.plan.fusion_plan import Member
-from fxfusion.plan.policy import NormMode
 
 
 class MemberIndex:
@@ -59,14 +57,6 @@ class MemberIndex:
         others = [refusal for refusal in found if refusal.code is not RefusalCode.TOKEN_MIXING]  # not attention
         reason = next(iter(others or found[::-1]), None)
         return f" ({reason.code.value}: {reason.message})" if reason is not None else ""
-
-
-def check_fit(members: Sequence[FfnNode], norm: NormMode, checker: GroupChecker) -> None:
-    """Raises `Refused` unless the FFNs fit into one group."""
-    for end, ffn in enumerate(members):
-        misfit = checker.misfit(members[:end], ffn, norm)
-        if misfit is not None:
-            raise Refused(misfit.code, f"{ffn.name}: {misfit.message}")
 
 
 def _is_about(refusal: Refusal, name: Member) -> bool:

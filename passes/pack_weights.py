@@ -71,7 +71,7 @@ class WeightPacker:
         """`[hidden, sum of widths]`, scales of the tails folded in."""
         parts = []
         for member in self.group.members:
-            weight = self._as_out_in(member.down)
+            weight = out_in(self.editor, member.down)
             for kind, value in member.tail:
                 if kind == "mul":
                     weight = self._scale_rows(weight, value, member.hidden)
@@ -80,7 +80,7 @@ class WeightPacker:
 
     def own_down(self, member: FfnNode) -> tuple[fx.Node, fx.Node | None]:
         """One member's weight `[hidden, width]` and bias: as they are, or a weight of the pack for another layout."""
-        weight = self._as_out_in(member.down)
+        weight = out_in(self.editor, member.down)
         return self._packed(self._cat([weight], 0)) if packs_downs(self.group) else weight, member.down.bias
 
     def down_bias(self) -> fx.Node | None:
@@ -110,7 +110,7 @@ class WeightPacker:
     def _rows(self, member: FfnNode, number: int, place: int) -> fx.Node:
         """The rows of a projection's weight that make one piece, `[width, hidden]`."""
         linear = member.projections[number]
-        return self._cut(self._as_out_in(linear), member, number, place)
+        return self._cut(out_in(self.editor, linear), member, number, place)
 
     def _cut(self, value: fx.Node, member: FfnNode, number: int, place: int) -> fx.Node:
         piece = [piece for piece in member.pieces if piece.projection == number][place]
@@ -120,7 +120,7 @@ class WeightPacker:
 
     def _fold_gains(self, member: FfnNode, rows: fx.Node) -> fx.Node:
         dtype, wide = ops.tensor_of(rows).dtype, self._wide_dtype(rows)
-        for gain in self._with_role(member, "gain"):
+        for gain in member.with_role("gain", self.group.roles):
             factor = self._to(self.editor.method("reshape", gain, -1), wide)
             rows = self.editor.call(operator.mul, self._to(rows, wide), factor)
         return self._to(rows, dtype)
@@ -132,7 +132,7 @@ class WeightPacker:
         if linear.bias is not None:
             total = self._to(self._cut(linear.bias, member, number, place), wide)
         rows = self._to(self._rows(member, number, place), wide)
-        for shift in self._with_role(member, "shift"):
+        for shift in member.with_role("shift", self.group.roles):
             vector = self._to(self._vector(shift, member.hidden), wide)
             # Not `torch.mv`: autocast would round it.
             moved = self.editor.method("sum", self.editor.call(operator.mul, rows, vector), -1)
@@ -142,21 +142,12 @@ class WeightPacker:
             total = self.editor.call(torch.zeros, (member.width,), dtype=wide, device=like.device)
         return self._to(total, like.dtype)
 
-    def _with_role(self, member: FfnNode, role: str) -> list[fx.Node]:
-        if self.group.norm == "last":
-            return []
-        pairs = zip(member.prologue_constants, self.group.roles, strict=True)
-        return [constant for constant, own in pairs if own == role]
-
     def _scale_rows(self, weight: fx.Node, value: fx.Node | float, hidden: int) -> fx.Node:
         wide = self._wide_dtype(weight)
         factor: fx.Node | float = value
         if isinstance(value, fx.Node):
             factor = self.editor.method("unsqueeze", self._to(self._vector(value, hidden), wide), -1)
         return self.editor.call(operator.mul, self._to(weight, wide), factor)
-
-    def _as_out_in(self, linear: Linear) -> fx.Node:
-        return self.editor.method("t", linear.weight) if linear.transposed else linear.weight
 
     def _vector(self, node: fx.Node, length: int) -> fx.Node:
         """One number or a vector as `[length]`."""
@@ -176,3 +167,8 @@ class WeightPacker:
         if node.op not in ("placeholder", "get_attr"):
             node.meta[PACK_TAG] = self.index
         return node
+
+
+def out_in(editor: GraphEditor, linear: Linear) -> fx.Node:
+    """The weight as `[out, in]`."""
+    return editor.method("t", linear.weight) if linear.transposed else linear.weight

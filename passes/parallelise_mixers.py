@@ -45,7 +45,7 @@ class ParalleliseMixers(Pass):
             f"{mixer.layer or mixer.add} still reads what the mixer before it wrote"
             for block in self.blocks
             for mixer in block[1:]
-            if any(stream_of(mixer) in node.all_input_nodes for node in _branch(mixer))
+            if any(stream_of(mixer) in node.all_input_nodes for node in mixer.nodes)
         ]
 
 
@@ -53,10 +53,6 @@ def mixers_of(window: Window, matches: Matches) -> list[Mixer]:
     """All mixers of a window, in order: the one before the first FFN, in its layer, and those that moved."""
     leading = leading_mixer(window.members[0], matches)
     return [*window.mixers] if leading is None else [leading, *window.mixers]
-
-
-def _branch(mixer: Mixer) -> list[fx.Node]:
-    return [node for node in mixer.nodes if node is not mixer.add]
 
 
 def stream_of(mixer: Mixer) -> fx.Node:
@@ -68,5 +64,5 @@ def _reread(mixer: Mixer, entry: fx.Node, made_by: str) -> None:
     stream = stream_of(mixer)
     if ops.shape_of(entry) != ops.shape_of(stream):
         entry = GraphEditor(mixer.nodes[0], made_by, [mixer.layer]).method("view_as", entry, stream)
-    for node in _branch(mixer):
+    for node in mixer.nodes:
         node.replace_input_with(stream, entry)

@@ -18,8 +18,8 @@ from torch import fx
 
 from fxfusion.errors import PassError, Refusal, RefusalCode, Refused
 from fxfusion.passes.check_group import GroupChecker
-from fxfusion.passes.ffn import Chain, FfnNode, Group, Hoisted, Window
-from fxfusion.passes.member_index import MemberIndex, check_fit
+from fxfusion.passes.ffn import Chain, FfnNode, Group, Hoisted, Window, refusal_of
+from fxfusion.passes.member_index import MemberIndex
 from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.plan.policy import FusionPolicy, NormMode
 
@@ -50,9 +50,10 @@ def plan_by_policy(
                 groups.append(checker.group(run, policy.norm))
             elif len(run) > 1 or reason is None:
                 words = f"{len(run)} of this chain's FFNs fit together, min_members is {policy.min_members}"
-                refusals += [_refusal(ffn, reason or Refused(RefusalCode.POLICY, words)) for ffn in run]
+                why = reason or Refused(RefusalCode.POLICY, words)
+                refusals += [refusal_of(ffn, why.code, why.message) for ffn in run]
             else:
-                refusals += [_refusal(ffn, reason) for ffn in run]
+                refusals += [refusal_of(ffn, reason.code, reason.message) for ffn in run]
     return tuple(groups), tuple(refusals)
 
 
@@ -71,7 +72,7 @@ def _window_group(window: Window, ffns: Sequence[FfnNode], checker: GroupChecker
     if gone:
         raise PassError(f"{gone[0]} is no FFN any more after the mixers of window {list(window.names)} moved")
     members = [by_add[member.add] for member in window.members]
-    check_fit(members, norm, checker)
+    checker.check_fit(members, norm)
     return replace(checker.group(members, norm), window=window)
 
 
@@ -80,10 +81,10 @@ def _eligible(chain: Chain, policy: FusionPolicy) -> tuple[list[FfnNode], list[R
     members, refusals = list(chain.members), []
     if chain.leading and not policy.include_leading:
         words = "the first FFN after a mixer, in the mixer's own layer; include_leading is False"
-        refusals.append(_refusal(members.pop(0), Refused(RefusalCode.POLICY, words)))
+        refusals.append(refusal_of(members.pop(0), RefusalCode.POLICY, words))
     for _ in range(min(policy.keep_last, len(members))):
         words = f"among the last {policy.keep_last} of its chain; keep_last is {policy.keep_last}"
-        refusals.append(_refusal(members.pop(), Refused(RefusalCode.POLICY, words)))
+        refusals.append(refusal_of(members.pop(), RefusalCode.POLICY, words))
     return members, refusals
 
 
@@ -150,14 +151,14 @@ def plan_by_plan(
         else:
             try:
                 members = _neighbours(names, chains, index)
-                check_fit(members, plan.norm, checker)
+                checker.check_fit(members, plan.norm)
                 groups.append(checker.group(members, plan.norm))
             except Refused as error:
                 message = f"group {number} {list(names)}: {error.message}"
                 refusals.append(Refusal(code=RefusalCode.PLAN_UNMATCHED, message=message))
     chosen = {ffn.add for group in groups for ffn in group.members}
-    not_chosen = Refused(RefusalCode.NOT_IN_PLAN, "no group of the plan names it")
-    refusals += [_refusal(ffn, not_chosen) for chain in chains for ffn in chain.members if ffn.add not in chosen]
+    left = (ffn for chain in chains for ffn in chain.members if ffn.add not in chosen)
+    refusals += [refusal_of(ffn, RefusalCode.NOT_IN_PLAN, "no group of the plan names it") for ffn in left]
     return tuple(groups), tuple(refusals)
 
 
@@ -176,7 +177,3 @@ def _neighbours(names: Sequence[Member], chains: Sequence[Chain], index: MemberI
             words = f"its members are not neighbours in one chain; {_HOIST_WOULD}"
             raise Refused(RefusalCode.PLAN_UNMATCHED, words)
     return ordered
-
-
-def _refusal(ffn: FfnNode, reason: Refused) -> Refusal:
-    return Refusal(code=reason.code, message=reason.message, node=ffn.add.name, layer=ffn.name, source=ffn.source)

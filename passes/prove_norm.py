@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,7 +22,7 @@ from torch import fx
 from fxfusion.graph import ops
 from fxfusion.graph.isomorphism import Structure
 from fxfusion.graph.torch_private import outside_fake_mode, size_hint
-from fxfusion.passes.ffn import Role
+from fxfusion.passes.ffn import Branch, Role
 from fxfusion.passes.match_pieces import VIEWS, keeps_channels
 
 _TOKENS = 3
@@ -32,30 +32,13 @@ _TOLERANCE = 1e-9
 _AFFINE = ops.CASTS | VIEWS | {"mul", "add", "addcmul", "layer_norm", "rms_norm", "native_layer_norm", "getitem"}
 
 
-class HasNorm(Protocol):
-    """What is asked of an FFN, or of a mixer: the norm at its beginning."""
-
-    @property
-    def stream(self) -> fx.Node: ...
-    @property
-    def prologue(self) -> tuple[fx.Node, ...]: ...
-    @property
-    def prologue_constants(self) -> tuple[fx.Node, ...]: ...
-    @property
-    def prologue_structure(self) -> Structure: ...
-    @property
-    def normed(self) -> fx.Node: ...
-    @property
-    def hidden(self) -> int: ...
-
-
 class NormProver:
     """Proves prologues; remembers the answer for each structure."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Structure, int], tuple[Role, ...]] = {}
 
-    def roles(self, ffn: HasNorm) -> tuple[Role, ...]:
+    def roles(self, ffn: Branch) -> tuple[Role, ...]:
         """The role of each constant of the FFN's prologue; `"fixed"` where no other role was proved."""
         key = (ffn.prologue_structure, ffn.hidden)
         if key not in self._known:
@@ -64,7 +47,7 @@ class NormProver:
         return self._known[key]
 
 
-def _search(ffn: HasNorm) -> tuple[Role, ...]:
+def _search(ffn: Branch) -> tuple[Role, ...]:
     choices: list[tuple[Role, ...]] = []
     for constant in ffn.prologue_constants:
         value = ops.tensor_value(constant)
@@ -79,7 +62,7 @@ def _search(ffn: HasNorm) -> tuple[Role, ...]:
     return fixed
 
 
-def _holds(ffn: HasNorm, roles: tuple[Role, ...]) -> bool:
+def _holds(ffn: Branch, roles: tuple[Role, ...]) -> bool:
     folded = [node for node, role in zip(ffn.prologue_constants, roles, strict=True) if role != "fixed"]
     if not _is_affine_after(ffn, folded):
         return False
@@ -91,7 +74,7 @@ def _holds(ffn: HasNorm, roles: tuple[Role, ...]) -> bool:
         return False
 
 
-def _is_affine_after(ffn: HasNorm, constants: Sequence[fx.Node]) -> bool:
+def _is_affine_after(ffn: Branch, constants: Sequence[fx.Node]) -> bool:
     """Whether only sums, products, casts, views and divisions of it touch what the constants have entered."""
     entered = set(constants)
     for node in ffn.prologue:
@@ -103,7 +86,7 @@ def _is_affine_after(ffn: HasNorm, constants: Sequence[fx.Node]) -> bool:
     return True
 
 
-def _holds_once(ffn: HasNorm, roles: tuple[Role, ...], generator: torch.Generator) -> bool:
+def _holds_once(ffn: Branch, roles: tuple[Role, ...], generator: torch.Generator) -> bool:
     rank = len(ops.tensor_of(ffn.stream).shape)
     x = torch.randn(_TOKENS if rank > 1 else 1, ffn.hidden, generator=generator, dtype=torch.float64)
     x = _with_rank(x, rank)
@@ -139,7 +122,7 @@ def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(torch.isfinite(scale)) and bool((one - other).abs().max() <= _TOLERANCE * scale)
 
 
-def _run(ffn: HasNorm, x: torch.Tensor, constants: Mapping[fx.Node, Any]) -> torch.Tensor:
+def _run(ffn: Branch, x: torch.Tensor, constants: Mapping[fx.Node, Any]) -> torch.Tensor:
     """The prologue on a few tokens in float64: casts do nothing, views of the token axes keep their order."""
     values: dict[fx.Node, Any] = {ffn.stream: x.clone(), **constants}
 

@@ -159,15 +159,10 @@ def _spell_out(node: fx.Node, made_by: str) -> int:
     `view_as(a, x)`: `view(a, x.size())`. `type_as(a, x)`: `to(a, x.dtype)`, where the device stays.
     """
     name = ops.op_name(node)
-    if name not in _SPELLED:
+    tensors: list[Any] = [value for value in node.args if ops.tensor_value(value) is not None]
+    if name not in _SPELLED or node.kwargs or not len(node.args) == len(tensors) == 2:
         return 0
-    editor = GraphEditor(node, made_by, ())
-    made: fx.Node | None = None
-    tensors = [value for value in node.args[:2] if isinstance(value, fx.Node) and ops.tensor_value(value) is not None]
-    if name in _AS and len(node.args) == len(tensors) == 2 and not node.kwargs:
-        made = _viewed(editor, node, *tensors)
-    elif name in _DTYPE_AS and len(node.args) == len(tensors) == 2 and not node.kwargs:
-        made = _cast(editor, node, *tensors)
+    made = (_viewed if name in _AS else _cast)(GraphEditor(node, made_by, ()), node, *tensors)
     if made is None:
         return 0
     node.replace_all_uses_with(made)
@@ -175,7 +170,7 @@ def _spell_out(node: fx.Node, made_by: str) -> int:
     return 1
 
 
-def _viewed(editor: GraphEditor, node: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node:
+def _viewed(editor: GraphEditor, node: fx.Node, value: fx.Node, like: fx.Node) -> fx.Node | None:
     name = _AS[ops.op_name(node)]
     if not isinstance(node.target, OpOverload):
         return editor.method(name, value, _size_of(editor, node, like))

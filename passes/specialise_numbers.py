@@ -33,14 +33,10 @@ class SpecialiseNumbers(Pass):
     def __init__(self) -> None:
         self.numbers: list[torch.SymFloat] = []
 
-    def are_in(self, graph: fx.Graph) -> bool:
-        """Whether there is something to do: most graphs hold no such number."""
-        return any([held_number(node) is not None for node in graph.nodes if node.target == "item"])
-
     def run(self, graph: fx.Graph) -> PassResult:
         self.numbers = []
         for node in list(graph.nodes):
-            found = held_number(node)
+            found = held_number(node) if node.target == "item" else None
             if found is not None:
                 number, value = found
                 self.numbers.append(number)

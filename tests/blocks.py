@@ -95,8 +95,27 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.ffn = norm, ffn
 
+    def branch(self, n: Tensor) -> Tensor:
+        """What is added, of the normed stream."""
+        found: Tensor = self.ffn(n)
+        return found
+
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.ffn(self.norm(x))
+        return x + self.branch(self.norm(x))
+
+
+class Of(nn.Module):
+    """A function of the module and the stream, with weights, modules and buffers of its own."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any], **own: Tensor | nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, value in own.items():
+            put = setattr if isinstance(value, nn.Module | nn.Parameter) else nn.Module.register_buffer
+            put(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
 
 
 class Attention(nn.Module):
@@ -167,7 +186,7 @@ def tokens(batch: int = 2, seq: int = 5, hidden: int = HIDDEN, dtype: torch.dtyp
 def branch_of(block: nn.Module) -> Callable[[Tensor], Tensor]:
     """F of a block `x + F(x)`: its own parts where it has them, else what it adds to the stream."""
     if isinstance(block, Block):
-        return lambda x: block.ffn(block.norm(x))
+        return lambda x: block.branch(block.norm(x))
     return lambda x: block(x) - x
 
 
@@ -193,7 +212,7 @@ def parallel_form(
         members = [blocks[number] for number in group]
         if norm == "last":
             normed = members[-1].norm(x)
-            x = x + sum(member.ffn(normed) for member in members)
+            x = x + sum(member.branch(normed) for member in members)
         else:
             x = x + sum(branch_of(member)(x) for member in members)
         index = group[-1] + 1

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
+import pytest
 import torch
 from torch import Tensor, fx, nn
 
@@ -32,6 +33,7 @@ from tests.blocks import (
     Custom,
     Float32Rms,
     Gated,
+    Of,
     Packed,
     Plain,
     Rms,
@@ -52,6 +54,7 @@ __all__ = [  # what comes from tests/blocks.py
     "Custom",
     "Float32Rms",
     "Gated",
+    "Of",
     "Packed",
     "Plain",
     "Rms",
@@ -150,8 +153,7 @@ def normalise(captured: CapturedGraph) -> CapturedGraph:
 def match(model: Callable[..., Any], *inputs: Any, how: How = "dynamo") -> Matches:
     """What the matcher finds after normalisation."""
     work = normalise(capture(model, *inputs, how=how))
-    opaque = {node: work.opaque[node.name] for node in work.module.graph.nodes if node.name in work.opaque}
-    return match_residual(facts_of(work), opaque)
+    return match_residual(facts_of(work), work.opaque)
 
 
 def fuse(model: nn.Module, *inputs: Tensor, **options: Any) -> tuple[fx.GraphModule, FusionReport]:
@@ -173,6 +175,15 @@ def refusal_with(refusals: Iterable[Refusal], code: RefusalCode, fragment: str =
             return refusal
     shown = "\n".join(f"  {refusal.code.value}: {refusal.message}" for refusal in listed) or "  none"
     raise AssertionError(f"no refusal {code.value} with {fragment!r}; there are:\n{shown}")
+
+
+def refused(**tables: dict[str, tuple[Any, str]]) -> list[Any]:
+    """Parameters `(what, code, words)` of tests, of tables by refusal code: name -> (what, words of the refusal)."""
+    return [
+        pytest.param(what, RefusalCode[code], words, id=name)
+        for code, table in tables.items()
+        for name, (what, words) in table.items()
+    ]
 
 
 def nodes_named(captured: CapturedGraph, name: str) -> list[fx.Node]:

@@ -18,12 +18,12 @@ from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.planned import PlannedModel, analyse_without
 from fxfusion.analysis.quality import Batch, Estimate, Quality, evaluate, record_logits
 from fxfusion.analysis.quality_store import QualityStore, batches_digest
-from fxfusion.compiler.summary import member_bytes
 from fxfusion.errors import SurgeryError
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.adapters.wrappers import active_adapters
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.passes.choose_form import member_bytes
 from fxfusion.plan.fusion_plan import FusionPlan, Member
 
 _RECORDED_BYTES = 2**29  # logits of the intact model that are kept rather than computed again for each plan

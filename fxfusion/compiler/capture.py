@@ -13,7 +13,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -73,9 +73,7 @@ class CapturedGraph:
         keep_unread([copies[node] for node in self.module.graph.nodes if not node.users])
         module = lazy_graph_module(self.module, graph)
         copy_dynamo_facts(self.module, module)
-        return CapturedGraph(
-            module=module, inputs=self.inputs, weights=self.weights, values=self.values, opaque=self.opaque
-        )
+        return replace(self, module=module)
 
 
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CapturedGraph:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fxfusion.errors import OptionError
+from fxfusion.graph.torch_private import inductor_modes, inductor_option_names
 from fxfusion.passes.choose_form import FormRequest
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.plan.policy import FusionPolicy
+from fxfusion.plan.policy import FusionPolicy, describe
+from fxfusion.plan.record import refuse
 
-Compiler = Literal["inductor", "aot_eager", "eager"]
+Choice = FusionPolicy | FusionPlan
 VerifyMode = Literal["off", "structure", "numeric", "paranoid"]
 
-_COMPILERS = ("inductor", "aot_eager", "eager")
-_VERIFY_MODES = ("off", "structure", "numeric", "paranoid")
-_FORMS = ("auto", "concatenated", "prepacked", "members")
+_MAY_BE_NONE = ("policy", "plan", "mode", "inductor")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackendOptions:
+def choose(policy: str | Mapping[str, object] | FusionPolicy | None, plan: Any) -> Choice:
+    """The policy or the plan; both given is an error."""
+    if plan is not None and policy is not None:
+        raise OptionError("policy and plan were both given; a plan names its groups itself, so give one of them")
+    return FusionPlan.resolve(plan) if plan is not None else FusionPolicy.resolve(policy)
+
+
+class BackendOptions(BaseModel):
     """Checked options.
 
     `choice`: the policy or plan. `compiler`: what compiles the rewritten graph. `mode`: one of Inductor's modes;
@@ -31,84 +38,58 @@ class BackendOptions:
     fxfusion would otherwise fall back.
     """
 
-    choice: FusionPolicy | FusionPlan = field(default_factory=FusionPolicy)
-    compiler: Compiler = "inductor"
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    choice: Choice = Field(default_factory=FusionPolicy)
+    compiler: Literal["inductor", "aot_eager", "eager"] = "inductor"
     mode: str | None = None
-    inductor: Mapping[str, Any] = field(default_factory=dict)
+    inductor: dict[str, Any] = Field(default_factory=dict)
     verify: VerifyMode = "structure"
     form: FormRequest = "auto"
     strict: bool = False
-    paranoid_calls: int = 3
+    paranoid_calls: int = Field(default=3, ge=1)
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | None, mode: str | None) -> BackendOptions:
         """Options as `torch.compile` passes them. Raises `OptionError` that names the wrong one."""
-        given = dict(options or {})
-        known = ("policy", "plan", *(f.name for f in fields(cls) if f.name != "choice"))
+        given = {key: value for key, value in (options or {}).items() if value is not None or key not in _MAY_BE_NONE}
+        known = ("policy", "plan", *(name for name in cls.model_fields if name != "choice"))
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise OptionError(f"unknown option {unknown[0]!r}; options are: {', '.join(known)}")
-        if mode is not None and given.get("mode") not in (None, mode):
+        if mode is not None and given.setdefault("mode", mode) != mode:
             raise OptionError(f"mode was given twice: {mode!r} to torch.compile and {given['mode']!r} in options")
-        if given.get("policy") is not None and given.get("plan") is not None:
-            raise OptionError("policy and plan were both given; a plan names its groups itself, so give one of them")
-        plan, policy = given.get("plan"), given.get("policy")
-        choice = FusionPlan.resolve(plan) if plan is not None else FusionPolicy.resolve(policy)
-        parsed = cls(
-            choice=choice,
-            compiler=cast(Compiler, _one_of("compiler", given.get("compiler", "inductor"), _COMPILERS)),
-            mode=_mode(given.get("mode", mode)),
-            inductor=_inductor(given.get("inductor")),
-            verify=cast(VerifyMode, _one_of("verify", given.get("verify", "structure"), _VERIFY_MODES)),
-            form=cast(FormRequest, _one_of("form", given.get("form", "auto"), _FORMS)),
-            strict=_boolean("strict", given.get("strict", False)),
-            paranoid_calls=_count("paranoid_calls", given.get("paranoid_calls", 3)),
-        )
-        if "paranoid_calls" in given and parsed.verify != "paranoid":
-            raise OptionError(f"paranoid_calls: only verify='paranoid' takes it, verify is {parsed.verify!r}")
-        if parsed.compiler != "inductor" and (parsed.mode or parsed.inductor):
-            wrong = "mode" if parsed.mode else "inductor"
-            raise OptionError(f"{wrong}: only compiler='inductor' takes it, compiler is {parsed.compiler!r}")
-        return parsed
+        try:
+            return cls(choice=choose(given.pop("policy", None), given.pop("plan", None)), **given)
+        except ValidationError as error:
+            raise OptionError(describe(error, cls)) from None
 
+    @field_validator("mode")
+    @classmethod
+    def _mode_of_inductor(cls, value: str | None) -> str | None:
+        modes = inductor_modes()
+        if value not in (None, "default", *modes):
+            raise refuse(f"expected one of {', '.join(map(repr, modes))}, got {value!r}")
+        return None if value == "default" else value
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise OptionError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-    return str(value)
+    @field_validator("inductor", mode="before")
+    @classmethod
+    def _keys_of_inductor(cls, value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise refuse(f"expected a dict of Inductor config keys, got {type(value).__name__}")
+        found = {str(key).replace("-", "_"): item for key, item in value.items()}
+        unknown = sorted(set(found) - inductor_option_names())
+        if unknown:
+            raise refuse(f"{unknown[0]!r} is no Inductor config key")
+        if found.get("freezing"):
+            raise refuse("freezing bakes weights into the graph, which would make them stale; leave it off")
+        return found
 
-
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise OptionError(f"{name}: expected True or False, got {value!r}")
-    return value
-
-
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(f"{name}: expected a whole number from 1, got {value!r}")
-    return value
-
-
-def _mode(value: Any) -> str | None:
-    from fxfusion.graph.torch_private import inductor_modes
-
-    if value is None or value == "default":
-        return None
-    return _one_of("mode", value, inductor_modes())
-
-
-def _inductor(value: Any) -> dict[str, Any]:
-    from fxfusion.graph.torch_private import inductor_option_names
-
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise OptionError(f"inductor: expected a dict of Inductor config keys, got {type(value).__name__}")
-    found = {str(key).replace("-", "_"): item for key, item in value.items()}
-    unknown = sorted(set(found) - inductor_option_names())
-    if unknown:
-        raise OptionError(f"inductor: {unknown[0]!r} is no Inductor config key")
-    if found.get("freezing"):
-        raise OptionError("inductor: freezing bakes weights into the graph, which would make them stale; leave it off")
-    return found
+    @model_validator(mode="after")
+    def _options_of_others(self) -> BackendOptions:
+        if "paranoid_calls" in self.model_fields_set and self.verify != "paranoid":
+            raise refuse(f"only verify='paranoid' takes it, verify is {self.verify!r}", "paranoid_calls")
+        for name in ("mode", "inductor"):
+            if self.compiler != "inductor" and getattr(self, name):
+                raise refuse(f"only compiler='inductor' takes it, compiler is {self.compiler!r}", name)
+        return self

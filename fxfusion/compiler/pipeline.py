@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxfusion.compiler.capture import CapturedGraph, capture_model, captured_from_graph
 from fxfusion.compiler.observe import Reads
-from fxfusion.compiler.options import VerifyMode
+from fxfusion.compiler.options import Choice, VerifyMode, choose
 from fxfusion.compiler.pack_values import own, packed_values
 from fxfusion.compiler.summary import blocks_after, blocks_before, summarise_chain, summarise_group
 from fxfusion.compiler.unwrap import unwrapped
@@ -35,30 +35,25 @@ from fxfusion.passes.check_group import GroupChecker
 from fxfusion.passes.choose_form import Setting, choose_forms
 from fxfusion.passes.concat_parallel_mixers import ConcatParallelMixers
 from fxfusion.passes.concatenate import Concatenate
-from fxfusion.passes.concatenate_grouped import ConcatenateGrouped
 from fxfusion.passes.drop_no_ops import DropNoOps
 from fxfusion.passes.drop_zero_branches import DropZeroBranches
-from fxfusion.passes.ffn import Chain, Group, Hoisted, Matches, Mixer
+from fxfusion.passes.ffn import Chain, FfnNode, Group, Hoisted, Matches, Mixer
 from fxfusion.passes.find_chains import find_chains
 from fxfusion.passes.functionalise_adds import FunctionaliseAdds
 from fxfusion.passes.hoist_constants import HoistConstants
 from fxfusion.passes.hoist_mixers import HoistMixers
-from fxfusion.passes.lift_weights import LiftWeights, Pack
+from fxfusion.passes.lift_weights import Into, LiftWeights, Pack
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.match_window import WindowMatcher
 from fxfusion.passes.parallelise import Parallelise
 from fxfusion.passes.parallelise_mixers import ParalleliseMixers
 from fxfusion.passes.plan_groups import plan_by_plan, plan_by_policy
-from fxfusion.passes.prepack_weights import PrepackWeights
 from fxfusion.passes.read_sizes_early import ReadSizesEarly
 from fxfusion.passes.specialise_numbers import SpecialiseNumbers
-from fxfusion.passes.write_out_layers import WriteOutLayers
-from fxfusion.passes.write_out_pointwise import WriteOutPointwise
+from fxfusion.passes.write_out import WriteOut
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.policy import FusionPolicy
 from fxfusion.report import FusionReport, GraphReport
-
-Choice = FusionPolicy | FusionPlan
 
 _BY_NUMBERS = frozenset(
     {RefusalCode.STRUCTURE, RefusalCode.RANDOM, RefusalCode.SCALED_STREAM, RefusalCode.NOT_POINTWISE}
@@ -97,19 +92,12 @@ class Fused:
     parallel: Form | None = None
 
 
-def choose(policy: str | Mapping[str, object] | FusionPolicy | None, plan: Any) -> Choice:
-    """The policy or the plan; both given is an error."""
-    if plan is not None and policy is not None:
-        raise OptionError("policy and plan were both given; a plan names its groups itself, so give one of them")
-    return FusionPlan.resolve(plan) if plan is not None else FusionPolicy.resolve(policy)
-
-
 def fuse_captured(
     captured: CapturedGraph,
     choice: Choice,
     *,
     verify: VerifyMode = "structure",
-    lift_into: Literal["placeholder", "get_attr"] | None = "placeholder",
+    lift_into: Into | None = "placeholder",
     compiled_for: Setting | None = None,
 ) -> Fused:
     """Normalise, match, group, plan, rewrite and verify one captured graph.
@@ -120,13 +108,13 @@ def fuse_captured(
     """
     work = captured.copy()
     history = History(check=verify != "off")
-    numbers = _normalise(work, history)
+    numbers = SpecialiseNumbers()
+    run_passes(work.module, (numbers, *normalising_passes(work.weights)), history)
     cleaned = work.copy().module if verify in ("numeric", "paranoid") else None
     order = {node.name: place for place, node in enumerate(work.module.graph.nodes)}  # before anything moves
     found = with_forms(hoist_and_analyse(work, choice, history), choice, compiled_for or Setting())
     blocks = blocks_before(found.matches, found.groups, order)
-    chains = tuple(summarise_chain(chain) for chain in found.chains)
-    groups = tuple(summarise_group(group) for group in found.groups)
+    groups = tuple(map(summarise_group, found.groups))
     after, fused_blocks = captured.module, blocks
     made = _Rewritten()
     if found.groups:
@@ -137,7 +125,7 @@ def fuse_captured(
         numbers.guard()
     _log(found)
     report = GraphReport(
-        chains=chains,
+        chains=tuple(map(summarise_chain, found.chains)),
         groups=groups,
         refusals=(*found.refusals, *history.refusals),
         history=tuple(record.to_dict() for record in history.records),
@@ -152,22 +140,13 @@ def fuse_captured(
     return Fused(module=after, packs=made.packs, report=report, notes=made.proof.notes, parallel=made.parallel)
 
 
-def _normalise(work: CapturedGraph, history: History) -> SpecialiseNumbers:
-    """Exact clean-up; what is returned guards the numbers that were written out, if any."""
-    numbers = SpecialiseNumbers()
-    written_out = (numbers,) if numbers.are_in(work.module.graph) else ()
-    run_passes(work.module, (*written_out, *normalising_passes(work.weights)), history)
-    return numbers
-
-
 def normalising_passes(weights: frozenset[str]) -> tuple[Pass, ...]:
     """Exact clean-up, in order. `weights`: names of the placeholders that hold module state."""
     return (
-        WriteOutLayers(),
         DropNoOps(),  # first: casts and views hide the stream from everything that follows
+        WriteOut(),  # before sizes are read: that of a sum is known, that of a layer in one operation is not
         FunctionaliseAdds(),  # before zero branches: `branch += 0` is an addition too
         ReadSizesEarly(),  # behind it: what is written in place keeps its sizes to itself
-        WriteOutPointwise(),
         DropZeroBranches(weights),
         DropNoOps(),  # a dropped zero branch can leave views that now cancel
         HoistConstants(weights),  # last: only what is left needs to be in reach
@@ -192,7 +171,8 @@ def analyse(captured: CapturedGraph, choice: Choice, hoisted: Hoisted | None = N
 
     `hoisted`: what became of the windows that the choice names; None: nothing was moved, see which could be.
     """
-    facts, matches = _match(captured)
+    facts = GraphFacts(captured.module.graph, captured.weights)
+    matches = match_residual(facts, captured.opaque)
     if hoisted is None:
         hoisted = WindowMatcher(matches, facts, choice.norm).match(choice.windows) if choice.windows else Hoisted()
     chains, alone = find_chains(matches, facts)
@@ -218,13 +198,6 @@ def _portable(found: Analysis) -> Analysis:
     return replace(found, groups=tuple(replace(group, form="concatenated") for group in found.groups))
 
 
-def _match(captured: CapturedGraph) -> tuple[GraphFacts, Matches]:
-    graph = captured.module.graph
-    facts = GraphFacts(graph, captured.weights)
-    opaque = {node: captured.opaque[node.name] for node in graph.nodes if node.name in captured.opaque}
-    return facts, match_residual(facts, opaque)
-
-
 @dataclass(frozen=True, slots=True)
 class _Rewritten:
     packs: tuple[Pack, ...] = ()
@@ -238,28 +211,27 @@ def _rewrite(
     work: CapturedGraph,
     found: Analysis,
     history: History,
-    lift_into: Literal["placeholder", "get_attr"] | None,
+    lift_into: Into | None,
 ) -> _Rewritten:
-    """Parallelise; concatenate, prepack, join the mixers of wide windows and lift, all exact; prove that they are.
+    """Let the members of each group read one stream, join them and the mixers of wide windows, lift their weights, and
+    prove that all but the first is exact.
 
     `cleaned`: the graph before any group was touched; None where nothing is to be proved.
     """
     groups = found.groups
     parallel = Form(work.copy().module, _parallel_reads(groups)) if cleaned is not None else None
-    run_passes(work.module, [Parallelise(groups)], history)
-    prepack = [PrepackWeights(groups)] if any(group.is_prepacked for group in groups) else []
-    run_passes(work.module, [Concatenate(groups), ConcatenateGrouped(groups), *prepack], history)
-    if found.beside:
-        run_passes(work.module, [ConcatParallelMixers(found.beside, work.weights, work.opaque, len(groups))], history)
-    packs: tuple[Pack, ...] = ()
-    if lift_into is not None:
-        lift = LiftWeights(work.weights, lift_into)
-        run_passes(work.module, [lift], history)
-        packs = lift.packs
+    lift = LiftWeights(work.weights, lift_into)
+    steps = (
+        Parallelise(groups),
+        Concatenate(groups),
+        ConcatParallelMixers(found.beside, work.weights, work.opaque, len(groups)),
+        lift,
+    )
+    run_passes(work.module, steps, history)
     if cleaned is None or parallel is None:
-        return _Rewritten(packs)
-    proof = prove_rewrite(captured, cleaned, parallel, work.module, packs, _parts(found))
-    return _Rewritten(packs, parallel, proof)
+        return _Rewritten(lift.packs)
+    proof = prove_rewrite(captured, cleaned, parallel, work.module, lift.packs, _parts(found))
+    return _Rewritten(lift.packs, parallel, proof)
 
 
 def _parallel_reads(groups: Sequence[Group]) -> Reads:
@@ -278,23 +250,13 @@ def _parallel_reads(groups: Sequence[Group]) -> Reads:
 
 def _parts(found: Analysis) -> tuple[Part, ...]:
     """What of the parallel form one node may stand for: groups, and blocks of mixers that read one stream."""
-    groups = [
-        Part(
-            label=f"group {index}",
-            end=group.members[-1].add.name,
-            nodes=frozenset(node.name for member in group.members for node in (*member.nodes, member.add)),
-            group=index,
-        )
-        for index, group in enumerate(found.groups)
-    ]
-    blocks = [
-        Part(
-            label=f"mixers {index}",
-            end=block[-1].add.name,
-            nodes=frozenset(node.name for mixer in block for node in (*mixer.nodes, mixer.add)),
-        )
-        for index, block in enumerate(found.beside)
-    ]
+
+    def part(label: str, run: Sequence[FfnNode | Mixer], group: int | None = None) -> Part:
+        nodes = frozenset(node.name for each in run for node in (*each.nodes, each.add))
+        return Part(label=label, end=run[-1].add.name, nodes=nodes, group=group)
+
+    groups = (part(f"group {index}", group.members, index) for index, group in enumerate(found.groups))
+    blocks = (part(f"mixers {index}", block) for index, block in enumerate(found.beside))
     return (*groups, *blocks)
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import fx
-
-from fxfusion.graph import ops
-from fxfusion.graph.torch_private import size_hint
-from fxfusion.passes.choose_form import packs_downs
+from fxfusion.passes.choose_form import packed_bytes
 from fxfusion.passes.ffn import Chain, FfnNode, Group, Matches
 from fxfusion.report import Block, ChainSummary, GroupSummary, MemberSummary
 
@@ -24,14 +20,12 @@ def summarise_chain(chain: Chain) -> ChainSummary:
 
 def summarise_group(group: Group) -> GroupSummary:
     members = tuple(summarise_member(ffn) for ffn in group.members)
-    bytes_of = member_bytes if packs_downs(group) else packed_bytes
-    size = 0 if group.form == "members" else sum(bytes_of(member) for member in group.members)
     window = group.window
     return GroupSummary(
         members=members,
         norm=group.norm,
         width=group.width,
-        packed_bytes=size,
+        packed_bytes=packed_bytes(group),
         form=group.form,
         why=group.why,
         mixers="none" if window is None else window.names.mixers,
@@ -39,40 +33,22 @@ def summarise_group(group: Group) -> GroupSummary:
     )
 
 
-def packed_bytes(ffn: FfnNode) -> int:
-    """An FFN's share of the memory of a group's packed weights. Down projections before a norm are read in place."""
-    return _bytes(ffn.weights[:-1] if ffn.output else ffn.weights)
-
-
-def member_bytes(ffn: FfnNode) -> int:
-    """Memory of an FFN's weights (biases are small change)."""
-    return _bytes(ffn.weights)
-
-
-def _bytes(weights: Sequence[fx.Node]) -> int:
-    values = [value for weight in weights if (value := ops.tensor_value(weight)) is not None]
-    return sum(size_hint(value.numel()) * value.element_size() for value in values)
-
-
 def blocks_before(matches: Matches, groups: Sequence[Group], order: Mapping[str, int]) -> tuple[Block, ...]:
     """The residual blocks of the graph: mixers, FFNs, and candidates that are neither. `order`: of nodes, by name."""
     moved = {mixer.add: index for index, group in enumerate(groups) if group.window for mixer in group.window.mixers}
     group_of = {ffn.add: index for index, group in enumerate(groups) for ffn in group.members}
-    placed: list[tuple[int, Block]] = []
-    for ffn in matches.ffns:
-        block = Block(kind="ffn", name=ffn.name, width=ffn.width, group=group_of.get(ffn.add))
-        placed.append((order.get(ffn.add.name, 0), block))
-    mixing = set()
+    placed = [
+        (ffn.add.name, Block(kind="ffn", name=ffn.name, width=ffn.width, group=group_of.get(ffn.add)))
+        for ffn in matches.ffns
+    ]
     for mixer in matches.mixers:
-        mixing.add(mixer.add.name)
         name = mixer.layer or mixer.add.name
-        block = Block(kind="mixer", name=name, detail=mixer.op, window=moved.get(mixer.add))
-        placed.append((order.get(mixer.add.name, 0), block))
-    for refusal in matches.refusals:
-        if refusal.node not in mixing:
-            name = refusal.layer or refusal.node
-            placed.append((order.get(refusal.node, 0), Block(kind="refused", name=name, detail=refusal.code.value)))
-    return tuple(block for _, block in sorted(placed, key=lambda item: item[0]))
+        placed.append((mixer.add.name, Block(kind="mixer", name=name, detail=mixer.op, window=moved.get(mixer.add))))
+    mixing = {mixer.add.name for mixer in matches.mixers}
+    for refusal in (each for each in matches.refusals if each.node not in mixing):
+        name = refusal.layer or refusal.node
+        placed.append((refusal.node, Block(kind="refused", name=name, detail=refusal.code.value)))
+    return tuple(block for _, block in sorted(placed, key=lambda item: order.get(item[0], 0)))
 
 
 def blocks_after(before: Sequence[Block], groups: Sequence[GroupSummary]) -> tuple[Block, ...]:

@@ -22,7 +22,7 @@ float64 at most twice the parallel form's own |
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -61,14 +61,7 @@ class Verification:
         return self.error <= self.limit
 
     def to_dict(self) -> dict[str, object]:
-        return {
-            "part": self.part,
-            "group": self.group,
-            "dtype": self.dtype,
-            "error": self.error,
-            "limit": self.limit,
-            "passed": self.passed,
-        }
+        return {**asdict(self), "passed": self.passed}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ import tempfile
 import weakref
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from fxfusion.errors import OptionError
 from fxfusion.graph.torch_private import emit_artifact
@@ -27,27 +27,12 @@ from fxfusion.graph.torch_private import emit_artifact
 if TYPE_CHECKING:
     from torch import fx
 
+    from fxfusion.graph.pass_base import PassRecord
+
 log = logging.getLogger("fxfusion")
 
 _folders: weakref.WeakKeyDictionary[fx.GraphModule, tuple[str, Path]] = weakref.WeakKeyDictionary()
 _serial = count(1)
-
-
-class PassLine(Protocol):
-    """What `log_pass` shows of a pass."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def exact(self) -> bool: ...
-    @property
-    def changed(self) -> int: ...
-    @property
-    def nodes_before(self) -> int: ...
-    @property
-    def nodes_after(self) -> int: ...
-    @property
-    def seconds(self) -> float: ...
 
 
 def level() -> int:
@@ -65,7 +50,7 @@ def show(at: int, message: str) -> None:
         print(f"fxfusion: {message}", flush=True)
 
 
-def log_pass(record: PassLine) -> None:
+def log_pass(record: PassRecord) -> None:
     kind = "exact" if record.exact else "approximate"
     show(
         1,

@@ -563,10 +563,7 @@ def _has_plain_receiver(node: fx.Node) -> bool:
 
 def _is_number(node: fx.Node) -> bool:
     """Whether the capture recorded a result without tensors: a size, a number, a dtype."""
-    value = ops.example(node)
-    if isinstance(value, (list, tuple)):
-        return not any(isinstance(item, torch.Tensor) for item in value)
-    return value is not None and not isinstance(value, torch.Tensor)
+    return ops.example(node) is not None and ops.is_shape_value(node)
 
 
 def _first_values(node: fx.Node) -> Iterator[fx.Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 from torch import fx
@@ -34,15 +34,8 @@ class PassRecord:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
-        return {
-            "pass": self.name,
-            "exact": self.exact,
-            "changed": self.changed,
-            "nodes_before": self.nodes_before,
-            "nodes_after": self.nodes_after,
-            "seconds": self.seconds,
-            "notes": list(self.notes),
-        }
+        found = asdict(self)
+        return {"pass": found.pop("name"), **found, "notes": list(self.notes)}
 
 
 class Pass(ABC):

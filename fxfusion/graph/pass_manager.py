@@ -49,7 +49,7 @@ def _run_one(gm: fx.GraphModule, step: Pass, history: History) -> int:
         problems += [*_interface_changes(interface, _interface(graph)), *step.ensures(graph)]
         if result.changed or erased:
             after = _effects(graph)
-            if step.settles:
+            if step.settles and result.changed:
                 history.effects = [name for name in history.effects or [] if name in after]
             problems += _effect_changes(history.effects or [], after)
     if problems:

@@ -29,8 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["FakeTensor", "FakeTensorMode", "HigherOrderOperator", "OpOverload", "OpOverloadPacket", "TorchDispatchMode"]
 
-FUNCTIONAL_NN = "torch._C._nn"
-"""Module of `linear`, `gelu` and other functions that Dynamo puts into graphs."""
 FOREACH = {name: getattr(torch, f"_foreach_{name}_") for name in ("add", "copy", "mul")}
 """Writes of many tensors at once, as optimizers do them: `FOREACH["add"]([a, b], 1.0)`."""
 

@@ -21,10 +21,10 @@ from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.traced import TracedGraph
-from fxfusion.passes.ffn import Linear
+from fxfusion.passes.ffn import Linear, TailStep
 from fxfusion.passes.match_linear import match_linear
 from fxfusion.passes.match_residual import match_residual
-from fxfusion.passes.match_tail import TailStep, match_tail
+from fxfusion.passes.match_tail import match_tail
 
 Kind = Literal["ffn", "attention"]
 

@@ -32,7 +32,7 @@ def test_plain_data_survives_json() -> None:
     assert set(graph["refusals"][0]) == {"code", "message", "node", "layer", "source"}
     assert graph["verifications"][0]["passed"] is True
     names = [record["pass"] for record in graph["passes"]]
-    assert names[-4:] == ["parallelise", "concatenate", "concatenate_grouped", "lift_weights"]
+    assert names[-4:] == ["parallelise", "concatenate", "concat_parallel_mixers", "lift_weights"]
     assert [record["exact"] for record in graph["passes"]][-4:] == [False, True, True, True]
     assert [block["kind"] for block in graph["blocks_before"]] == ["mixer", "ffn", "ffn", "ffn", "ffn"]
     assert [block["kind"] for block in graph["blocks_after"]] == ["mixer", "fused", "ffn"]

@@ -1,26 +1,26 @@
-"""Stacks of FFNs with a norm on their output, and their parallel form."""
+"""Stacks of FFNs with a norm on their output."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import HIDDEN, Gated, Rms, Stack, randomise
+from tests.helpers import HIDDEN, Block, Gated, Rms, Stack, randomise
 
 MakeNorm = Callable[[int], nn.Module]
 
 
-class PostBlock(nn.Module):
+class PostBlock(Block):
     """x + scale * output(ffn(norm(x))); `flat`: the FFN and both norms see `[tokens, hidden]`."""
 
     def __init__(
         self, ffn: nn.Module, output: nn.Module, norm: nn.Module | None = None, scale: float = 1.0, flat: bool = False
     ) -> None:
-        super().__init__()
-        self.ffn, self.output, self.norm = ffn, output, norm or nn.Identity()
+        super().__init__(norm or nn.Identity(), ffn)
+        self.output = output
         self.scale, self.flat = scale, flat
 
     def branch(self, n: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class PostBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.flat:
             return x + self.branch(self.norm(x.reshape(-1, x.shape[-1]))).view(x.shape)
-        return x + self.branch(self.norm(x))
+        return super().forward(x)
 
 
 def post_stack(
@@ -50,11 +50,3 @@ def post_stack(
     model = Stack(blocks)
     randomise(model, dtype=dtype)
     return model
-
-
-def post_parallel(model: Stack, x: Tensor, norm: Literal["fold", "last"] = "fold") -> Tensor:
-    """All members read x, through the last one's norm with `"last"`; each has its own norm on its output."""
-    total = x
-    for member in model.layers:
-        total = total + member.branch((model.layers[-1] if norm == "last" else member).norm(x))
-    return total

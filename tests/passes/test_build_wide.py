@@ -10,15 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxfusion import fuse_graph
+from fxfusion.compiler.pipeline import Fused, fuse_captured
 from fxfusion.errors import RefusalCode
 from fxfusion.graph import ops
+from fxfusion.passes import choose_form
+from fxfusion.passes.choose_form import Setting
+from fxfusion.plan.policy import FusionPolicy
 from tests.helpers import (
     Block,
+    Gated,
+    Plain,
     Rms,
     Stack,
     assert_exact,
     assert_fuses,
+    capture,
     customs,
     error_of,
     fuse,
@@ -26,9 +32,10 @@ from tests.helpers import (
     parallel_form,
     randomise,
     refusal_with,
+    stack,
     tokens,
 )
-from tests.passes.output_norms import PostBlock, post_parallel
+from tests.passes.output_norms import PostBlock, post_stack
 
 
 class Inner(nn.Module):
@@ -107,8 +114,8 @@ def test_inner_and_output_norms_together() -> None:
     randomise(model)
     fused, report = fuse(model, x, verify="numeric")
     assert [group.form for group in report.groups] == ["grouped"]
-    assert_exact(fused(x), post_parallel(model, x), torch.float64)
-    assert error_of(model(x), post_parallel(model, x)) > 1e-3
+    assert_exact(fused(x), parallel_form(model, x), torch.float64)
+    assert error_of(model(x), parallel_form(model, x)) > 1e-3
 
 
 def test_another_inner_norm_does_not_fit() -> None:
@@ -116,13 +123,6 @@ def test_another_inner_norm_does_not_fit() -> None:
     fused, report = fuse(model, x)
     assert not report.groups and torch.equal(fused(x), model(x))
     refusal_with(report.refusals, RefusalCode.DIFFERENT_LITERAL, "0.001")
-
-
-def test_fusing_twice_is_fusing_once() -> None:
-    model, x = inner_stack(Inner(12), Inner(4)), tokens()
-    once, _ = fuse(model, x)
-    again, report = fuse_graph(once, [x])
-    assert not report.groups and torch.equal(again(x), once(x))
 
 
 class Learned(nn.Module):
@@ -150,3 +150,72 @@ def test_learned_activations_lie_side_by_side(per_channel: bool) -> None:
     with torch.no_grad():
         model.layers[1].ffn.alpha.add_(0.5)
     assert error_of(parallel_form(model, tokens()), wanted) > 1e-4, "the vectors make no difference"
+
+
+# --- weights in oneDNN's layout ------------------------------------------------------------------------
+
+PACKED = torch.ops.fxfusion.packed_linear.default
+
+
+def compiled_for(model: nn.Module, x: Tensor, form: Any) -> tuple[Fused, Tensor]:
+    """The fused graph, proved, and what it computes."""
+    captured = capture(model, x)
+    found = fuse_captured(captured, FusionPolicy(), verify="numeric", compiled_for=Setting(request=form))
+    packed = [value for pack in found.packs for value in pack.module(*[captured.values[name] for name in pack.sources])]
+    return found, found.module(*captured.inputs, *packed)[0]
+
+
+def linears(found: Fused) -> list[object]:
+    return [node.target for node in found.module.graph.nodes if node.target in (F.linear, PACKED)]
+
+
+@pytest.mark.parametrize("make", [stack, lambda: stack(Plain, nn.LayerNorm)], ids=["gated", "plain with biases"])
+def test_every_wide_linear_layer_is_packed_and_right(make: Callable[[], Stack]) -> None:
+    model, x = make().float(), tokens().float()
+    found, result = compiled_for(model, x, "prepacked")
+    assert set(linears(found)) == {PACKED} and len(found.packs) == 1
+    assert "pack_weight" in found.packs[0].module.code
+    assert_exact(result, parallel_form(model, x), torch.float32)
+    proof, *_ = found.report.verifications
+    assert proof["passed"] and proof["dtype"] == "float32"
+    with torch.no_grad():
+        next(model.layers[1].ffn.parameters())[0, 0] += 1.0
+    assert error_of(result, parallel_form(model, x)) > 1e-4
+
+
+@pytest.mark.parametrize("in_cache", [False, True])
+@pytest.mark.parametrize("ffn", [Gated, Plain], ids=["gated", "plain with biases"])
+def test_members_with_norms_on_their_outputs(
+    ffn: type[nn.Module], in_cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their own down projections are packed too, unless they are float32 and in cache."""
+    if not in_cache:
+        monkeypatch.setattr(choose_form, "CACHE", 0)
+    model, x = post_stack(norm=Rms, ffn=ffn, widths=(12, 4, 20)).float(), tokens().float()
+    found, result = compiled_for(model, x, "prepacked")
+    downs = [F.linear if in_cache else PACKED] * 3
+    assert linears(found) == [PACKED] * (2 if ffn is Gated else 1) + downs and len(found.packs) == 1
+    assert_exact(result, parallel_form(model, x), torch.float32)
+    (group,) = found.report.groups
+    left = ("down", "fc2") if in_cache else ()
+    matrices = [name for name, value in model.named_parameters() if value.dim() == 2]
+    weights = sum(model.get_parameter(name).numel() for name in matrices if not any(part in name for part in left))
+    assert (group.form, group.packed_bytes) == ("grouped_prepacked", 4 * weights)
+    with torch.no_grad():
+        model.layers[1].output.weight[0] += 1.0
+    assert error_of(result, parallel_form(model, x)) > 1e-4
+
+
+@pytest.mark.parametrize("form", ["concatenated", "members"])
+@pytest.mark.parametrize("make", [stack, lambda: post_stack(norm=Rms)])
+def test_other_forms_are_not_prepacked(make: Callable[[], Stack], form: str) -> None:
+    """By members, in parallel form on their own weights, nothing is packed at all."""
+    model, x = make().float(), tokens().float()
+    found, result = compiled_for(model, x, form)
+    assert set(linears(found)) == {F.linear} and len(found.packs) == (form == "concatenated")
+    wanted = parallel_form(model, x)
+    assert_exact(result, wanted, torch.float32)
+    assert error_of(model(x), wanted) > 1e-3
+    if form == "members":
+        assert len(linears(found)) == 9 and found.report.groups[0].packed_bytes == 0
+        assert [row["part"] for row in found.report.verifications] == ["group 0", "whole graph", "clean-up"]

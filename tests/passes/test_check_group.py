@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ from tests.helpers import (
     Rms,
     Stack,
     assert_exact,
+    assert_fuses,
+    assert_not_fused,
     error_of,
     fuse,
     parallel_form,
     randomise,
-    refusal_with,
-    stack,
     tokens,
 )
 
@@ -33,29 +33,9 @@ def pair(*blocks: nn.Module) -> Stack:
     return model
 
 
-def refused(model: nn.Module, code: RefusalCode, fragment: str = "", **options: object) -> None:
+def refused(model: nn.Module, code: RefusalCode, fragment: str = "") -> None:
     """No group at all, with this reason, and the very result of the model."""
-    x = tokens()
-    fused, report = fuse(model, x, **options)
-    assert not report.groups
-    refusal_with(report.refusals, code, fragment)
-    assert torch.equal(fused(x), model(x))
-
-
-def test_other_activation_functions_do_not_mix() -> None:
-    refused(pair(Block(Rms(8), Gated()), Block(Rms(8), Gated(act=F.gelu))), RefusalCode.DIFFERENT_OPS, "silu")
-
-
-def test_other_kinds_of_ffn_do_not_mix() -> None:
-    refused(pair(Block(Rms(8), Gated(act=F.gelu)), Block(Rms(8), Plain())), RefusalCode.DIFFERENT_OPS)
-
-
-def test_other_eps_does_not_mix() -> None:
-    refused(pair(Block(Rms(8), Gated()), Block(Rms(8, eps=1e-5), Gated())), RefusalCode.DIFFERENT_LITERAL)
-
-
-def test_other_norms_do_not_mix() -> None:
-    refused(pair(Block(Rms(8), Gated()), Block(nn.LayerNorm(8), Gated())), RefusalCode.DIFFERENT_OPS)
+    assert_not_fused(model, [tokens()], code, fragment)
 
 
 class Rounded(Gated):
@@ -65,13 +45,19 @@ class Rounded(Gated):
         return self.down((F.silu(self.gate(n).float()) * self.up(n).float()).double())
 
 
-def test_other_dtypes_inside_do_not_mix() -> None:
-    model = pair(Block(Rms(8), Gated()), Block(Rms(8), Rounded()))
-    x = tokens()
-    fused, report = fuse(model, x)
-    assert not report.groups and torch.equal(fused(x), model(x))
-    codes = {refusal.code for refusal in report.refusals}
-    assert codes & {RefusalCode.DIFFERENT_DTYPE, RefusalCode.DIFFERENT_OPS}
+MISFITS: dict[str, tuple[Callable[[], nn.Module], RefusalCode, str]] = {
+    "activation": (lambda: Block(Rms(8), Gated(act=F.gelu)), RefusalCode.DIFFERENT_OPS, "silu"),
+    "kind of FFN": (lambda: Block(Rms(8), Plain()), RefusalCode.DIFFERENT_OPS, ""),
+    "eps": (lambda: Block(Rms(8, eps=1e-5), Gated()), RefusalCode.DIFFERENT_LITERAL, "1e-05"),
+    "norm": (lambda: Block(nn.LayerNorm(8), Gated()), RefusalCode.DIFFERENT_OPS, "layer_norm"),
+    "dtype inside": (lambda: Block(Rms(8), Rounded()), RefusalCode.DIFFERENT_OPS, ""),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS.values(), ids=MISFITS)
+def test_another_one_does_not_mix(misfit: tuple[Callable[[], nn.Module], RefusalCode, str]) -> None:
+    other, code, words = misfit
+    refused(pair(Block(Rms(8), Gated()), other()), code, words)
 
 
 class GainInside(nn.Module):
@@ -99,34 +85,8 @@ def test_norm_last_needs_no_proof() -> None:
 
 
 def test_a_shared_norm_is_kept_as_it_is() -> None:
-    norm, x = GainInside(), tokens()
-    model = pair(*(Block(norm, Gated()) for _ in range(2)))
-    fused, report = fuse(model, x)
-    assert len(report.groups) == 1
-    assert_exact(fused(x), parallel_form(model, x), torch.float64)
-
-
-def test_one_weight_in_two_members() -> None:
-    ffn = Gated()
-    refused(pair(Block(Rms(8), ffn), Block(Rms(8), ffn)), RefusalCode.SHARED_WEIGHT, "use one weight")
-
-
-class ReadsWeight(Stack):
-    """Somebody outside the FFNs reads a weight, through a view."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        super().__init__(blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tied = self.layers[1].ffn.down.weight.t()
-        return F.linear(super().forward(x), tied)
-
-
-def test_a_weight_that_the_head_shares() -> None:
-    model, x = ReadsWeight(stack(count=3).layers), tokens()
-    fused, report = fuse(model, x)
-    refusal_with(report.refusals, RefusalCode.SHARED_WEIGHT, "outside the FFNs")
-    assert not report.groups and torch.equal(fused(x), model(x))
+    norm = GainInside()
+    assert_fuses(pair(*(Block(norm, Gated()) for _ in range(2))), tokens())
 
 
 class Scaled(Plain):
@@ -142,10 +102,7 @@ class Scaled(Plain):
 
 @pytest.mark.parametrize("shape", [(12,), (1,), (1, 12), (1, 1, 12)])
 def test_constants_per_intermediate_channel_are_concatenated(shape: tuple[int, ...]) -> None:
-    model, x = pair(*(Block(Rms(8), Scaled(shape)) for _ in range(2))), tokens()
-    fused, report = fuse(model, x)
-    assert len(report.groups) == 1
-    assert_exact(fused(x), parallel_form(model, x), torch.float64)
+    assert_fuses(pair(*(Block(Rms(8), Scaled(shape)) for _ in range(2))), tokens())
 
 
 class Cast(Plain):

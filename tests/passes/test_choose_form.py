@@ -47,10 +47,6 @@ def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose_form, "onednn_packs", lambda dtype: dtype in (torch.float32, torch.bfloat16))
 
 
-def test_small_groups_are_concatenated() -> None:
-    assert chosen(group_of()) == ("concatenated", "small: fewer calls are all that counts")
-
-
 class Autocasting(nn.Module):
     """A stack inside autocast regions, outermost first."""
 
@@ -94,27 +90,6 @@ def test_autocast_counts_where_the_group_is(regions: Any, before: bool, on: bool
     assert form == ("concatenated" if is_on else "prepacked")
 
 
-@pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_large_groups_on_a_cpu_are_prepacked(dtype: torch.dtype) -> None:
-    assert chosen(group_of(dtype))[0] == "prepacked"
-
-
-@pytest.mark.usefixtures("large")
-@pytest.mark.parametrize(
-    ("dtype", "seq", "setting", "form", "why"),
-    [
-        (torch.float32, 64, {"autocast": True}, "members", "autocast is on"),
-        (torch.float64, 64, {}, "concatenated", "oneDNN packs no float64 weights here"),
-    ],
-)
-def test_where_oneDNN_cannot_be_used(
-    dtype: torch.dtype, seq: int, setting: dict[str, Any], form: str, why: str
-) -> None:
-    found, words = chosen(group_of(dtype, seq), **setting)
-    assert found == form and why in words
-
-
 def grouped_of(dtype: torch.dtype = torch.float32, seq: int = 4) -> Group:
     model, x = post_stack(norm=Rms).to(dtype), tokens(seq=seq).to(dtype)
     (group,) = analyse(capture(model, x), FusionPolicy()).groups
@@ -124,24 +99,31 @@ def grouped_of(dtype: torch.dtype = torch.float32, seq: int = 4) -> Group:
 
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize(
-    ("dtype", "seq", "setting", "form", "why"),
+    ("group", "dtype", "seq", "setting", "form", "why"),
     [
-        (torch.bfloat16, 64, {}, "grouped_prepacked", "fastest for bfloat16"),
-        (torch.float32, 1, {}, "grouped_prepacked", "fastest for float32"),
-        (torch.float32, 64, {"training": True}, "members", "gradients are recorded"),
-        (torch.float32, 64, {"autocast": True}, "members", "float32 GEMMs of 16 tokens"),
-        (torch.float32, 1, {"autocast": True}, "grouped", "autocast is on"),
-        (torch.bfloat16, 64, {"request": "concatenated", "training": True}, "grouped", "at each call"),
-        (torch.bfloat16, 64, {"request": "concatenated"}, "grouped", "asked for"),
-        (torch.bfloat16, 64, {"request": "prepacked"}, "grouped_prepacked", "asked for"),
-        (torch.bfloat16, 64, {"request": "prepacked", "training": True}, "members", "prepacked was asked for, but"),
-        (torch.bfloat16, 64, {"request": "members"}, "members", "asked for"),
+        (group_of, torch.bfloat16, 4, {}, "prepacked", "fastest for bfloat16"),
+        (group_of, torch.float32, 4, {}, "prepacked", "fastest for float32"),
+        (group_of, torch.float32, 64, {"autocast": True}, "members", "autocast is on"),
+        (group_of, torch.float64, 64, {}, "concatenated", "oneDNN packs no float64 weights here"),
+        (group_of, torch.float64, 4, {"request": "prepacked"}, "concatenated", "prepacked was asked for, but "),
+        (group_of, torch.float32, 4, {"request": "concatenated"}, "concatenated", "asked for"),
+        (group_of, torch.float32, 4, {"request": "members"}, "members", "asked for"),
+        (grouped_of, torch.bfloat16, 64, {}, "grouped_prepacked", "fastest for bfloat16"),
+        (grouped_of, torch.float32, 1, {}, "grouped_prepacked", "fastest for float32"),
+        (grouped_of, torch.float32, 64, {"training": True}, "members", "gradients are recorded"),
+        (grouped_of, torch.float32, 64, {"autocast": True}, "members", "float32 GEMMs of 16 tokens"),
+        (grouped_of, torch.float32, 1, {"autocast": True}, "grouped", "autocast is on"),
+        (grouped_of, torch.bfloat16, 64, {"request": "concatenated", "training": True}, "grouped", "at each call"),
+        (grouped_of, torch.bfloat16, 64, {"request": "concatenated"}, "grouped", "asked for"),
+        (grouped_of, torch.bfloat16, 64, {"request": "prepacked"}, "grouped_prepacked", "asked for"),
+        (grouped_of, torch.bfloat16, 64, {"request": "prepacked", "training": True}, "members", "was asked for, but"),
+        (grouped_of, torch.bfloat16, 64, {"request": "members"}, "members", "asked for"),
     ],
 )
-def test_norms_on_outputs_follow_the_same_rule(
-    dtype: torch.dtype, seq: int, setting: dict[str, Any], form: str, why: str
+def test_the_rule(
+    group: Callable[..., Group], dtype: torch.dtype, seq: int, setting: dict[str, Any], form: str, why: str
 ) -> None:
-    found, words = chosen(grouped_of(dtype, seq), **setting)
+    found, words = chosen(group(dtype, seq), **setting)
     assert found == form and why in words
 
 
@@ -153,13 +135,9 @@ def test_which_downs_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packs_downs(single)
 
 
-def test_small_groups_with_norms_on_outputs_are_grouped() -> None:
-    assert chosen(grouped_of()) == ("grouped", "small: fewer calls are all that counts")
-
-
-def test_a_group_with_norms_on_outputs_that_does_not_pay_is_left_alone() -> None:
-    groups, refusals = choose_forms([grouped_of()], Setting(request="members"), profitable_only=True)
-    assert groups == () and {refusal.code for refusal in refusals} == {RefusalCode.NOT_PROFITABLE}
+@pytest.mark.parametrize(("group", "form"), [(group_of, "concatenated"), (grouped_of, "grouped")])
+def test_small_groups_are_wide(group: Callable[..., Group], form: str) -> None:
+    assert chosen(group()) == (form, "small: fewer calls are all that counts")
 
 
 @pytest.mark.usefixtures("large")
@@ -176,16 +154,6 @@ def test_other_devices_keep_the_default() -> None:
         model, x = stack(), torch.empty(1, 4, HIDDEN, dtype=torch.float64)
     (group,) = analyse(capture(model, x), FusionPolicy()).groups
     assert chosen(group) == ("concatenated", "the default; not measured on meta")
-
-
-@pytest.mark.parametrize("form", ["concatenated", "members"])
-def test_a_form_that_is_asked_for(form: str) -> None:
-    assert chosen(group_of(), request=form) == (form, "asked for")
-
-
-def test_what_was_asked_for_and_cannot_be_is_said() -> None:
-    form, why = chosen(group_of(torch.float64), request="prepacked")
-    assert form == "concatenated" and why.startswith("prepacked was asked for, but ")
 
 
 RECORDED = "gradients are recorded: computed from the model's own parameters"
@@ -266,11 +234,12 @@ def test_the_layout_does_not_depend_on_tokens(monkeypatch: pytest.MonkeyPatch) -
     assert tokens_to_pack_for(group_of(torch.bfloat16)) == 16
 
 
-def test_profitable_only_leaves_a_group_sequential() -> None:
-    groups, refusals = choose_forms([group_of()], Setting(request="members"), profitable_only=True)
+@pytest.mark.parametrize("group", [group_of, grouped_of])
+def test_profitable_only_leaves_a_group_sequential(group: Callable[..., Group]) -> None:
+    groups, refusals = choose_forms([group()], Setting(request="members"), profitable_only=True)
     assert groups == () and {refusal.code for refusal in refusals} == {RefusalCode.NOT_PROFITABLE}
-    assert len(refusals) == len(group_of().members)
-    groups, refusals = choose_forms([group_of()], Setting(request="concatenated"), profitable_only=True)
+    assert len(refusals) == len(group().members)
+    groups, refusals = choose_forms([group()], Setting(request="concatenated"), profitable_only=True)
     assert len(groups) == 1 and refusals == ()
 
 

@@ -11,18 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfusion.passes.drop_zero_branches import DropZeroBranches
-from tests.helpers import CapturedGraph, Stack, apply, assert_fuses, capture, customs, graph_text, run_graph, tokens
-from tests.passes.test_drop_no_ops import Of
+from tests.helpers import CapturedGraph, Of, Stack, apply, assert_fuses, capture, customs, graph_text, run_graph, tokens
 
 
-class WithScale(nn.Module):
-    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((8,), 2.0, dtype=torch.float64))
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(self, x)
+def scaled(function: Callable[[Any, Tensor], Tensor]) -> Of:
+    return Of(function, scale=nn.Parameter(torch.full((8,), 2.0, dtype=torch.float64)))
 
 
 ZEROS: dict[str, Callable[[Any, Tensor], Tensor]] = {
@@ -95,7 +88,7 @@ ONLY_DYNAMO = ("zeros", "full of zeros", "broadcast zeros")
 
 @pytest.mark.parametrize("name", ZEROS)
 def test_additions_of_zero_go_and_results_keep_every_bit(name: str) -> None:
-    model = WithScale(ZEROS[name])
+    model = scaled(ZEROS[name])
     work, changed = drop(capture(model, tokens(), how="dynamo" if name in ONLY_DYNAMO else "symbolic"))
     assert changed >= 1
     assert "add" not in graph_text(work)
@@ -106,14 +99,14 @@ def test_additions_of_zero_go_and_results_keep_every_bit(name: str) -> None:
 
 @pytest.mark.parametrize("function", KEPT.values(), ids=KEPT)
 def test_other_additions_stay(function: Callable[[Any, Tensor], Any]) -> None:
-    captured = capture(WithScale(function), tokens(), how="symbolic")
+    captured = capture(scaled(function), tokens(), how="symbolic")
     work, changed = drop(captured)
     assert changed == 0
     assert graph_text(work) == graph_text(captured)
 
 
 def test_random_numbers_of_a_dropped_branch_are_still_drawn() -> None:
-    model = Of(lambda x: (x + F.dropout(torch.zeros_like(x), 0.5, training=True)) * torch.rand_like(x))
+    model = Of(lambda m, x: (x + F.dropout(torch.zeros_like(x), 0.5, training=True)) * torch.rand_like(x))
     captured = capture(model, tokens(), how="symbolic")
     work, changed = drop(captured)
     assert changed == 1
@@ -145,6 +138,6 @@ def test_stubbed_attention_between_feed_forwards_does_not_break_the_chain(name: 
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
-    captured = capture(WithScale(ZEROS["dropout, scale, view"]), tokens(), how="symbolic")
+    captured = capture(scaled(ZEROS["dropout, scale, view"]), tokens(), how="symbolic")
     golden("drop_zero_branches.before", graph_text(captured))
     golden("drop_zero_branches.after", graph_text(drop(captured)[0]))

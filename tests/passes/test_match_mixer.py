@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxfusion.errors import RefusalCode, Refused
-from fxfusion.passes.match_mixer import MixerEnds, match_mixer
+from fxfusion.passes.ffn import Branch
+from fxfusion.passes.match_mixer import match_mixer
 from tests.helpers import facts_of, tokens
 from tests.passes.test_concat_parallel_mixers import Heads, decoder, widened
 
 
-def ends(heads: Heads, opaque: Mapping[fx.Node, str] | None = None) -> MixerEnds:
+def ends(heads: Heads, opaque: Mapping[str, str] | None = None) -> Branch:
     """Of the first mixer of two that read one stream."""
     work, step = widened(decoder(heads, Heads()), tokens())
     mixer = step.blocks[0][0]
@@ -25,7 +26,7 @@ def test_projections_norm_and_output() -> None:
     found = ends(Heads(4))
     assert [linear.out_features for linear in found.projections] == [16, 4, 4]
     assert [linear.bias is not None for linear in found.projections] == [True, False, True]
-    assert (found.out.in_features, found.hidden, found.name) == (16, 8, "layers.0")
+    assert (found.down.in_features, found.hidden, found.name) == (16, 8, "layers.0")
     assert len(found.prologue_constants) == 1 and found.prologue[-1] is found.normed
     assert all(linear.input is found.normed for linear in found.projections)
 
@@ -47,7 +48,7 @@ def test_weights_that_cannot_be_packed() -> None:
     facts, mixer = facts_of(work), step.blocks[0][0]
     stream = mixer.add.all_input_nodes[0]
     with pytest.raises(Refused, match="layers.0: quantised") as found:
-        match_mixer(mixer, stream, facts, dict.fromkeys(facts.weights, "quantised"))
+        match_mixer(mixer, stream, facts, {weight.name: "quantised" for weight in facts.weights})
     assert found.value.code is RefusalCode.TENSOR_SUBCLASS
 
 

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fxfusion.errors import RefusalCode
 from fxfusion.graph import ops
-from tests.helpers import assert_fuses, assert_not_fused, customs, match, tokens
-
-Branch = Callable[[Any, Tensor], Tensor]
-
-
-def down(m: Any, x: Tensor) -> Tensor:
-    return F.linear(F.silu(F.linear(x, m.w1)), m.w2, m.b2)
-
+from tests.helpers import assert_fuses, assert_not_fused, customs, match, refused, tokens
+from tests.passes.test_match_tail import Branch, down
 
 NORMS: dict[str, Branch] = {
     "rms": lambda m, x: F.rms_norm(down(m, x), (8,), m.g),
@@ -57,34 +49,28 @@ def test_scales_alone_are_no_norm() -> None:
     assert ffn.output == () and len(ffn.tail) == 2
 
 
-REFUSED: dict[str, tuple[Branch, RefusalCode, str]] = {
-    "with the stream": (lambda m, x: F.rms_norm(down(m, x) + x, (8,)), RefusalCode.OUTPUT_NORM, "not of its result"),
-    "gated by the stream": (
-        lambda m, x: F.rms_norm(down(m, x), (8,)) * x.sigmoid(),
-        RefusalCode.OUTPUT_NORM,
-        "not of its result",
-    ),
-    "of parts": (
-        lambda m, x: F.rms_norm(down(m, x).unflatten(-1, (2, 4)), (4,)).flatten(-2),
-        RefusalCode.OUTPUT_NORM,
-        "cuts or joins the channel axis",
-    ),
-    "over tokens": (
-        lambda m, x: (b := down(m, x)) - b.mean(1, keepdim=True),
-        RefusalCode.TOKEN_MIXING,
-        "lets tokens see each other",
-    ),
-    "tokens in other groups": (
-        lambda m, x: F.rms_norm(down(m, x).unsqueeze(0), (8,)).view(x.shape),
-        RefusalCode.OUTPUT_NORM,
-        "groups the tokens in another way",
-    ),
-    "none": (lambda m, x: torch.tanh(down(m, x)), RefusalCode.STRUCTURE, "tanh stands between"),
-    "random": (lambda m, x: F.dropout(F.rms_norm(down(m, x), (8,)), 0.5), RefusalCode.RANDOM, "random"),
-}
+REFUSED = refused(
+    OUTPUT_NORM={
+        "with the stream": (lambda m, x: F.rms_norm(down(m, x) + x, (8,)), "not of its result"),
+        "gated by the stream": (lambda m, x: F.rms_norm(down(m, x), (8,)) * x.sigmoid(), "not of its result"),
+        "of parts": (
+            lambda m, x: F.rms_norm(down(m, x).unflatten(-1, (2, 4)), (4,)).flatten(-2),
+            "cuts or joins the channel axis",
+        ),
+        "tokens in other groups": (
+            lambda m, x: F.rms_norm(down(m, x).unsqueeze(0), (8,)).view(x.shape),
+            "groups the tokens in another way",
+        ),
+    },
+    TOKEN_MIXING={
+        "over tokens": (lambda m, x: (b := down(m, x)) - b.mean(1, keepdim=True), "lets tokens see each other")
+    },
+    RANDOM={"random": (lambda m, x: F.dropout(F.rms_norm(down(m, x), (8,)), 0.5), "random")},
+)
 
 
-@pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)
-def test_what_is_no_norm_of_the_output_alone_is_refused(case: tuple[Branch, RefusalCode, str]) -> None:
-    branch, code, words = case
+@pytest.mark.parametrize(("branch", "code", "words"), REFUSED)
+def test_what_is_no_norm_of_the_output_alone_is_refused(branch: Branch, code: RefusalCode, words: str) -> None:
     assert_not_fused(customs(branch), [tokens()], code, words)
+    if not words.startswith("groups"):  # batch = sequence = hidden = width: no shape can tell the axes apart
+        assert_not_fused(customs(branch, width=8), [tokens(8, 8)], code, words)

@@ -116,14 +116,6 @@ def test_plans_that_do_not_fit(group: list[Any], fragment: str) -> None:
     refusal_with(report.refusals, code, fragment)
 
 
-def test_a_plan_across_a_mixer_says_so() -> None:
-    blocks = stack(count=4).layers
-    model = Stack([blocks[0], blocks[1], Attention(), blocks[2], blocks[3]])
-    randomise(model)
-    _, report = fuse(model, tokens(), plan=FusionPlan(groups=[[1, 3]]))
-    refusal_with(report.refusals, RefusalCode.PLAN_UNMATCHED, "not neighbours in one chain")
-
-
 class Two(nn.Module):
     """A layer that holds two FFNs."""
 

@@ -6,21 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxfusion.compiler.capture import captured_from_graph
 from fxfusion.graph import ops
 from fxfusion.passes.read_sizes_early import ReadSizesEarly
 from tests.helpers import HIDDEN, CapturedGraph, apply, graph_text, nodes_named, run_graph, tokens
-
-
-class Body(nn.Module):
-    def __init__(self, body: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
+from tests.passes.test_drop_no_ops import Of
 
 
 def flat(x: Tensor) -> Tensor:
@@ -44,9 +36,9 @@ def resized(x: Tensor) -> Tensor:
 def capture(body: Callable[[Tensor], Tensor], dynamic: bool) -> CapturedGraph:
     x = tokens()
     if not dynamic:
-        return captured_from_graph(fx.symbolic_trace(Body(body)), (x,))
+        return captured_from_graph(fx.symbolic_trace(Of(body)), (x,))
     sizes = {"x": {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq")}}
-    return captured_from_graph(torch.export.export(Body(body), (x,), dynamic_shapes=sizes).module(), (x,))
+    return captured_from_graph(torch.export.export(Of(body), (x,), dynamic_shapes=sizes).module(), (x,))
 
 
 def early(captured: CapturedGraph) -> tuple[CapturedGraph, int]:
@@ -79,7 +71,7 @@ def test_a_number_is_computed_once() -> None:
 
 def test_sizes_in_other_places_are_not_taken_for_those_of_the_input() -> None:
     """Both sizes are 4 in the example, and swapped."""
-    captured = captured_from_graph(fx.symbolic_trace(Body(swapped)), (torch.randn(4, 4, 8),))
+    captured = captured_from_graph(fx.symbolic_trace(Of(swapped)), (torch.randn(4, 4, 8),))
     work, _ = early(captured)
     other = torch.randn(2, 3, 8)
     assert work.module(other).shape == swapped(other).shape == (3, 2, 8)

@@ -28,40 +28,40 @@ from tests.helpers import (
     tokens,
 )
 from tests.helpers import stack as stack_of
-from tests.passes.output_norms import post_parallel, post_stack
+from tests.passes.output_norms import post_stack
 
 pytestmark = pytest.mark.usefixtures("clean_dynamo")
 
 
-BUILDS: dict[str, tuple[Callable[[], Stack], Callable[[Any, Tensor], Tensor], str]] = {
-    "wide": (lambda: stack_of(count=3), parallel_form, "concatenated"),
-    "grouped": (lambda: post_stack(norm=Rms), post_parallel, "grouped"),
-    "grouped, scaled": (lambda: post_stack(nn.LayerNorm, nn.RMSNorm, scale=0.4), post_parallel, "grouped"),
+BUILDS: dict[str, tuple[Callable[[], Stack], str]] = {
+    "wide": (lambda: stack_of(count=3), "concatenated"),
+    "grouped": (lambda: post_stack(norm=Rms), "grouped"),
+    "grouped, scaled": (lambda: post_stack(nn.LayerNorm, nn.RMSNorm, scale=0.4), "grouped"),
 }
 
 
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-def test_dynamic_graphs_are_fused_and_never_stale(build: tuple[Any, Any, str]) -> None:
-    make, parallel, form = build
+def test_dynamic_graphs_are_fused_and_never_stale(build: tuple[Any, str]) -> None:
+    make, form = build
     model: Any = make()
     options = {"compiler": "aot_eager", "strict": True, "verify": "numeric", "form": "concatenated"}
     call = torch.compile(model, backend=ffn_fusion, dynamic=True, options=options)
     for seq in (5, 9, 3):
         x = tokens(seq=seq)
-        assert_exact(call(x), parallel(model, x), torch.float64)
+        assert_exact(call(x), parallel_form(model, x), torch.float64)
         assert error_of(call(x), model(x)) > 1e-3
     assert [(group.form, len(group.members)) for group in last_reports()[-1].groups] == [(form, 3)]
     before = len([report for report in last_reports() if report.groups])
     norms = [part for part in model.modules() if hasattr(part, "eps")]
     for norm in norms:  # of all, so that the members still fit
         norm.eps = 0.5
-    fresh = parallel(model, x)
+    fresh = parallel_form(model, x)
     assert_exact(call(x), fresh, torch.float64)
     assert len([report for report in last_reports() if report.groups]) > before, "it must be compiled anew"
     for norm in norms:
         norm.eps = 0.25
-    assert error_of(parallel(model, x), fresh) > 1e-3, "the number does not matter: the comparison shows nothing"
-    assert_exact(call(x), parallel(model, x), torch.float64)
+    assert error_of(parallel_form(model, x), fresh) > 1e-3, "the number does not matter: the comparison shows nothing"
+    assert_exact(call(x), parallel_form(model, x), torch.float64)
 
 
 def test_members_whose_numbers_differ_are_refused_by_their_numbers() -> None:

@@ -83,8 +83,7 @@ def attention_recipe(reader: LayoutReader, mixers: Mapping[int, Mixer]) -> Group
 
 
 def _heads(reader: LayoutReader, mixer: Mixer) -> MixerHeads:
-    captured = reader.traced.captured
-    opaque = {node: captured.opaque[node.name] for node in reader.facts.graph.nodes if node.name in captured.opaque}
+    opaque = reader.traced.captured.opaque
     return match_heads(match_mixer(mixer, mixer.stream, reader.facts, opaque, loose=True), reader.facts)
 
 
@@ -105,10 +104,10 @@ def _member(
     return Member(
         layer=layer,
         name=ends.name,
-        width=ends.out.in_features,
+        width=ends.width,
         projections=tuple(reader.matrix(ends, linear) for linear in ends.projections),
         cuts=tuple(Cut(piece.projection, piece.start, piece.stop, piece.step) for piece in one.pieces),
-        down=reader.matrix(ends, ends.out),
+        down=reader.matrix(ends, ends.down),
         prologue=tuple(reader.constant(ends, node) for node in ends.prologue_constants),
         roles=roles,
         middle=(),

@@ -15,7 +15,7 @@ from fxfusion.compiler.packing import live_packs
 from fxfusion.graph.prepacked import _by_address
 from tests.fxfusion.compiler.test_packing import _assign, _copy, _data, _data_twice, _load, _mul
 from tests.helpers import Rms, assert_exact, parallel_form, stack, tokens
-from tests.passes.output_norms import post_parallel, post_stack
+from tests.passes.output_norms import post_stack
 
 FORMS = ("concatenated", "prepacked", "members")
 
@@ -69,16 +69,16 @@ def test_norms_on_outputs_in_every_form(form: str) -> None:
     with torch.no_grad():
         for length in (1, 3, 40, 9):
             x = tokens(seq=length).float()
-            assert_exact(run(x), post_parallel(model, x), torch.float32)
+            assert_exact(run(x), parallel_form(model, x), torch.float32)
         assert form_used() == GROUPED[form]
         before = run(x)
         for name in ("output.weight", "ffn.down.weight", "ffn.gate.weight", "norm.weight"):
             model.layers[1].get_parameter(name).mul_(1.5)
-            assert not torch.allclose(before, post_parallel(model, x), rtol=1e-3)
-            assert_exact(run(x), post_parallel(model, x), torch.float32)
+            assert not torch.allclose(before, parallel_form(model, x), rtol=1e-3)
+            assert_exact(run(x), parallel_form(model, x), torch.float32)
     other = copy.deepcopy(model)
     run(x).square().mean().backward()
-    post_parallel(other, x).square().mean().backward()
+    parallel_form(other, x).square().mean().backward()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert one.grad is not None and two.grad is not None
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-6)

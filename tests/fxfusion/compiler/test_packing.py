@@ -143,27 +143,17 @@ def test_explicitly_dynamic_graphs_fuse() -> None:
         assert len(fxfusion.last_reports()[-1].groups) == 1
 
 
-def test_packs_die_with_the_model() -> None:
-    model, x = biased(), tokens()
-    run = compiled(model)
+@pytest.mark.parametrize("model_dies", [True, False])
+def test_packs_die_with_the_model_and_with_the_compiled_graph(model_dies: bool) -> None:
+    held = [biased()]
+    run = compiled(held[0])
     with torch.no_grad():
-        run(x)
-    assert live_packs() == 1
-    del model, run
-    gc.collect()
-    assert live_packs() == 0
-
-
-def test_packs_die_with_the_compiled_graph() -> None:
-    model, x = biased(), tokens()
-    run = compiled(model)
-    with torch.no_grad():
-        run(x)
+        run(tokens())
     assert live_packs() == 1
     del run
-    torch._dynamo.reset()
+    held.clear() if model_dies else torch._dynamo.reset()
     gc.collect()
-    assert live_packs() == 0
+    assert live_packs() == 0 and bool(held) is not model_dies
 
 
 @torch.no_grad()

@@ -10,21 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxfusion.graph.dataflow import GraphFacts
-
-
-class Module(nn.Module):
-    def __init__(self, body: Callable[[Any, Tensor], Any]) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.ones(4, 4))
-        self.v = nn.Parameter(torch.ones(4))
-        self.body = body
-
-    def forward(self, x: Tensor) -> Any:
-        return self.body(self, x)
+from tests.blocks import Of
 
 
 def facts(body: Callable[[Any, Tensor], Any]) -> tuple[GraphFacts, dict[str, fx.Node]]:
-    graph = fx.Tracer().trace(Module(body))
+    graph = fx.Tracer().trace(Of(body, w=nn.Parameter(torch.ones(4, 4)), v=nn.Parameter(torch.ones(4))))
     return GraphFacts(graph, ()), {node.name: node for node in graph.nodes}
 
 
@@ -99,12 +89,6 @@ def test_slices() -> None:
 def test_a_slice_that_never_meets_its_stop_says_so() -> None:
     found, nodes = facts(lambda m, x: (x * 2, x * 3))
     assert not found.slice_between(nodes["mul_1"], nodes["mul"]).reaches_stop
-
-
-def test_what_escapes() -> None:
-    found, nodes = facts(lambda m, x: ((x * 2).view(16), (x * 3).view(16) + 1))
-    assert found.effects.escapes(nodes["mul"]) and found.effects.escapes(nodes["view"])
-    assert not found.effects.escapes(nodes["mul_1"])
 
 
 def test_readers_of_values_are_not_those_of_shapes() -> None:

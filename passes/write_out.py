@@ -1,22 +1,27 @@
-"""Write out operations that are pointwise in eval mode, or for one parameter, as what they then compute.
+"""Write out operations that, in eval mode or for one parameter, compute what simpler ones do.
 
 Before:
+    y = _transformer_encoder_layer_fwd(x, ..., norm_first=True, ..., mask=None)            x, y: [batch, seq, hidden]
     a = prelu(h, w)                                            h: [..., width]; w: [1], or [width] where h has two axes
     r = rrelu(a, lower, upper, training=False)
     b = batch_norm(r, mean, var, gain, shift, training=False)  r: [tokens, width], or [batch, width, seq], a transpose
 After:
+    q, k, v = LN1(x) Wqkv^T + bqkv;  x1 = x + attention(q, k, v) Wo^T + bo
+    y = x1 + act(LN2(x1) W1^T + b1) W2^T + b2
     a = where(h > 0, h, w * h)
     r = leaky_relu(a, (lower + upper) / 2)
     g = gain * rsqrt(var + eps);  b = r * g + (shift - mean * g)         on the last axis; the transposes cancel
 
-Exact up to rounding: `aten::prelu`, `aten::rrelu` and `aten::batch_norm` are defined so. What they do in training, and
-a slope for each place of another axis than the last, is left as it is.
-Source: issue 13; https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html (eval mode).
+Exact up to rounding: the operations are defined so. What they do in training, a slope for each place of another axis
+than the last, and encoder layers with a mask, norms on the stream or a symbolic width stay (layers are refused).
+Source: issue 13; https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html (eval mode);
+torch.nn.TransformerEncoderLayer, "fast path".
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,29 +33,51 @@ from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
 from fxfusion.graph.torch_private import OpOverload
 
+LAYER = "_transformer_encoder_layer_fwd"
+_LAYER_ARGUMENTS = (
+    "src embed_dim num_heads qkv_weight qkv_bias proj_weight proj_bias use_gelu norm_first eps "
+    "norm_weight_1 norm_bias_1 norm_weight_2 norm_bias_2 ffn_weight_1 ffn_bias_1 ffn_weight_2 ffn_bias_2 mask mask_type"
+).split()
 _ATEN_NORM = "input weight bias running_mean running_var training momentum eps cudnn_enabled".split()
 _FUNCTIONAL_NORM = "input running_mean running_var weight bias training momentum eps".split()
 _RRELU = {"rrelu": 1, "rrelu_with_noise": 2, "rrelu_with_noise_functional": 2}  # where the bounds stand
 
 
-class WriteOutPointwise(Pass):
-    name: ClassVar[str] = "write_out_pointwise"
+class WriteOut(Pass):
+    name: ClassVar[str] = "write_out"
     exact: ClassVar[bool] = True
 
     def run(self, graph: fx.Graph) -> PassResult:
         changed = 0
         for node in list(graph.nodes):
             name = ops.op_name(node)
-            if name == "prelu":
-                written = _prelu(GraphEditor(node, self.name, ()), node)
-            elif name in _RRELU:
-                written = _rrelu(GraphEditor(node, self.name, ()), node, _RRELU[name])
-            elif "batch_norm" in name:
-                written = _batch_norm(GraphEditor(node, self.name, ()), node)
-            else:
-                continue
+            write = _batch_norm if "batch_norm" in name else _WRITERS.get(name)
+            written = write(GraphEditor(node, self.name, ()), node) if write else None
             changed += written is not None and _replace(node, written)
         return PassResult(changed)
+
+
+def _layer(editor: GraphEditor, node: fx.Node) -> fx.Node | None:
+    given: dict[str, Any] = dict(zip(_LAYER_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+    if given["norm_first"] is not True or given.get("mask") is not None or len(ops.shape_of(node)) != 3:
+        return None
+    if ops.shape_of(node)[-1] != str(given["embed_dim"]):  # a symbol, which the layer norm would turn into a number
+        return None
+
+    def normed(value: fx.Node, place: int) -> fx.Node:
+        weight, bias = given[f"norm_weight_{place}"], given[f"norm_bias_{place}"]
+        return editor.call(F.layer_norm, value, (given["embed_dim"],), weight, bias, given["eps"])
+
+    x, heads = given["src"], (given["num_heads"], given["embed_dim"] // given["num_heads"])
+    projected = editor.call(F.linear, normed(x, 1), given["qkv_weight"], given["qkv_bias"])
+    parts = editor.method("chunk", projected, 3, -1)
+    split = (editor.method("unflatten", editor.call(operator.getitem, parts, place), -1, heads) for place in range(3))
+    attended = editor.call(F.scaled_dot_product_attention, *[editor.method("transpose", part, 1, 2) for part in split])
+    joined = editor.method("flatten", editor.method("transpose", attended, 1, 2), -2)
+    x = editor.call(operator.add, x, editor.call(F.linear, joined, given["proj_weight"], given["proj_bias"]))
+    hidden = editor.call(F.linear, normed(x, 2), given["ffn_weight_1"], given["ffn_bias_1"])
+    active = editor.call(F.gelu if given["use_gelu"] else F.relu, hidden)
+    return editor.call(operator.add, x, editor.call(F.linear, active, given["ffn_weight_2"], given["ffn_bias_2"]))
 
 
 def _prelu(editor: GraphEditor, node: fx.Node) -> fx.Node | None:
@@ -64,7 +91,8 @@ def _prelu(editor: GraphEditor, node: fx.Node) -> fx.Node | None:
     return editor.call(torch.where, positive, value, editor.call(operator.mul, slope, value))
 
 
-def _rrelu(editor: GraphEditor, node: fx.Node, place: int) -> fx.Node | None:
+def _rrelu(editor: GraphEditor, node: fx.Node) -> fx.Node | None:
+    place = _RRELU[ops.op_name(node)]
     lower, upper = ops.argument(node, place, "lower", 1 / 8), ops.argument(node, place + 1, "upper", 1 / 3)
     training = ops.argument(node, place + 2, "training", False)
     bounds = all(isinstance(end, (int, float)) for end in (lower, upper))
@@ -142,3 +170,10 @@ def _replace(node: fx.Node, written: fx.Node) -> bool:
     if readers != [node]:
         node.graph.erase_node(node)
     return True
+
+
+_WRITERS: Mapping[str, Callable[[GraphEditor, fx.Node], fx.Node | None]] = {
+    LAYER: _layer,
+    "prelu": _prelu,
+    **dict.fromkeys(_RRELU, _rrelu),
+}
