@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from fxfusion.checkpoints import canonical_load, canonical_save
-from fxfusion.checkpoints.card import Card, card_text
-from fxfusion.checkpoints.companions import Companions
+from fxfusion.checkpoints.companions import Card, Companions, card_text
 from fxfusion.checkpoints.folder import check_replaceable
 from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron_load

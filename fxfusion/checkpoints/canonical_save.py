@@ -4,14 +4,17 @@
 
 Plain transformers loads the folder as the unfused model; `fxfusion.from_pretrained` applies the plan. Attention
 that was dropped has no weights left, and transformers asks for them: zeros stand in, with which it adds nothing to
-the residual stream. That is proved before the folder takes its place.
+the residual stream. That is proved before the folder takes its place: one dropped layer of each kind, with the zeros
+and without the attention. Zeros do it for almost every attention; one that divides by the length of its queries gives
+no numbers at all.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.checkpoints import disk
-from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN
-from fxfusion.checkpoints.converted import changed_own
-from fxfusion.checkpoints.dropped_attention import layer_number, prove_zeros
-from fxfusion.checkpoints.empty_model import outline
-from fxfusion.checkpoints.folder import replacing
-from fxfusion.checkpoints.model_tensors import check_plain, own_tensors, tied_names
+from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN, Filling, changed_own
+from fxfusion.checkpoints.empty_model import check_plain, empty_model, outline, own_tensors, tied_names
+from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
 from fxfusion.errors import CheckpointError, SurgeryError
@@ -36,7 +35,11 @@ from fxfusion.models.ffn_surgery.record import fused_state, plan_of
 from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
 from fxfusion.models.fingerprint import check_fits, decoder_layers, facts_of
 from fxfusion.models.intact_config import intact_config
+from fxfusion.models.no_attention import NoAttention, NoNorm
+from fxfusion.models.surgery_proof import full_logits, proof_tokens, relative
 from fxfusion.plan.fusion_plan import FusionPlan
+
+_SAME = 4  # times the dtype's epsilon
 
 
 def save(
@@ -61,15 +64,15 @@ def save(
             _drop(bare, plan, undo)
         tensors = CanonicalTensors.of(bare, plan)
         config = tensors.config
-        disk.write_file(folder / CONFIG, config.to_json_string())
+        write_file(folder / CONFIG, config.to_json_string())
         if getattr(bare, "generation_config", None) is not None:
-            disk.write_file(folder / GENERATION_CONFIG, bare.generation_config.to_json_string())
+            write_file(folder / GENERATION_CONFIG, bare.generation_config.to_json_string())
         if tensors.plan.groups or tensors.plan.dropped_attention:
             tensors.plan.save(folder / PLAN)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         if card is not None:
-            disk.write_file(folder / "README.md", card)
+            write_file(folder / "README.md", card)
         write_shards(folder, tensors.facts, tensors.values(bare), max_shard_size, progress)
         if tensors.zeros:
             prove_zeros(CheckpointReader.open(folder), config, tensors.layers_without)
@@ -217,3 +220,44 @@ def _all_layers(model: Any, path: str) -> dict[int, nn.Module]:
     if state is None:
         return dict(enumerate(children))
     return dict(zip(state.recipe.kept, children, strict=True)) | state.shells
+
+
+def prove_zeros(reader: CheckpointReader, config: Any, without: Mapping[int, nn.Module]) -> None:
+    """Run what was written, on a few tokens, with the attention of zeros and without it.
+
+    `config`: of the intact model. `without`: the layers that lost their attention, by number, as the model that was
+    saved has them. Needs the memory of a few layers. Raises `CheckpointError` where the logits differ.
+    """
+    model = empty_model(copy.deepcopy(config), config.dtype)
+    path, layers = decoder_layers(model)
+    kinds = {_kind(layers[number]): number for number in sorted(without, reverse=True)}
+    chosen = sorted(kinds.values())
+    names = [name for name in own_tensors(model) if layer_number(name, path) in (None, *chosen)]
+    Filling(reader=reader, stored={name: name for name in names}, dtypes={}).some(model, names)
+    model.set_submodule(path, nn.ModuleList(layers[number] for number in chosen))
+    ids = proof_tokens(model)
+    with_zeros = full_logits(model, ids)
+    for place, number in enumerate(chosen):
+        for name, module in without[number].named_modules():
+            if isinstance(module, (NoAttention, NoNorm)):
+                model.set_submodule(f"{path}.{place}.{name}", copy.deepcopy(module).to(ids.device))
+    expected = full_logits(model, ids)
+    error = relative(with_zeros, expected)
+    limit = _SAME * torch.finfo(expected.dtype).eps
+    if not error <= limit:
+        raise CheckpointError(
+            f"the attention of layer {chosen[0]} adds something even if all its weights are zero (logits off by "
+            f"{error:.2g}, allowed {limit:.2g}), so no folder that plain transformers loads can leave it out"
+        )
+
+
+def _kind(layer: nn.Module) -> tuple[object, ...]:
+    """Layers of one kind have modules of the same classes with parameters of the same sizes."""
+    classes = tuple((name, type(module)) for name, module in layer.named_modules())
+    return classes, tuple((name, value.shape) for name, value in layer.named_parameters())
+
+
+def layer_number(name: str, path: str) -> int | None:
+    """The number of the decoder layer that a tensor is in; None for one outside."""
+    first = name.removeprefix(f"{path}.").split(".")[0]
+    return int(first) if name.startswith(f"{path}.") and first.isdigit() else None

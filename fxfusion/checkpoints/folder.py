@@ -6,23 +6,25 @@
 
 Where the system cannot exchange names, two renames do it (`model` to `.model.<id>.old`, then the new one to `model`),
 and `existing` finds the old folder again if the process dies between them. A writer locks the folder that it
-writes, so that the next one can tell what a dead process left behind, and remove it.
+writes, so that the next one can tell what a dead process left behind, and remove it. Every step that changes the disk
+is one of the few functions at the end, so that a test can fail each of them in turn.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import re
+import shutil
 import uuid
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
-from fxfusion.checkpoints import disk
 from fxfusion.errors import CheckpointError
 from fxfusion.files import RECORD, PathLike, check_apart, mark, read_record
 
@@ -34,6 +36,10 @@ except ImportError:  # Windows
 _KIND = "model folder"
 # In a folder that is being written; the same is in the record of a whole one.
 _WRITING = ".fxfusion_writing.json"
+_EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
+_HERE = -100  # AT_FDCWD: names are relative to the working directory
+# What a system or file system without exchange answers.
+_NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM}
 
 
 @contextmanager
@@ -58,13 +64,13 @@ def replacing(directory: PathLike, *, overwrite: bool = False, reads: Iterable[P
         name = uuid.uuid4().hex[:8]
         fresh, old = (target.with_name(f".{target.name}.{name}.{ending}") for ending in ("partial", "old"))
         about = {"of": target.name, "beside": [fresh.name, old.name]}
-        disk.make_folder(fresh)
+        make_folder(fresh)
         with _locked(fresh):
             try:
-                disk.write_file(fresh / _WRITING, json.dumps(about) + "\n")
+                write_file(fresh / _WRITING, json.dumps(about) + "\n")
                 yield fresh
                 _record(fresh, about)
-                disk.remove(fresh / _WRITING)
+                remove(fresh / _WRITING)
                 _sync_all(fresh)
                 _put_in_place(fresh, target, old)
             finally:
@@ -73,7 +79,7 @@ def replacing(directory: PathLike, *, overwrite: bool = False, reads: Iterable[P
         reason = error.strerror or error
         raise CheckpointError(f"{directory} cannot be written (nothing was changed there): {reason}") from error
     try:
-        disk.sync(target.parent)
+        sync(target.parent)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"{directory} is written, but the disk does not confirm it: {reason}") from error
@@ -98,7 +104,7 @@ def existing(directory: PathLike) -> Path:
     if not old:
         raise CheckpointError(f"{directory} does not exist")
     try:
-        disk.rename(old[0], Path(os.path.realpath(target)))
+        rename(old[0], Path(os.path.realpath(target)))
     except PermissionError:  # somebody who may only read reads it where it is
         return old[0]
     except OSError as error:
@@ -157,20 +163,20 @@ def _record(folder: Path, about: dict[str, Any]) -> None:
             if file.relative_to(folder).as_posix() not in (RECORD, _WRITING):  # that of single files, if there is one
                 found[file.relative_to(folder).as_posix()] = {"kind": _KIND, "marks": [mark(file)]}
     if (folder / RECORD).exists():
-        disk.remove(folder / RECORD)
-    disk.write_file(folder / RECORD, json.dumps({**about, "files": found}, indent=1) + "\n")
+        remove(folder / RECORD)
+    write_file(folder / RECORD, json.dumps({**about, "files": found}, indent=1) + "\n")
 
 
 def _put_in_place(fresh: Path, target: Path, old: Path) -> None:
     """The new folder under the name of the old one; what was there is then `fresh`, or gone."""
     if not target.exists():
-        disk.rename(fresh, target)
-    elif not disk.exchange(fresh, target):
-        disk.rename(target, old)
+        rename(fresh, target)
+    elif not exchange(fresh, target):
+        rename(target, old)
         try:
-            disk.rename(fresh, target)
+            rename(fresh, target)
         except OSError:
-            disk.rename(old, target)
+            rename(old, target)
             raise
         _discard(old)
 
@@ -179,7 +185,7 @@ def _clean_up(target: Path) -> None:
     """Finish or remove what dead processes left beside the target."""
     if not target.exists():
         for old in _ours(target, "old")[:1]:
-            disk.rename(old, target)
+            rename(old, target)
     for path in (*_ours(target, "partial"), *_ours(target, "old")):
         if not _is_locked(path):
             _discard(path)
@@ -217,7 +223,7 @@ def _discard(path: Path) -> None:
     if not path.exists():
         return
     try:
-        disk.remove(path)
+        remove(path)
     except OSError as error:
         warnings.warn(f"{path} could not be removed: {error.strerror or error}", stacklevel=2)
 
@@ -225,8 +231,8 @@ def _discard(path: Path) -> None:
 def _sync_all(folder: Path) -> None:
     for path, _, names in os.walk(folder):
         for name in names:
-            disk.sync(Path(path, name))
-        disk.sync(Path(path))
+            sync(Path(path, name))
+        sync(Path(path))
 
 
 def _left_over(target: Path, ending: str) -> list[Path]:
@@ -264,3 +270,71 @@ def _is_locked(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def create(path: Path) -> IO[bytes]:
+    """A new file to write to; without a buffer, so that a write that fails does so at once."""
+    return open(path, "xb", buffering=0)
+
+
+def write(file: IO[bytes], data: bytes | memoryview) -> None:
+    """Write all of it at the file's position."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """A new file with this content."""
+    with create(path) as file:
+        write(file, data.encode() if isinstance(data, str) else data)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or folder another name; a folder's new name must be free, or that of an empty folder."""
+    os.rename(source, target)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two folders swap their names in one step. False, and nothing done, where the system cannot do that."""
+    renameat2 = _renameat2()
+    if renameat2 is None:
+        return False
+    if renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NOT_SUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(one), None, os.fspath(other))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _renameat2() -> Callable[..., int] | None:
+    """The function of the C library; None where it has none (other systems than Linux)."""
+    try:
+        found: Callable[..., int] = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found

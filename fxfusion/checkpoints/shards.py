@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,8 +20,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from fxfusion.checkpoints import disk
-from fxfusion.checkpoints.progress import byte_bar
+from fxfusion.checkpoints import folder as disk
 from fxfusion.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -193,3 +192,18 @@ class _ShardFile:
             disk.write(self.file, part.data)
             advance(len(part))
         self.missing.discard(facts.name)
+
+
+@contextmanager
+def byte_bar(shown: bool, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """`advance(bytes)` of a bar on the error stream, or of nothing."""
+    if not shown:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.advance(task, count)

@@ -47,7 +47,7 @@ def command(run: Conversion, model_dir: ModelDir, dry_run: DryRun = False) -> di
 
 
 def _engines(run: Conversion, model_dir: Path) -> dict[str, str | None] | None:
-    from fxfusion.checkpoints.nemotron_nas.engines import engines_that_load
+    from fxfusion.checkpoints.nemotron_nas.export import engines_that_load
     from fxfusion.checkpoints.nemotron_nas.load import MODEL_TYPE
     from fxfusion.checkpoints.reading import SafeFolder
 

@@ -47,7 +47,7 @@ def command(
 
         return result | fused_without_weights(run, model_dir, chosen, Format.nemotron_nas, max_shard_size)
     from fxfusion.checkpoints.api import save_pretrained
-    from fxfusion.checkpoints.nemotron_nas.engines import engines_that_load
+    from fxfusion.checkpoints.nemotron_nas.export import engines_that_load
     from fxfusion.checkpoints.reading import SafeFolder
     from fxfusion.models.ffn_surgery.fuse import fuse
     from fxfusion.models.ffn_surgery.record import plan_of

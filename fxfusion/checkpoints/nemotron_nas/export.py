@@ -3,11 +3,15 @@
 config.json, configuration_decilm.py, modeling_decilm.py, generation_config.json, tokenizer files, README.md
 model-00001-of-00002.safetensors, ..., model.safetensors.index.json
 fxfusion_plan.yaml, fxfusion_residue.st         of a fused model: what gives its members back
+
+Which engines load a folder is read off their own loaders; docs and model cards say which were also run.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,9 +19,8 @@ from typing import Any
 
 from torch import nn
 
-from fxfusion.checkpoints import disk
-from fxfusion.checkpoints.folder import replacing
-from fxfusion.checkpoints.nemotron_nas.engines import engines_that_load
+from fxfusion.checkpoints.folder import replacing, write_file
+from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.layout import Layout
 from fxfusion.checkpoints.nemotron_nas.members import write_members
 from fxfusion.checkpoints.nemotron_nas.proof import prove
@@ -27,6 +30,9 @@ from fxfusion.models.bare_model import bare_model
 from fxfusion.models.ffn_surgery.record import fused_state
 
 CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
+_SCALED_BY_MLX = ("default", "linear", "llama3", "yarn", "longrope")
+_SCALED_BY_LLAMA_CPP = ("default", "linear", "llama3")
+_BYTE_PAIR_VOCABULARY = 128256  # what llama.cpp's converter takes for this tokenizer, any other for SentencePiece
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +113,13 @@ def save(
     if any(value.is_meta for value in layout.state.values()):
         raise CheckpointError("the model is on the meta device: there are no weights to write (plan_export needs none)")
     with replacing(directory, overwrite=overwrite) as folder:
-        disk.write_file(folder / "config.json", json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
+        write_file(folder / "config.json", json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
         for name in CODE_FILES:
-            disk.write_file(folder / name, (resources.files(__package__) / name).read_text("utf-8"))
+            write_file(folder / name, (resources.files(__package__) / name).read_text("utf-8"))
         if card is not None:
-            disk.write_file(folder / "README.md", card)
+            write_file(folder / "README.md", card)
         if getattr(bare, "generation_config", None) is not None:
-            disk.write_file(folder / "generation_config.json", bare.generation_config.to_json_string())
+            write_file(folder / "generation_config.json", bare.generation_config.to_json_string())
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_members(folder, bare)
@@ -141,3 +147,79 @@ def _plan(model: nn.Module, max_shard_size: int | str, check: bool) -> tuple[Exp
     facts = [piece.facts for piece in layout.pieces]
     shards = ShardLayout.of(facts, max_shard_size)
     return ExportPlan(config, facts, shards, engines_that_load(config), proof), layout
+
+
+def engines_that_load(config: DeciLMConfig | Mapping[str, Any]) -> dict[str, str | None]:
+    """For each engine None where it can load a folder with this configuration, else why not.
+
+    Raises `ValueError` where the configuration contradicts itself.
+    """
+    read = (
+        config if isinstance(config, DeciLMConfig) else DeciLMConfig(**copy.deepcopy(dict(config)))
+    )  # its parts are kept and written to
+    checks = {
+        "transformers": [read.unsupported()],
+        "vllm": _vllm(read),
+        "mlx-lm": _mlx(read),
+        "llama.cpp": _llama_cpp(read),
+        "tensorrt-llm": _tensorrt(read),
+    }
+    return {engine: next((reason for reason in reasons if reason), None) for engine, reasons in checks.items()}
+
+
+def _vllm(config: DeciLMConfig) -> list[str | None]:
+    return [config.unsupported(), _no_first_attention(config), _unequal_groups(config)]
+
+
+def _mlx(config: DeciLMConfig) -> list[str | None]:
+    has_none = all(block.attention.no_op for block in _blocks(config))
+    return [
+        config.unsupported(),
+        "no layer has attention" if has_none else None,
+        _other_head_dim(config),
+        _other_rope(config, _SCALED_BY_MLX),
+    ]
+
+
+def _llama_cpp(config: DeciLMConfig) -> list[str | None]:
+    blocks = _blocks(config)
+    alone = [layer for layer, block in enumerate(blocks) if block.ffn.no_op and not block.attention.no_op]
+    other = config.vocab_size != _BYTE_PAIR_VOCABULARY
+    return [
+        config.unsupported(),
+        f"layer {alone[0]} has attention and no FFN, and the engine would skip both" if alone else None,
+        "the last layer is padding" if blocks[-1].attention.no_op and blocks[-1].ffn.no_op else None,
+        "the converter reads the first layer's ffn_mult" if blocks[0].ffn.no_op else None,
+        _other_head_dim(config),
+        _other_rope(config, _SCALED_BY_LLAMA_CPP),
+        "biases were never tried there" if config.attention_bias or config.mlp_bias else None,
+        f"with {config.vocab_size} tokens the converter expects a SentencePiece tokenizer" if other else None,
+    ]
+
+
+def _tensorrt(config: DeciLMConfig) -> list[str | None]:
+    has_bias = config.attention_bias or config.mlp_bias
+    return [config.unsupported(), "it has no biases" if has_bias else None]
+
+
+def _blocks(config: DeciLMConfig) -> list[Any]:
+    return config.block_configs or []
+
+
+def _no_first_attention(config: DeciLMConfig) -> str | None:
+    return "the first layer has no attention" if _blocks(config)[0].attention.no_op else None
+
+
+def _unequal_groups(config: DeciLMConfig) -> str | None:
+    groups = {block.attention.n_heads_in_group for block in _blocks(config) if not block.attention.no_op}
+    return f"n_heads_in_group differs between layers: {sorted(groups)}" if len(groups) > 1 else None
+
+
+def _other_head_dim(config: DeciLMConfig) -> str | None:
+    usual = config.hidden_size / config.num_attention_heads
+    return f"head_dim is {config.head_dim}, not hidden / heads = {usual:g}" if config.head_dim != usual else None
+
+
+def _other_rope(config: DeciLMConfig, known: tuple[str, ...]) -> str | None:
+    kind = (config.rope_parameters or {}).get("rope_type", "default")
+    return None if kind in known else f"its rotary embedding has no rope_type {kind!r}"

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.checkpoints.nemotron_nas import probe
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import WIDTH_MULTIPLE, DeciLMConfig
-from fxfusion.checkpoints.nemotron_nas.facts import check_facts
+from fxfusion.checkpoints.nemotron_nas.facts import check_facts, check_ffn, common_eps
 from fxfusion.checkpoints.nemotron_nas.parts import (
     ATTENTION,
     ATTENTION_NORM,
@@ -75,10 +74,10 @@ class Layout:
         parts = find_parts(model, heads * head_dim)
         parts.layers = [layer for layer in parts.layers if layer.has_attention or layer.has_ffn]
         _check_dtype(parts)
-        eps = probe.common_eps(model, parts)
+        eps = common_eps(model, parts)
         for layer in parts.layers:
             if layer.has_ffn:
-                probe.check_ffn(model, layer)
+                check_ffn(model, layer)
         check_facts(model, config, parts)
         sizes = _Sizes.of(parts, heads, head_dim)
         return cls(_config(config, parts, sizes, eps), list(_Pieces(parts, sizes).all()), parts.state)

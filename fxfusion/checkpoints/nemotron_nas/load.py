@@ -14,9 +14,8 @@ import torch
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import Block, DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
 from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder, finish, give_angles, put
-from fxfusion.checkpoints.progress import byte_bar
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
-from fxfusion.checkpoints.shards import TensorFacts
+from fxfusion.checkpoints.shards import TensorFacts, byte_bar
 from fxfusion.errors import CheckpointError
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"

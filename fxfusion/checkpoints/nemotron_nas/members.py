@@ -23,18 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.checkpoints import disk
 from fxfusion.checkpoints.canonical_load import PLAN, fuse_on_meta, main_dtype, read_generation_config, read_plan
-from fxfusion.checkpoints.empty_model import config_of, empty_model
-from fxfusion.checkpoints.model_tensors import own_tensors
+from fxfusion.checkpoints.empty_model import config_of, empty_model, own_tensors
+from fxfusion.checkpoints.folder import write_file
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.layout import Layout, Piece
 from fxfusion.checkpoints.nemotron_nas.load import MODEL_TYPE, config_from
 from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
 from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder, finish, give_angles
-from fxfusion.checkpoints.progress import byte_bar
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder, notes_in
-from fxfusion.checkpoints.shards import TensorFacts
+from fxfusion.checkpoints.shards import TensorFacts, byte_bar
 from fxfusion.errors import CheckpointError
 from fxfusion.models.drop_record import write_refit
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
@@ -68,7 +66,7 @@ def write_members(folder: Path, model: nn.Module) -> None:
     shards, plan = state.recipe.groups[0].shards, plan_of(model)
     notes = {"format": "pt", _CONFIG: intact_config(model).to_json_string(), _SHARDS: str(shards), _FUSED: _fused(plan)}
     content = save({name: value.detach().cpu().contiguous() for name, value in state.residue.items()}, notes)
-    disk.write_file(folder / RESIDUE, content)
+    write_file(folder / RESIDUE, content)
     named = ResidueFile(file=RESIDUE, sha256=hashlib.sha256(content).hexdigest())
     plan.replace(model=plan.model or facts_of(model), residue=named).save(folder / PLAN)
 

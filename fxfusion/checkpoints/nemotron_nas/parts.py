@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxfusion.checkpoints.model_tensors import check_plain
+from fxfusion.checkpoints.empty_model import check_plain
 from fxfusion.errors import CheckpointError, PlanError
 from fxfusion.models.fingerprint import decoder_layers
 

@@ -1,10 +1,13 @@
 """Proof that a layout says the model: the decoder that its files build computes the same, from the same tensors.
 
 No tensor is copied: the twin's parameters are the model's own, or views into them. Zeros that the files add are left
-out here, since they change no sum.
+out here, since they change no sum. Without weights, the graphs of a decoder with one layer of each kind are compared.
 """
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +15,23 @@ from torch import Tensor, nn
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.layout import Layout
 from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
-from fxfusion.checkpoints.nemotron_nas.shorten import one_of_each_kind, with_layers
 from fxfusion.errors import CaptureError, CheckpointError, SurgeryError
+from fxfusion.models.fingerprint import decoder_layers
 from fxfusion.models.same_graph import check_same_graph
 from fxfusion.models.surgery_proof import full_logits, proof_tokens, relative
 from fxfusion.models.traced import TracedModel
 
 _FACTS_ONLY = "tensors, norms, FFNs and settings were checked, but without weights not the whole computation"
 _ALLOWED = 16  # times the dtype's epsilon: the same operations, spelled in another way
+_PLAIN = (bool, int, float, str, type(None))
+_NUMBERS = (
+    "layer_idx",
+    "layer_id",
+    "layer",
+    "intermediate_size",
+    "in_features",
+    "out_features",
+)  # differ and say nothing
 
 
 def prove(model: nn.Module, layout: Layout) -> str:
@@ -98,3 +110,46 @@ def _compare_graphs(model: nn.Module, ids: Tensor) -> str:
     except SurgeryError:
         return f"{_FACTS_ONLY}, since {type(model).__name__} spells it in another way"
     return "the captured graphs of one layer of each kind are the same, operation by operation"
+
+
+def one_of_each_kind(model: nn.Module) -> list[int]:
+    """The first layer of each kind: of the same modules, with the same settings, of whatever width."""
+    _, layers = decoder_layers(model)
+    first: dict[Any, int] = {}
+    for number, layer in enumerate(layers):
+        kind = tuple((name, type(module), _settings(module)) for name, module in layer.named_modules())
+        first.setdefault(kind, number)
+    return list(first.values())
+
+
+def with_layers(model: nn.Module, kept: list[int]) -> nn.Module:
+    """A model with these decoder layers, around the modules and the parameters of the given one."""
+    path, layers = decoder_layers(model)
+    short: Any = _shallow(model)
+    holder = short
+    for step in path.split(".")[:-1]:
+        inner = _shallow(getattr(holder, step))
+        holder._modules[step] = inner
+        holder = inner
+    holder._modules[path.rpartition(".")[2]] = nn.ModuleList(layers[number] for number in kept)
+    config = copy.deepcopy(short.config)
+    decoder = config.get_text_config(decoder=True)
+    for name, value in vars(decoder).items():
+        if isinstance(value, list) and len(value) == len(layers):
+            setattr(decoder, name, [value[number] for number in kept])
+    decoder.num_hidden_layers = len(kept)
+    for owner in (short, holder):
+        owner.config = config if owner is short else decoder
+    shortened: nn.Module = short
+    return shortened
+
+
+def _shallow(module: Any) -> Any:
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)
+    return copied
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    found = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+    return tuple(sorted((name, value) for name, value in found.items() if name not in _NUMBERS))

@@ -1,4 +1,4 @@
-"""A disk that fills up, or a process that dies, at the n-th operation that `fxfusion.checkpoints.disk` is asked for."""
+"""A disk that fills up, or a process that dies, at the n-th operation that `checkpoints.folder` is asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fxfusion.checkpoints import disk
+from fxfusion.checkpoints import folder
 
 OPERATIONS = ("create", "write", "sync", "make_folder", "rename", "exchange", "remove")
 NEEDS_SPACE = ("create", "write", "make_folder")
@@ -28,7 +28,7 @@ class Faults:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int | None, kind: str = "full") -> None:
         self.count, self.at, self.kind = 0, at, kind
         for name in OPERATIONS:
-            monkeypatch.setattr(disk, name, self._counted(name, getattr(disk, name)))
+            monkeypatch.setattr(folder, name, self._counted(name, getattr(folder, name)))
 
     def _counted(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any) -> Any:

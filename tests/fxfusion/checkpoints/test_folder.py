@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxfusion import files
-from fxfusion.checkpoints import disk, folder
+from fxfusion.checkpoints import folder
 from fxfusion.checkpoints.folder import check_replaceable, existing, replacing
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import TensorFacts, write_shards
@@ -42,7 +42,7 @@ def write(directory: Path, value: float) -> None:
     """A checkpoint of many small shards."""
     content = tensors(value)
     with replacing(directory) as fresh:
-        disk.write_file(fresh / "config.json", f'{{"value": {value}}}')
+        folder.write_file(fresh / "config.json", f'{{"value": {value}}}')
         write_shards(fresh, [TensorFacts.of(*item) for item in content.items()], content.items(), max_shard_size=32)
 
 
@@ -86,7 +86,7 @@ def test_a_failure_at_any_operation_leaves_a_whole_checkpoint(
     """Each of the operations of a write fails in turn; the next write cleans up."""
     directory = tmp_path / "model"
     if not exchanges:
-        monkeypatch.setattr(disk, "_renameat2", lambda: None)
+        monkeypatch.setattr(folder, "_renameat2", lambda: None)
     write(directory, 1.0)
     points = count_operations(lambda: write(directory, 1.0))
     assert points >= 50
@@ -113,8 +113,8 @@ def test_without_the_exchange_a_failure_is_seen(tmp_path: Path, monkeypatch: pyt
     def in_place(directory: Path) -> None:
         content = tensors(2.0)
         for path in directory.iterdir():
-            disk.remove(path)
-        disk.write_file(directory / "config.json", '{"value": 2.0}')
+            folder.remove(path)
+        folder.write_file(directory / "config.json", '{"value": 2.0}')
         write_shards(directory, [TensorFacts.of(*item) for item in content.items()], content.items(), max_shard_size=32)
 
     directory = tmp_path / "model"
@@ -127,8 +127,10 @@ def test_without_the_exchange_a_failure_is_seen(tmp_path: Path, monkeypatch: pyt
 
 
 def test_every_operation_of_the_disk_is_counted() -> None:
-    public = {name for name, value in vars(disk).items() if callable(value) and value.__module__ == disk.__name__}
-    assert {name for name in public if not name.startswith("_")} == {*OPERATIONS, "write_file"}
+    public = {name for name, value in vars(folder).items() if callable(value) and value.__module__ == folder.__name__}
+    assert {name for name in public if not name.startswith("_")} == {
+        *(*OPERATIONS, "write_file", "replacing", "check_replaceable", "existing")
+    }
 
 
 def test_a_folder_between_two_renames_is_found_by_readers_and_writers(tmp_path: Path) -> None:
@@ -165,8 +167,8 @@ def put_aside(directory: Path) -> Path:
         os.rename(source, target)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(disk, "_renameat2", lambda: None)
-        patch.setattr(disk, "rename", rename)
+        patch.setattr(folder, "_renameat2", lambda: None)
+        patch.setattr(folder, "rename", rename)
         patch.setattr(folder, "_discard", lambda path: None)
         write(directory, 9.0)
     assert not directory.exists()
@@ -181,7 +183,7 @@ def test_a_reader_without_rights_reads_the_old_folder_where_it_is(
 
     write(tmp_path / "model", 1.0)
     old = put_aside(tmp_path / "model")
-    monkeypatch.setattr(disk, "rename", refuse)
+    monkeypatch.setattr(folder, "rename", refuse)
     assert existing(tmp_path / "model") == old
 
 
@@ -239,7 +241,7 @@ def test_a_folder_that_is_not_as_it_was_written_needs_to_be_told(tmp_path: Path,
         check_replaceable(directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     with replacing(directory, overwrite=True) as fresh:
-        disk.write_file(fresh / "only.txt", "x")
+        folder.write_file(fresh / "only.txt", "x")
     assert sorted(path.name for path in directory.iterdir()) == [RECORD, "only.txt"]
     write(directory, 3.0)
     assert value_of(directory) == 3.0
@@ -307,7 +309,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    remove = disk.remove
+    remove = folder.remove
 
     def refuse(path: Path) -> None:
         if path.is_dir():
@@ -316,7 +318,7 @@ def test_what_cannot_be_removed_is_told_and_tried_again(tmp_path: Path, monkeypa
 
     write(tmp_path / "model", 1.0)
     with monkeypatch.context() as busy, pytest.warns(UserWarning, match="busy"):
-        busy.setattr(disk, "remove", refuse)
+        busy.setattr(folder, "remove", refuse)
         write(tmp_path / "model", 2.0)
     assert len(beside(tmp_path / "model")) == 1
     write(tmp_path / "model", 3.0)
@@ -329,7 +331,7 @@ def test_a_disk_that_does_not_confirm_is_told(tmp_path: Path, monkeypatch: pytes
         if path == tmp_path:
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(disk, "sync", fail)
+    monkeypatch.setattr(folder, "sync", fail)
     with pytest.raises(CheckpointError, match="is written, but the disk does not confirm it"):
         write(tmp_path / "model", 1.0)
     assert value_of(tmp_path / "model") == 1.0
