@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -121,8 +121,11 @@ class CanonicalTensors:
         unknown = dtypes.keys() - wanted.keys()
         if unknown:
             raise CheckpointError(f"{min(unknown)} is no tensor of the model that the config builds")
-        facts = [TensorFacts(name, tuple(value.shape), dtypes.get(name, value.dtype)) for name, value in wanted.items()]
         zeros = frozenset(wanted.keys() - dtypes.keys())
+        facts = [
+            TensorFacts(name, tuple(wanted[name].shape), dtypes.get(name, wanted[name].dtype))
+            for name in sorted(wanted, key=_order(model, zeros))
+        ]
         plan = plan_of(model)
         if planned is not None:
             plan = planned.replace(dropped_attention=plan.dropped_attention)
@@ -154,7 +157,7 @@ class CanonicalTensors:
                     "original format cannot hold that"
                 )
             yield name, value
-        for name in sorted(self.zeros):
+        for name in (name for name in shapes if name in self.zeros):
             yield name, torch.zeros(shapes[name].shape, dtype=shapes[name].dtype)
 
 
@@ -211,6 +214,17 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
         wide = own[recipe.fused_name(group.home.down.weight) or ""]
         found |= dict.fromkeys(group.reads, wide)
     return found
+
+
+def _order(model: Any, zeros: Collection[str]) -> Callable[[str], int]:
+    """The place of a tensor among what `values` gives: what is not fused, the groups' members, the zeros."""
+    state = fused_state(model)
+    groups = () if state is None else state.recipe.parts
+    large = [[name for member in group.members for name in member.large] for group in groups]
+    small = [[name for member in group.members for name in member.small] for group in groups]
+    names = [name for one, other in zip(large, small, strict=True) for name in (*one, *other)]
+    places = {name: place for place, name in enumerate((*names, *zeros), 1)}
+    return lambda name: places.get(name, 0)
 
 
 def _all_layers(model: Any, path: str) -> dict[int, nn.Module]:

@@ -18,12 +18,15 @@ import json
 import os
 import re
 import shutil
+import stat
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+
+from torch import Tensor
 
 from fxfusion.errors import CheckpointError
 from fxfusion.files import RECORD, PathLike, check_apart, mark, read_record
@@ -272,22 +275,36 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
-def create(path: Path) -> IO[bytes]:
-    """A new file to write to; without a buffer, so that a write that fails does so at once."""
-    return open(path, "xb", buffering=0)
-
-
-def write(file: IO[bytes], data: bytes | memoryview) -> None:
-    """Write all of it at the file's position."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
-
-
 def write_file(path: Path, data: bytes | str) -> None:
     """A new file with this content."""
     with create(path) as file:
         write(file, data.encode() if isinstance(data, str) else data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A new safetensors file with these tensors, contiguous ones on the CPU that share no memory; none is copied."""
+    with create(path) as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    serialize(path, tensors)
+    path.chmod(mode)  # the library makes files that their owner alone can read
+
+
+def create(path: Path) -> IO[bytes]:
+    return open(path, "xb")
+
+
+def write(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+
+
+def serialize(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, {"format": "pt"})
+    except SafetensorError as error:  # a full disk, too
+        raise OSError(str(error)) from error
 
 
 def sync(path: Path) -> None:

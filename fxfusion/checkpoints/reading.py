@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fxfusion.checkpoints.folder import existing
-from fxfusion.checkpoints.shards import DTYPES, INDEX, SINGLE, TensorFacts
+from fxfusion.checkpoints.shards import INDEX, SINGLE, TensorFacts, stored_dtypes
 from fxfusion.errors import CheckpointError
 
 _MAX_CONFIG, _MAX_INDEX, _MAX_HEADER = 2**22, 2**26, 2**25  # bytes; the largest known ones have a tenth of that
@@ -202,15 +202,16 @@ def _header(folder: SafeFolder, name: str) -> Iterator[TensorFacts]:
             raise CheckpointError(
                 f"{folder.path / name} has a header of {length} bytes, more than {_MAX_HEADER}: not read"
             )
+        known = stored_dtypes()
         with _opened(path) as tensors:
             for tensor in tensors.keys():  # noqa: SIM118  (no mapping)
                 part = tensors.get_slice(tensor)
                 code = part.get_dtype()
-                if code not in DTYPES:
+                if code not in known:
                     raise CheckpointError(
                         f"{folder.path / name}: {tensor} has the dtype {code}, which is not supported"
                     )
-                yield TensorFacts(tensor, tuple(part.get_shape()), DTYPES[code])
+                yield TensorFacts(tensor, tuple(part.get_shape()), known[code])
 
 
 @contextmanager

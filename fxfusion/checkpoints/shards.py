@@ -1,10 +1,9 @@
-"""Write tensors to safetensors shards with an index, one tensor in memory at a time.
+"""Write tensors to safetensors shards with an index, one shard in memory at a time.
 
     model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, model.safetensors.index.json
 
-Names, shapes and dtypes are known first: they decide the shards and the place of each tensor in its file. The values
-then come in any order. (`safetensors.torch.save_file` needs all tensors of a file at once, which for a model that
-is written in one file is a second copy of it.)
+Names, shapes and dtypes are known first: they decide the shards. The values then come in any order, and a shard is
+written when all of its tensors are there: who gives them in the order of the shards never holds two.
 """
 
 from __future__ import annotations
@@ -12,39 +11,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxfusion.checkpoints import folder as disk
+from fxfusion.checkpoints.folder import write_file, write_tensors
 from fxfusion.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = "2GB"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""What safetensors calls each dtype."""
 
-_CHUNK = 2**26  # bytes written at a time
+
+def stored_dtypes() -> dict[str, torch.dtype]:
+    """What safetensors calls each dtype."""
+    from transformers.modeling_utils import str_to_torch_dtype
+
+    return dict(str_to_torch_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +68,7 @@ class ShardLayout:
         from huggingface_hub import split_state_dict_into_shards_factory
 
         facts = {one.name: one for one in tensors}
-        known = set(DTYPES.values())
+        known = set(stored_dtypes().values())
         for one in tensors:
             if one.dtype not in known:
                 raise CheckpointError(f"{one.name}: safetensors has no {one.dtype}")
@@ -125,7 +111,7 @@ def write_shards(
 
     Args:
         facts: every tensor that will come, in the order of the files.
-        tensors: their values, in any order, on any device; each is let go before the next is taken.
+        tensors: their values, in any order, on any device.
         max_shard_size: bytes, or text such as `"500MB"`.
         progress: show a progress bar.
 
@@ -135,63 +121,36 @@ def write_shards(
     """
     layout = ShardLayout.of(facts, max_shard_size)
     places = {one.name: (file, one) for file, group in layout.files.items() for one in group}
-    with ExitStack() as stack:
-        advance = stack.enter_context(byte_bar(progress, "Writing", layout.nbytes))
-        shards: dict[str, _ShardFile] = {}
+    shards: dict[str, dict[str, Tensor]] = {file: {} for file in layout.files}
+    taken: dict[str, set[int]] = {file: set() for file in layout.files}
+    with byte_bar(progress, "Writing", layout.nbytes) as advance:
         for name, tensor in tensors:
             if name not in places:
                 raise CheckpointError(f"{name} is not one of the tensors to write, or comes twice")
             file, expected = places.pop(name)
             if TensorFacts.of(name, tensor) != expected:
                 raise CheckpointError(f"{TensorFacts.of(name, tensor)} comes where {expected} was announced")
-            if file not in shards:
-                shards[file] = _ShardFile.start(folder / file, layout.files[file])
-                stack.callback(shards[file].file.close)
-            shards[file].put(expected, tensor, advance)
-            if not shards[file].missing:
-                shards.pop(file).file.close()
+            shards[file][name] = _alone(tensor, taken[file])
+            del tensor
+            if len(shards[file]) == len(layout.files[file]):
+                write_tensors(folder / file, shards.pop(file))
+                advance(sum(one.nbytes for one in layout.files[file]))
         if places:
             raise CheckpointError(f"{next(iter(places))} is missing among the tensors to write")
     index = layout.index()
     if index is not None:
-        disk.write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-@dataclass(slots=True)
-class _ShardFile:
-    """One file being written: `starts` says where each tensor begins."""
-
-    file: IO[bytes]
-    starts: dict[str, int]
-    missing: set[str] = field(default_factory=set)
-
-    @classmethod
-    def start(cls, path: Path, tensors: Sequence[TensorFacts]) -> _ShardFile:
-        """Eight bytes with the length of the header, the header, then the values without gaps, widest dtype first
-        so that each is aligned."""
-        codes = {dtype: code for code, dtype in DTYPES.items()}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        position = 0
-        for one in sorted(tensors, key=lambda one: -one.dtype.itemsize):
-            offsets = [position, position + one.nbytes]
-            header[one.name] = {"dtype": codes[one.dtype], "shape": list(one.shape), "data_offsets": offsets}
-            position += one.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        base = 8 + len(text)
-        starts = {one.name: base + header[one.name]["data_offsets"][0] for one in tensors}
-        file = disk.create(path)
-        disk.write(file, len(text).to_bytes(8, "little") + text)
-        return cls(file, starts, set(starts))
-
-    def put(self, facts: TensorFacts, tensor: Tensor, advance: Callable[[int], None]) -> None:
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self.file.seek(self.starts[facts.name])
-        for begin in range(0, facts.nbytes, _CHUNK):
-            part = values[begin : begin + _CHUNK]
-            disk.write(self.file, part.data)
-            advance(len(part))
-        self.missing.discard(facts.name)
+def _alone(tensor: Tensor, taken: set[int]) -> Tensor:
+    """On the CPU, in memory that no other of its file shares, as safetensors has it; a copy where need be. `taken`:
+    where the others lie, and then this one."""
+    value = tensor.detach().cpu().contiguous()
+    storage = value.untyped_storage()
+    if storage.data_ptr() in taken or storage.nbytes() != value.nbytes:
+        value = value.clone()
+    taken.add(value.untyped_storage().data_ptr())
+    return value
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import pytest
 
 from fxfusion.checkpoints import folder
 
-OPERATIONS = ("create", "write", "sync", "make_folder", "rename", "exchange", "remove")
-NEEDS_SPACE = ("create", "write", "make_folder")
+OPERATIONS = ("create", "write", "serialize", "sync", "make_folder", "rename", "exchange", "remove")
+NEEDS_SPACE = ("create", "write", "serialize", "make_folder")
 
 
 class Killed(BaseException):
@@ -36,7 +36,10 @@ class Faults:
             if self.at is None or number < self.at or (self.kind == "full" and number > self.at and not needs_space):
                 return operation(*args)
             if number == self.at and name == "write":
-                operation(args[0], memoryview(args[1])[: len(args[1]) // 2])
+                operation(args[0], args[1][: len(args[1]) // 2])
+            if number == self.at and name == "serialize":
+                operation(*args)
+                os.truncate(args[0], os.path.getsize(args[0]) // 2)
             raise Killed(name) if self.kind == "kill" else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         needs_space = name in NEEDS_SPACE

@@ -129,7 +129,7 @@ def test_without_the_exchange_a_failure_is_seen(tmp_path: Path, monkeypatch: pyt
 def test_every_operation_of_the_disk_is_counted() -> None:
     public = {name for name, value in vars(folder).items() if callable(value) and value.__module__ == folder.__name__}
     assert {name for name in public if not name.startswith("_")} == {
-        *(*OPERATIONS, "write_file", "replacing", "check_replaceable", "existing")
+        *(*OPERATIONS, "write_file", "write_tensors", "replacing", "check_replaceable", "existing")
     }
 
 

@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fxfusion.checkpoints import shards
-from fxfusion.checkpoints.shards import DTYPES, INDEX, SINGLE, ShardLayout, TensorFacts, write_shards
+from fxfusion.checkpoints.folder import serialize
+from fxfusion.checkpoints.shards import INDEX, SINGLE, ShardLayout, TensorFacts, stored_dtypes, write_shards
 from fxfusion.errors import CheckpointError
 
 TENSORS = {
@@ -63,36 +64,52 @@ def test_one_file_has_no_index_and_several_do(tmp_path: Path) -> None:
         assert name in load_file(tmp_path / "two" / file)
 
 
-@pytest.mark.parametrize("code", sorted(DTYPES))
+@pytest.mark.parametrize("code", sorted(stored_dtypes()))
 def test_every_dtype(tmp_path: Path, code: str) -> None:
-    value = torch.arange(4).to(DTYPES[code])
+    value = torch.arange(4).to(stored_dtypes()[code])
     write_shards(tmp_path, [TensorFacts.of("x", value)], [("x", value)])
     with safe_open(tmp_path / SINGLE, "pt") as file:
         assert file.get_slice("x").get_dtype() == code
     assert load_file(tmp_path / SINGLE)["x"].double().equal(value.double())
 
 
-def test_large_tensors_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_CHUNK", 8)
+def test_tensors_that_share_memory_are_written_one_by_one(tmp_path: Path) -> None:
+    whole = torch.randn(4, 3)
+    tensors = {"whole": whole, "again": whole, "upper": whole[:2], "lower": whole[2:], "none": whole[:0]}
+    write_shards(tmp_path, facts(tensors), tensors.items())
+    found = read(tmp_path)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_file_of_tensors_has_the_rights_of_other_files(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("x")
     write_shards(tmp_path, facts(TENSORS), TENSORS.items())
-    assert torch.equal(read(tmp_path)["transposed"], TENSORS["transposed"])
+    assert (tmp_path / SINGLE).stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_one_tensor_is_held_at_a_time(tmp_path: Path) -> None:
+def test_one_shard_is_held_at_a_time(tmp_path: Path) -> None:
     alive: list[int] = []
 
     def made() -> Iterator[tuple[str, Tensor]]:
-        seen: list[weakref.ref[Tensor]] = []
+        seen: list[weakref.ref[Any]] = []
         for name in names:
             alive.append(sum(one() is not None for one in seen))
             value = torch.ones(4)
-            seen.append(weakref.ref(value))
+            seen.append(weakref.ref(value.untyped_storage()))
             yield name, value
             del value
 
     names = [f"t{number}" for number in range(6)]
-    write_shards(tmp_path, [TensorFacts(name, (4,), torch.float32) for name in names], made())
-    assert max(alive) <= 1
+    write_shards(tmp_path, [TensorFacts(name, (4,), torch.float32) for name in names], made(), 32)
+    assert alive == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """Errors of the library become those of the system, which a folder's writer knows."""
+    with pytest.raises(OSError, match="No such file"):
+        write_shards(tmp_path / "gone", facts(TENSORS), TENSORS.items())
+    with pytest.raises(OSError, match=r"error"):
+        serialize(tmp_path / "gone" / SINGLE, TENSORS | {"transposed": torch.ones(2)})
 
 
 @pytest.mark.parametrize(
