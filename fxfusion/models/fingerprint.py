@@ -85,16 +85,17 @@ def check_fits(plan: FusionPlan, model: nn.Module) -> None:
     problem = plan.unknown_layer(found.layers)
     if problem is not None:
         raise PlanError(f"plan: {located(*problem)}")
-    if plan.model is not None and _has_other_weights(plan.model, found):
+    if plan.model is not None and _has_other_weights(plan.model, found, refitted=plan.refit is not None):
         message = "plan: model.weights differs: the plan was made with other weights of such a model; measure it anew"
         warnings.warn(message, stacklevel=2)
 
 
-def _has_other_weights(wanted: ModelFacts, found: ModelFacts) -> bool:
-    """By what stands outside the layers; where all names, shapes and dtypes are the same, by every tensor."""
+def _has_other_weights(wanted: ModelFacts, found: ModelFacts, *, refitted: bool) -> bool:
+    """By what stands outside the layers; where all names, shapes and dtypes are the same, by every tensor. `refitted`:
+    since the plan was made, which gave layers new weights, and nothing outside them."""
     if None not in (wanted.weights, found.weights) and wanted.weights != found.weights:
         return True
-    if wanted.tensors is None or found.tensors is None:
+    if refitted or wanted.tensors is None or found.tensors is None:
         return False
     (before, _, one), (now, _, other) = wanted.tensors.partition(":"), found.tensors.partition(":")
     return before == now and one != other

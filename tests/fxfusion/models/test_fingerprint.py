@@ -185,6 +185,20 @@ def test_a_plan_of_other_layers_warns_in_the_same_precision_only() -> None:
         check_fits(plan, other.bfloat16())
 
 
+def test_a_refit_gives_layers_other_weights_and_nothing_outside() -> None:
+    refit = {"reference": "intact", "later": "none", "tokens": 8, "held_out_tokens": 8, "fingerprint": "0" * 16}
+    refit |= {"loss_before": 2.0, "loss_after": 1.0}
+    plan, other = FusionPlan(model=facts_of(decoder()), refit=refit), decoder()
+    one_bit(other.model.layers[2].mlp.up_proj.weight, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_fits(plan, other)
+    with pytest.warns(UserWarning, match="was made with other weights"):
+        check_fits(plan.replace(refit=None), other)
+    with pytest.warns(UserWarning, match="was made with other weights"):
+        check_fits(plan, decoder(seed=1))
+
+
 def test_the_meta_device_has_no_weights() -> None:
     with torch.device("meta"):
         model = decoder()
