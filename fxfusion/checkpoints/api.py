@@ -112,8 +112,8 @@ def from_pretrained(
     Args:
         directory: the folder.
         dtype: what floating-point tensors are cast to, such as `torch.bfloat16` or `"bfloat16"`; None and `"auto"` keep
-            them as they are stored. Folders whose tensors transformers converts are read in one dtype, and a warning
-            says where that rounds.
+            them as they are stored. Tensors that transformers converts are read in one dtype, and a warning says where
+            that rounds.
         device: where the model goes.
         fused: apply the plan's groups; without, only the attention that it drops is dropped. A nemotron-nas folder
             that fxfusion wrote gives the model from before it was fused, of its own class: weights bit for bit with

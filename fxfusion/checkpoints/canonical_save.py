@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN, Filling, changed_own
-from fxfusion.checkpoints.empty_model import check_plain, empty_model, outline, own_tensors, tied_names
+from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN
+from fxfusion.checkpoints.empty_model import changed_own, check_plain, empty_model, outline, own_tensors, tied_names
 from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
@@ -33,6 +33,7 @@ from fxfusion.models.drop_attention import drop_traced
 from fxfusion.models.ffn_surgery.fuse import fuse, missing_drops
 from fxfusion.models.ffn_surgery.record import fused_state, plan_of
 from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
+from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.models.fingerprint import check_fits, decoder_layers, facts_of
 from fxfusion.models.intact_config import intact_config
 from fxfusion.models.no_attention import NoAttention, NoNorm
@@ -247,7 +248,9 @@ def prove_zeros(reader: CheckpointReader, config: Any, without: Mapping[int, nn.
     kinds = {_kind(layers[number]): number for number in sorted(without, reverse=True)}
     chosen = sorted(kinds.values())
     names = [name for name in own_tensors(model) if layer_number(name, path) in (None, *chosen)]
-    Filling(reader=reader, stored={name: name for name in names}, dtypes={}).some(model, names)
+    for name in names:
+        set_parameter(model, name, reader.read(name))
+    model.tie_weights()
     model.set_submodule(path, nn.ModuleList(layers[number] for number in chosen))
     ids = proof_tokens(model)
     with_zeros = full_logits(model, ids)

@@ -6,7 +6,7 @@ empty_model(config)    parameters on the meta device, buffers real, since no fil
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.checkpoints.reading import CheckpointReader
-from fxfusion.checkpoints.shards import TensorFacts
-from fxfusion.errors import CheckpointError
+from fxfusion.errors import CheckpointError, SurgeryError
 from fxfusion.models.adapters.wrappers import find_wrappers
+from fxfusion.models.ffn_surgery.fuse import fuse
+from fxfusion.models.ffn_surgery.record import fused_state
+from fxfusion.plan.fusion_plan import FusionPlan
+
+log = logging.getLogger("fxfusion")
 
 # Of the buffers that a config asks for. Real ones are a few megabytes; masks of long contexts may have more.
 _MAX_BUFFER_BYTES = 2**32
-_OLD_BUFFERS = re.compile(r"rotary_emb\.inv_freq$")  # stored by old versions of transformers, computed by new ones
 
 
 # Settings by which a config names code, or other files: classes in the folder, kernels on the hub, patches of classes.
@@ -83,6 +85,22 @@ def check_buffers(model: nn.Module) -> None:
     size = sum(value.nbytes for value in model.buffers())
     if size > _MAX_BUFFER_BYTES:
         raise CheckpointError(f"the config asks for buffers of {size} bytes, more than {_MAX_BUFFER_BYTES}")
+
+
+def fuse_on_meta(model: Any, plan: FusionPlan, shards: int) -> bool:
+    """Apply a plan to a model without weights. False where its code does not run on the meta device: such a model is
+    fused when it has its weights."""
+    try:
+        with all_on_meta(model):
+            fuse(model, plan, shards=shards)
+    except SurgeryError as error:
+        log.info("the plan is applied after the weights are read, since it cannot be before: %s", error)
+        return False
+    state = fused_state(model)
+    if state is not None:
+        gone = (*state.shells.values(), *state.parts.values())
+        real_empties(part for shell in gone for part in shell.modules())
+    return True
 
 
 @contextmanager
@@ -173,35 +191,24 @@ def own_tensors(model: Any) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in tied}
 
 
-def stored_names(model: Any, reader: CheckpointReader) -> dict[str, str]:
-    """For each tensor that the model expects, the name by which the folder has it.
+def changes_stored(model: Any) -> bool:
+    """Whether transformers stores some tensors of such a model in another form than the model has them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
-    Checkpoints of the bare decoder lack the first part of every name, and of two tied tensors either may be there.
-    Raises `CheckpointError` where something is missing, left over, or of another shape or kind.
-    """
-    tied = tied_names(model)
-    own = own_tensors(model)
-    stored = reader.stored
-    prefix = f"{model.base_model_prefix}."
-    found: dict[str, str] = {}
-    for name in own:
-        same = [name, *(target for target, source in tied.items() if source == name)]
-        choices = [*same, *(one.removeprefix(prefix) for one in same)]
-        found[name] = next((choice for choice in choices if choice in stored), name)
-    reader.check(
-        (TensorFacts(found[name], tuple(value.shape), value.dtype) for name, value in own.items()),
-        optional=[*tied, *_ignored(model, stored)],
-    )
-    for target, source in tied.items():
-        if target in stored and found[source] != target and not reader.read(target).equal(reader.read(found[source])):
-            raise CheckpointError(
-                f"{reader.folder.path}: the config says that {target} is {source}, and the files have two tensors that "
-                "differ; set tie_word_embeddings to false in config.json"
-            )
-    return found
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
-def _ignored(model: Any, stored: Mapping[str, TensorFacts]) -> Iterable[str]:
-    """Names that transformers leaves out of such models without a word."""
-    patterns = [re.compile(one) for one in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    return [name for name in stored if any(one.search(name) for one in (*patterns, _OLD_BUFFERS))]
+def changed_own(model: Any) -> tuple[str, bool] | None:
+    """A tensor that transformers would take for another one if a folder had it by the model's own name, and whether it
+    would change its values, too; None where there is none."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    converters = [one for one in known if isinstance(one, WeightConverter)]
+    renamings: list[Any] = [one for one in known if not isinstance(one, WeightConverter)]
+    for name in own_tensors(model) if known else ():
+        renamed, pattern = rename_source_key(name, renamings, converters)
+        if renamed != name or pattern is not None:
+            return name, pattern is not None
+    return None

@@ -3,16 +3,22 @@
     folder -> index and headers (names, shapes, dtypes, sizes) -> compared with what the model expects -> values
 
 Only safetensors files are read, never a pickle and never code. Files lie in the folder itself; a link may only lead
-to a place inside it, or to the `blobs` of the hub's cache that the folder is a snapshot in.
+to a place inside it, or to the `blobs` of the hub's cache that the folder is a snapshot in. Which tensor of a folder is
+which of a model's is known to transformers, which also converts some (experts one by one, other names or layouts):
+`read_model` gives it the tensors, one after the other, and nothing is left at random values.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfusion.checkpoints.empty_model import changes_stored, check_buffers, own_tensors, tied_names
 from fxfusion.checkpoints.folder import existing
-from fxfusion.checkpoints.shards import INDEX, SINGLE, TensorFacts, stored_dtypes
+from fxfusion.checkpoints.shards import INDEX, SINGLE, TensorFacts, byte_bar, stored_dtypes
 from fxfusion.errors import CheckpointError
+from fxfusion.models.ffn_surgery.widen import set_parameter
 
 _MAX_CONFIG, _MAX_INDEX, _MAX_HEADER = 2**22, 2**26, 2**25  # bytes; the largest known ones have a tenth of that
+_ADAPTER = "adapter_config.json"
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
 _CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
@@ -133,12 +142,25 @@ class CheckpointReader:
             if found is None:
                 hint = f"; it has {min(unexpected)}, which the model lacks" if unexpected else ""
                 raise CheckpointError(f"{self.folder.path} lacks the tensor {name}{hint}")
-            if found.shape != facts.shape:
-                raise CheckpointError(f"{self._place(name)} is {list(found.shape)}, the model's is {list(facts.shape)}")
-            if found.dtype != facts.dtype and not {found.dtype, facts.dtype} <= _CASTABLE:
-                raise CheckpointError(f"{self._place(name)} is {found.dtype}, the model's is {facts.dtype}")
+            self.check_one(name, facts)
         if unexpected:
             raise CheckpointError(f"{self._place(min(unexpected))} is no tensor of the model")
+
+    def check_one(self, name: str, expected: TensorFacts) -> None:
+        """Raises `CheckpointError` where a tensor has another shape, or is of another kind."""
+        found = self.stored[name]
+        if found.shape != expected.shape:
+            raise CheckpointError(f"{self._place(name)} is {list(found.shape)}, the model's is {list(expected.shape)}")
+        if found.dtype != expected.dtype and not {found.dtype, expected.dtype} <= _CASTABLE:
+            raise CheckpointError(f"{self._place(name)} is {found.dtype}, the model's is {expected.dtype}")
+
+    def main_dtype(self) -> torch.dtype:
+        """The dtype of most of what is stored."""
+        sizes: Counter[torch.dtype] = Counter()
+        for facts in self.stored.values():
+            if facts.dtype.is_floating_point:
+                sizes[facts.dtype] += facts.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
     def read(self, name: str) -> Tensor:
         """The values of one tensor, on the CPU, in memory of their own."""
@@ -151,6 +173,138 @@ class CheckpointReader:
 
     def _place(self, name: str) -> str:
         return f"{self.folder.path / self.files[name]}: {name}"
+
+
+def read_model(
+    reader: CheckpointReader,
+    outline: Any,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    as_stored: bool = False,
+    progress: bool = False,
+) -> Any:
+    """The model of a folder as transformers reads it, in eval mode on the CPU.
+
+    Args:
+        outline: the model on the meta device.
+        config: its config, which becomes the new model's.
+        dtype: of all floating-point tensors, but those that the class keeps in float32.
+        as_stored: give those that need no conversion the dtype that they are stored in, and warn where another is
+            rounded.
+
+    Raises:
+        CheckpointError: that names a tensor which is missing, left over, or of another shape or kind.
+    """
+    folder = reader.folder
+    if folder.has(_ADAPTER):
+        raise CheckpointError(f"{folder.path / _ADAPTER}: the folder holds adapters; load them with PEFT")
+    _check_before(reader, outline)
+    try:
+        with _silent(), byte_bar(progress, "Reading", sum(one.nbytes for one in reader.stored.values())) as advance:
+            model, found = type(outline).from_pretrained(
+                None,
+                config=config,
+                dtype=dtype,
+                state_dict={name: _Stored(reader, name, advance) for name in reader.stored},
+                ignore_mismatched_sizes=True,  # which are errors here
+                output_loading_info=True,
+            )
+    except Exception as error:  # whatever the library and its conversions make of bad files
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder.path}: transformers cannot load its tensors: {reason}") from error
+    _check_after(reader, outline, model, found)
+    if as_stored:
+        kept = _keep_dtypes(reader, model)
+        wider = [one for name, one in reader.stored.items() if one.dtype.is_floating_point and name not in kept]
+        lost = next((one for one in wider if one.dtype.itemsize > dtype.itemsize), None)
+        if lost is not None:
+            warnings.warn(f"{lost} is read as {dtype}, as most of {folder.path} is", stacklevel=3)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor of a folder, read when transformers asks for its values."""
+
+    reader: CheckpointReader
+    name: str
+    advance: Callable[[int], None]
+
+    def __getitem__(self, part: Any) -> Tensor:
+        self.advance(self.reader.stored[self.name].nbytes)
+        return self.reader.read(self.name)[part]
+
+    def get_shape(self) -> list[int]:
+        return list(self.reader.stored[self.name].shape)
+
+
+def _same_names(reader: CheckpointReader, model: Any) -> Iterator[tuple[str, str, Tensor]]:
+    """Tensors that folder and model have by one name: that in the folder (of the bare decoder, without its first part),
+    the model's, and the model's tensor."""
+    prefix = f"{model.base_model_prefix}."
+    for name, value in own_tensors(model).items():
+        stored = next((one for one in (name, name.removeprefix(prefix)) if one in reader.stored), None)
+        if stored is not None:
+            yield stored, name, value
+
+
+def _check_before(reader: CheckpointReader, outline: Any) -> None:
+    """Before memory is taken: what the config asks for is in the files. Conversions move values and make none."""
+    check_buffers(outline)
+    for stored, _, value in () if changes_stored(outline) else _same_names(reader, outline):
+        reader.check_one(stored, TensorFacts.of(stored, value))
+    wanted = sum(value.numel() for value in own_tensors(outline).values())
+    there = sum(math.prod(facts.shape) for facts in reader.stored.values())
+    if wanted > there:
+        raise CheckpointError(f"{reader.folder.path}: the config asks for {wanted} values, and the files have {there}")
+
+
+def _check_after(reader: CheckpointReader, outline: Any, model: Any, found: Mapping[str, Any]) -> None:
+    """What transformers itself lets pass, or only logs."""
+    path = reader.folder.path
+    left = min(found["unexpected_keys"], default=None)
+    if found["missing_keys"]:
+        hint = "" if left is None else f"; it has {left}, which the model lacks"
+        raise CheckpointError(f"{path} lacks the tensor {min(found['missing_keys'])}{hint}")
+    for name, there, wanted in found["mismatched_keys"]:
+        raise CheckpointError(f"{path}: {name} is {list(there)}, the model's is {list(wanted)}")
+    if left is not None:
+        raise CheckpointError(f"{path}: {left} is no tensor of the model")
+    for target, source in tied_names(outline).items():
+        if model.get_parameter_or_buffer(target) is not model.get_parameter_or_buffer(source):
+            raise CheckpointError(
+                f"{path}: the config says that {target} is {source}, and the files have two tensors that differ; set "
+                "tie_word_embeddings to false in config.json"
+            )
+
+
+def _keep_dtypes(reader: CheckpointReader, model: Any) -> set[str]:
+    """Give tensors the dtype that they are stored in; names, in the folder, of all that have it."""
+    kept = set()
+    for stored, name, value in list(_same_names(reader, model)):
+        if value.shape == reader.stored[stored].shape:
+            kept.add(stored)
+            if value.dtype != reader.stored[stored].dtype:
+                set_parameter(model, name, reader.read(stored))
+    model.tie_weights()
+    return kept
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without bars and reports of transformers: what is wrong is an error here."""
+    from transformers.utils import logging as transformers_logging
+
+    before, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def notes_in(folder: SafeFolder, name: str) -> dict[str, str]:

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.checkpoints.canonical_load import PLAN, fuse_on_meta, main_dtype, read_generation_config, read_plan
-from fxfusion.checkpoints.empty_model import config_of, empty_model, own_tensors
+from fxfusion.checkpoints.canonical_load import PLAN, read_generation_config, read_plan
+from fxfusion.checkpoints.empty_model import config_of, empty_model, fuse_on_meta, own_tensors
 from fxfusion.checkpoints.folder import write_file
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.layout import Layout, Piece
@@ -91,7 +91,7 @@ def load_unfused(
     """
     reader = CheckpointReader.open(directory)
     kept = _Kept.read(reader.folder)
-    model = kept.fused_outline(main_dtype(reader))
+    model = kept.fused_outline(reader.main_dtype())
     layout = Layout.of(model)
     optional = ["lm_head.weight"] if layout.config.tie_word_embeddings else []
     reader.check((piece.facts for piece in layout.pieces), optional)

@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import fxfusion
 from fxfusion.checkpoints import canonical_load
-from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN, changed_own, changes_stored, load
+from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN, load
 from fxfusion.checkpoints.canonical_save import save
+from fxfusion.checkpoints.empty_model import changed_own, changes_stored
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.errors import CheckpointError, OptionError, PlanError
 from tests.end_to_end.caching import decoder, off, recomputed, token_ids
@@ -368,12 +369,19 @@ def test_settings_that_patch_classes_or_name_other_files_are_left_out(tmp_path: 
     assert not hasattr(config, "fusion_config") and getattr(config, "transformers_weights", None) is None
 
 
-def test_a_rounding_on_the_way_is_said(tmp_path: Path) -> None:
+def test_what_is_stored_in_other_dtypes_keeps_them_and_a_rounding_on_the_way_is_said(tmp_path: Path) -> None:
     model_of("mixtral").bfloat16().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float() / 3
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
-    with pytest.warns(UserWarning, match=r"model.norm.weight \[32\] float32 is read as torch.bfloat16"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = fxfusion.from_pretrained(tmp_path)
+    assert found.dtype == torch.bfloat16 and found.model.norm.weight.equal(tensors["model.norm.weight"])
+    assert fxfusion.from_pretrained(tmp_path, dtype="bfloat16").model.norm.weight.dtype == torch.bfloat16
+    expert = next(name for name in tensors if ".experts.1." in name)
+    save_file({**tensors, expert: tensors[expert].float()}, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.warns(UserWarning, match=rf"{expert} \[.*\] float32 is read as torch.bfloat16"):
         fxfusion.from_pretrained(tmp_path)
 
 
