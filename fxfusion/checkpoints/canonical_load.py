@@ -68,10 +68,16 @@ def load(
     if plan is not None and plan.refit is not None:
         write_refit(model.config, plan.refit)
     model.config.dtype = built
+    return handed_out(model.to(device), directory, generation)
+
+
+def handed_out(model: Any, directory: str | os.PathLike[str], generation: Any) -> Any:
+    """A model that was read from a folder, in eval mode, with what its next save asks for. `generation`: as of
+    `read_generation_config`."""
     model.name_or_path = model.config._name_or_path = os.fspath(directory)
     if generation is not None:
         model.generation_config = generation
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _is_canonical(reader: CheckpointReader, intact: Any) -> bool:

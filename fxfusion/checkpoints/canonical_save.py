@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.checkpoints.canonical_load import CONFIG, GENERATION_CONFIG, PLAN
+from fxfusion.checkpoints.canonical_load import CONFIG, PLAN
+from fxfusion.checkpoints.companions import write_beside
 from fxfusion.checkpoints.empty_model import changed_own, check_plain, empty_model, outline, own_tensors, tied_names
 from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.reading import CheckpointReader
@@ -66,14 +67,9 @@ def save(
         tensors = CanonicalTensors.of(bare, plan)
         config = tensors.config
         write_file(folder / CONFIG, config.to_json_string())
-        if getattr(bare, "generation_config", None) is not None:
-            write_file(folder / GENERATION_CONFIG, bare.generation_config.to_json_string())
+        write_beside(folder, bare, tokenizer, card)
         if tensors.plan.groups or tensors.plan.dropped_attention:
             tensors.plan.save(folder / PLAN)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if card is not None:
-            write_file(folder / "README.md", card)
         write_shards(folder, tensors.facts, tensors.values(bare), max_shard_size, progress)
         if tensors.zeros:
             prove_zeros(CheckpointReader.open(folder), config, tensors.layers_without)

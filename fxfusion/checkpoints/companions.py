@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fxfusion.checkpoints.folder import write_file
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.errors import CheckpointError
 from fxfusion.plan.fusion_plan import FusionPlan
@@ -71,6 +72,16 @@ class Companions:
             raise CheckpointError(
                 f"the tokenizer ({type(self.tokenizer).__name__}) cannot be saved: {error}"
             ) from error
+
+
+def write_beside(folder: Path, model: Any, tokenizer: Any, card: str | None) -> None:
+    """What every format has beside config and weights, into an existing folder. None for what there is not."""
+    if getattr(model, "generation_config", None) is not None:
+        write_file(folder / "generation_config.json", model.generation_config.to_json_string())
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if card is not None:
+        write_file(folder / CARD, card)
 
 
 def base_name(model: Any) -> str:

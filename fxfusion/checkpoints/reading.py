@@ -33,7 +33,7 @@ from fxfusion.checkpoints.shards import INDEX, SINGLE, TensorFacts, byte_bar, st
 from fxfusion.errors import CheckpointError
 from fxfusion.models.ffn_surgery.widen import set_parameter
 
-_MAX_CONFIG, _MAX_INDEX, _MAX_HEADER = 2**22, 2**26, 2**25  # bytes; the largest known ones have a tenth of that
+_MAX_CONFIG, _MAX_INDEX = 2**22, 2**26  # bytes; the largest known ones have a tenth of that
 _ADAPTER = "adapter_config.json"
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
 _CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -342,30 +342,16 @@ def _placed(folder: SafeFolder) -> dict[str, list[str]]:
 
 
 def _header(folder: SafeFolder, name: str) -> Iterator[TensorFacts]:
-    """What a file says about its tensors. The library checks that sizes and offsets agree with the file's length."""
+    """What a file says about its tensors. The library checks the header, and sizes and offsets by the file's length."""
     path = folder.file(name)
-    with _naming(folder.path / name):
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        size = os.stat(path).st_size
-        if not 2 <= length <= size - 8:
-            raise CheckpointError(
-                f"{folder.path / name} is cut off, or no safetensors file: a header of {length} bytes in {size}"
-            )
-        if length > _MAX_HEADER:
-            raise CheckpointError(
-                f"{folder.path / name} has a header of {length} bytes, more than {_MAX_HEADER}: not read"
-            )
-        known = stored_dtypes()
-        with _opened(path) as tensors:
-            for tensor in tensors.keys():  # noqa: SIM118  (no mapping)
-                part = tensors.get_slice(tensor)
-                code = part.get_dtype()
-                if code not in known:
-                    raise CheckpointError(
-                        f"{folder.path / name}: {tensor} has the dtype {code}, which is not supported"
-                    )
-                yield TensorFacts(tensor, tuple(part.get_shape()), known[code])
+    known = stored_dtypes()
+    with _naming(folder.path / name), _opened(path) as tensors:
+        for tensor in tensors.keys():  # noqa: SIM118  (no mapping)
+            part = tensors.get_slice(tensor)
+            code = part.get_dtype()
+            if code not in known:
+                raise CheckpointError(f"{folder.path / name}: {tensor} has the dtype {code}, which is not supported")
+            yield TensorFacts(tensor, tuple(part.get_shape()), known[code])
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.texts import batches_from_text
+from fxfusion.checkpoints.canonical_load import CONFIG
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.cli.options import check_folder
@@ -37,7 +38,7 @@ _PROBE = 8  # tokens
 def is_nemotron(folder: Path) -> bool:
     """Whether a folder is in the nemotron-nas layout, whose classes are ours: those of the folder are never run."""
     try:
-        return bool(SafeFolder.of(folder).json(nemotron.CONFIG).get("model_type") == nemotron.MODEL_TYPE)
+        return bool(SafeFolder.of(folder).json(CONFIG).get("model_type") == nemotron.MODEL_TYPE)
     except CheckpointError:  # whoever reads the file says what is wrong with it
         return False
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from fxfusion.checkpoints.companions import write_beside
 from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.layout import Layout
@@ -116,12 +117,7 @@ def save(
         write_file(folder / "config.json", json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
         for name in CODE_FILES:
             write_file(folder / name, (resources.files(__package__) / name).read_text("utf-8"))
-        if card is not None:
-            write_file(folder / "README.md", card)
-        if getattr(bare, "generation_config", None) is not None:
-            write_file(folder / "generation_config.json", bare.generation_config.to_json_string())
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+        write_beside(folder, bare, tokenizer, card)
         write_members(folder, bare)
         values = ((piece.facts.name, piece.take(layout.state)) for piece in layout.pieces)
         write_shards(folder, plan.tensors, values, max_shard_size, progress)

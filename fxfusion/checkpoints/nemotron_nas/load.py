@@ -6,11 +6,13 @@ config.json -> `DeciLMConfig` -> decoder without memory -> names and shapes comp
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from fxfusion.checkpoints.canonical_load import CONFIG, handed_out, read_generation_config
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import Block, DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
 from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder, finish, give_angles, put
@@ -18,7 +20,6 @@ from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
 from fxfusion.checkpoints.shards import TensorFacts, byte_bar
 from fxfusion.errors import CheckpointError
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 MODEL_TYPE = "nemotron-nas"
 # Settings that name code or devices of the machine where the folder was written.
 _NOT_OURS = ("auto_map", "attn_implementation", "fxfusion", "kv_sharing_modes", "use_flash_attention_2")
@@ -44,7 +45,7 @@ def load(
         CheckpointError: that names file, tensor or setting.
     """
     reader = CheckpointReader.open(directory)
-    config = read_config(reader.folder)
+    config, generation = read_config(reader.folder), read_generation_config(reader.folder)
     with _naming(reader.folder, "cannot be built"):
         decoder = empty_decoder(config)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -59,9 +60,8 @@ def load(
             advance(value.nbytes)
             put(decoder, facts.name, torch.nn.Parameter(value.to(device=device, dtype=wanted)))
     decoder.config.dtype = decoder.dtype
-    decoder.name_or_path = decoder.config._name_or_path = os.fspath(directory)
-    _read_generation_config(decoder, reader.folder)
-    return finish(decoder)
+    loaded: DeciLMForCausalLM = handed_out(finish(decoder), directory, generation)
+    return loaded
 
 
 def outline_of(folder: SafeFolder, config: DeciLMConfig | None = None) -> DeciLMForCausalLM:
@@ -102,24 +102,12 @@ def note_missing_attention(config: DeciLMConfig) -> DeciLMConfig:
     return config
 
 
-def _read_generation_config(decoder: Any, folder: SafeFolder) -> None:
-    from transformers import GenerationConfig
-
-    if folder.has(GENERATION_CONFIG):
-        with _naming(folder, "is not valid", GENERATION_CONFIG):
-            decoder.generation_config = GenerationConfig(**folder.json(GENERATION_CONFIG))
-
-
-class _naming:
+@contextmanager
+def _naming(folder: SafeFolder, what: str, name: str = CONFIG) -> Iterator[None]:
     """Whatever a class of transformers does not like about a file becomes an error that names it."""
-
-    def __init__(self, folder: SafeFolder, what: str, name: str = CONFIG) -> None:
-        self.where, self.what = folder.path / name, what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
-            cause = error.__cause__ or error
-            raise CheckpointError(f"{self.where} {self.what}: {cause}") from error
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{folder.path / name} {what}: {error.__cause__ or error}") from error

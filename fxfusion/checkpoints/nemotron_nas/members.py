@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.checkpoints.canonical_load import PLAN, read_generation_config, read_plan
+from fxfusion.checkpoints.canonical_load import PLAN, handed_out, read_generation_config, read_plan
 from fxfusion.checkpoints.empty_model import config_of, empty_model, fuse_on_meta, own_tensors
 from fxfusion.checkpoints.folder import write_file
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
@@ -107,12 +107,8 @@ def load_unfused(
     if kept.plan.refit is not None:
         warnings.warn(f"{directory} was refitted for its fused form; without, it is another model", stacklevel=3)
         write_refit(model.config, kept.plan.refit)
-    generation = read_generation_config(reader.folder)
-    if generation is not None:
-        model.generation_config = generation
-    model.name_or_path = model.config._name_or_path = os.fspath(directory)
     model.config.dtype = dtype or model.dtype
-    return model.to(device=device, dtype=dtype).eval()
+    return handed_out(model.to(device=device, dtype=dtype), directory, read_generation_config(reader.folder))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fxfusion.checkpoints import reading
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
 from fxfusion.checkpoints.shards import INDEX, SINGLE, TensorFacts
 from fxfusion.errors import CheckpointError
@@ -140,8 +139,8 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
     (lambda folder: (folder / INDEX).write_text("{"), f"{INDEX} cannot be read as JSON"),
     (lambda folder: (folder / INDEX).write_text("[" * 10**5), f"{INDEX} cannot be read as JSON"),
     (lambda folder: (folder / INDEX).write_text("[]"), f"{INDEX} holds a list"),
-    (lambda folder: (folder / SECOND).write_bytes(b""), f"{SECOND} is cut off"),
-    (lambda folder: (folder / SECOND).write_bytes(raw({}, length=2**50)), f"{SECOND} is cut off.*{2**50} bytes"),
+    (lambda folder: (folder / SECOND).write_bytes(b""), f"{SECOND} cannot be read.*header too small"),
+    (lambda folder: (folder / SECOND).write_bytes(raw({}, length=2**50)), f"{SECOND} cannot be read.*header too large"),
     (lambda folder: (folder / SECOND).write_bytes(raw("x" * 9)), f"{SECOND} cannot be read"),
     (
         lambda folder: save_file({"b": TENSORS["b"][:3]}, folder / SECOND),
@@ -159,13 +158,6 @@ def test_a_bad_folder_is_refused_by_name(folder: Path, spoil: Callable[[Path], N
     open_and_check(folder)
     spoil(folder)
     with pytest.raises(CheckpointError, match=f"(?s){why}"):
-        open_and_check(folder)
-
-
-def test_a_huge_header_is_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_MAX_HEADER", 64)
-    (folder / SECOND).write_bytes(raw({"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "x": " " * 99}))
-    with pytest.raises(CheckpointError, match=f"{SECOND} has a header of .* more than 64: not read"):
         open_and_check(folder)
 
 
