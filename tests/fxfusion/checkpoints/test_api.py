@@ -15,7 +15,6 @@ from bench.reference import MODEL_FOLDER, heldout_batches, load_model
 from fxfusion.errors import CheckpointError, OptionError, PlanError
 from tests.end_to_end.caching import RED, off, recomputed
 from tests.fxfusion.checkpoints import models
-from tests.fxfusion.checkpoints.models import logits
 
 PLAN = {"dropped_attention": [5, 6, 7, 8, 9], "groups": [[4, 5, 6], [7, 8, 9]]}
 
@@ -66,14 +65,6 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.filterwarnings("ignore:no tokenizer")
-def test_the_other_format_is_read_by_its_own_reader(tmp_path: Path) -> None:
-    model = models.fused()
-    fxfusion.save_pretrained(model, tmp_path / "m", format="nemotron-nas")
-    assert "trust_remote_code=True" in (tmp_path / "m" / "README.md").read_text()
-    assert off(logits(fxfusion.from_pretrained(tmp_path / "m")), logits(model)) < 1e-5
-
-
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         fxfusion.from_pretrained(tmp_path / "m")
@@ -118,16 +109,6 @@ def test_what_is_no_part_of_the_model_is_refused_with_what_to_do(tmp_path: Path,
     quantised.config.quantization_config = {"quant_method": "x"}
     with pytest.raises(CheckpointError, match="the model is quantised .* save it first, then quantise"):
         fxfusion.save_pretrained(quantised, tmp_path / "out", format)
-
-
-@pytest.mark.filterwarnings("ignore:no tokenizer")
-def test_the_members_of_a_folder_for_engines(tmp_path: Path) -> None:
-    fxfusion.save_pretrained(models.fused("last"), tmp_path / "export", format="nemotron-nas")
-    members = fxfusion.from_pretrained(tmp_path / "export", fused=False)
-    assert torch.equal(logits(members), logits(models.dropped())), "every bit, with norm='last'"
-    fxfusion.save_pretrained(members, tmp_path / "export", format="nemotron-nas")
-    with pytest.raises(CheckpointError, match="keeps no members: it has no fxfusion_plan.yaml"):
-        fxfusion.from_pretrained(tmp_path / "export", fused=False)
 
 
 @pytest.mark.filterwarnings("ignore:no tokenizer")

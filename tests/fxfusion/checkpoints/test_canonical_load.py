@@ -246,6 +246,16 @@ print(size, memory("VmHWM") - before)
 """
 
 
+def test_a_model_has_memory_of_its_own_whatever_becomes_of_its_files(tmp_path: Path) -> None:
+    """Transformers alone would give it the pages of its file."""
+    save(models.intact(), tmp_path / "m")
+    model = load(tmp_path / "m")
+    expected = logits(model)
+    with open(tmp_path / "m" / WEIGHTS, "r+b") as file:
+        file.write(bytes((tmp_path / "m" / WEIGHTS).stat().st_size))
+    assert torch.equal(logits(model), expected)
+
+
 @pytest.mark.slow
 def test_peak_memory_is_the_model_and_the_widest_group(saved: dict[str, Path], tmp_path: Path) -> None:
     """Less, in fact: members are read and let go one projection at a time."""
@@ -347,8 +357,7 @@ def test_bad_tensors_are_refused(change: str, tmp_path: Path) -> None:
 
 def test_memory_is_not_taken_for_what_the_files_do_not_have(tmp_path: Path) -> None:
     written("mixtral", tmp_path)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(settings | {"vocab_size": 2**40}))
+    edit_config(tmp_path, vocab_size=2**40)
     with pytest.raises(CheckpointError, match=r"the config asks for \d+ values, and the files have \d+"):
         fxfusion.from_pretrained(tmp_path)
 
@@ -362,9 +371,7 @@ def test_adapters_in_the_folder_are_not_loaded(tmp_path: Path) -> None:
 
 def test_settings_that_patch_classes_or_name_other_files_are_left_out(tmp_path: Path) -> None:
     written("mixtral", tmp_path)
-    settings = json.loads((tmp_path / "config.json").read_text())
-    settings |= {"fusion_config": {"no_such": True}, "transformers_weights": "../other.safetensors"}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
+    edit_config(tmp_path, fusion_config={"no_such": True}, transformers_weights="../other.safetensors")
     config = fxfusion.from_pretrained(tmp_path).config
     assert not hasattr(config, "fusion_config") and getattr(config, "transformers_weights", None) is None
 
