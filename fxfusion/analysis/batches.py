@@ -6,16 +6,15 @@ through here, so that padding, labels and forms of output mean the same everywhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Batch = Tensor | Mapping[str, Any]
 Model = nn.Module | Callable[..., Any]
-T = TypeVar("T")
 
 _PROBE = 8  # tokens
 # How much the logits may change, relative, when a later token does: a causal model's by so many roundings where experts
@@ -142,12 +141,3 @@ def measuring(*models: Any) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def with_progress(items: Iterable[T], progress: bool, description: str) -> Iterable[T]:
-    """`items`, behind a progress bar where one is wanted (needs `rich`)."""
-    if not progress:
-        return items
-    from rich.progress import track
-
-    return track(items, description=description, total=len(items) if isinstance(items, Sized) else None)

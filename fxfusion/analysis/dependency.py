@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from fxfusion.analysis.batches import Batch, measuring, model_device, require_causal
 from fxfusion.analysis.dependency_store import MatrixState, load_matrix, save_matrix
-from fxfusion.analysis.resume import model_key, progress_bar
+from fxfusion.analysis.resume import model_key
 from fxfusion.analysis.token_batches import TokenBatch, read_batches
 from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance, pick
 from fxfusion.errors import OptionError
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.progress import reporting
 
 Unit = Literal["ffn", "block"]
 
@@ -106,7 +107,7 @@ def dependency_matrix(
         dropped_attention: measure the model without the attention of these layers.
         resume: a folder that keeps the sums after each batch; a later call with the same model and text goes
             on from there, to the same bits, and batches may be added at the end.
-        progress: show a progress bar on the error stream.
+        progress: say how far it is, on the error stream.
 
     Raises:
         OptionError: an unknown unit, a layer without attention to drop, a folder with another measurement.
@@ -125,7 +126,7 @@ def dependency_matrix(
     facts = {"unit": unit, "dropped_attention": list(traced.dropped_attention), "layers": [b.layer for b in blocks]}
     state = MatrixState.open(resume, lambda: {**facts, "model": model_key(traced)}, [batch.key for batch in read])
     rows = len(read) * len(blocks)
-    with measuring(traced.model), progress_bar(progress, f"dependency matrix ({unit})", rows) as advance:
+    with measuring(traced.model), reporting(progress, f"dependency matrix ({unit})", rows) as advance:
         advance(state.done * len(blocks))
         for batch in read[state.done :]:
             state.add(batch.key, measure_batch(traced.graph(batch.inputs), batch, unit, advance))

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfusion.analysis.batches import Model, logits_of, measuring, model_device, run_model, with_progress
+from fxfusion.analysis.batches import Model, logits_of, measuring, model_device, run_model
 from fxfusion.analysis.intervals import FRACTION, Estimate, mean_estimate, ratio_estimates
+from fxfusion.progress import each
 
 Prompt = str | Tensor | Sequence[int] | Mapping[str, Any]
 Ids = tuple[int, ...]
@@ -96,7 +97,7 @@ def greedy_agreement(
             config says, or else the model's; an empty list: nothing does.
         tokenizer: turns texts into ids and the samples back into text.
         samples: how many of the first prompts to keep, with both continuations.
-        progress: show a progress bar (needs `rich`).
+        progress: say how far it is, on the error stream.
         resamples, seed: of the bootstrap over prompts.
 
     Raises:
@@ -111,7 +112,7 @@ def greedy_agreement(
     found: dict[int, tuple[Ids, Ids]] = {}
     with measuring(model, reference):
         writers = [_writer(each, name) for each, name in ((model, "the model"), (reference, "the reference"))]
-        for numbers in with_progress(_groups(rows, batch), progress, "generate"):
+        for numbers in each(_groups(rows, batch), progress, "generate"):
             ids = torch.stack([rows[number] for number in numbers])
             ours, theirs = ([_cut(row, stops) for row in write(ids, max_new_tokens, stops)] for write in writers)
             found.update(zip(numbers, zip(ours, theirs, strict=True), strict=True))

@@ -27,10 +27,10 @@ from fxfusion.analysis.batches import (
     model_device,
     run_model,
     split_targets,
-    with_progress,
 )
 from fxfusion.analysis.divergence import LOSS_ONLY, WITH_REFERENCE, token_measures
 from fxfusion.analysis.intervals import FRACTION, POSITIVE, UNBOUNDED, Bounds, Estimate, ratio_estimates
+from fxfusion.progress import each
 
 __all__ = ["Batch", "Estimate", "Quality", "evaluate", "record_logits"]
 
@@ -94,7 +94,7 @@ def evaluate(
             with the inputs: the shift by one happens here.
         reference: a model like `model`, run beside it batch by batch, or its logits for each batch in order (see
             `record_logits`). The model itself is the control: it must give `kl` 0, `top1` 1, `loss_increase` 0.
-        progress: show a progress bar (needs `rich`).
+        progress: say how far it is, on the error stream.
         resamples: bootstrap resamples of the sequences, at least 100.
         seed: decides the resamples.
 
@@ -117,7 +117,7 @@ def evaluate(
     with measuring(model, reference):
         run = partial(run_model, model, device=model_device(model))
         others = None if reference is None else _reference_runs(reference)
-        for number, batch in enumerate(with_progress(batches, progress, "evaluate")):
+        for number, batch in enumerate(each(batches, progress, "evaluate")):
             if others is not None and (other := next(others, None)) is None:
                 raise ValueError(f"the reference has logits for {number} batches only: none for batch {number}")
             total, count = _batch_sums(run, other, as_inputs(batch, number), number)
@@ -145,7 +145,7 @@ def record_logits(model: Model, batches: Iterable[Batch], *, progress: bool = Fa
     recorded = []
     with measuring(model):
         device = model_device(model)
-        for number, batch in enumerate(with_progress(batches, progress, "reference")):
+        for number, batch in enumerate(each(batches, progress, "reference")):
             labels, inputs = split_targets(as_inputs(batch, number), number)
             recorded.append(logits_of(run_model(model, inputs, device), labels.shape, number).cpu())
     return recorded

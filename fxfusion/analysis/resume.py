@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,18 +81,3 @@ def remove_others(pattern: str, kept: Path) -> None:
     for old in kept.parent.glob(pattern):
         if old != kept and is_ours(old, MEASURED):
             old.unlink(missing_ok=True)
-
-
-@contextmanager
-def progress_bar(shown: bool, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """`advance(steps)` of a bar on the error stream (needs `rich`), or of nothing."""
-    if not shown:
-        yield lambda steps: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda steps: bar.advance(task, steps)

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from fxfusion.analysis.batches import measuring, model_device, require_causal
 from fxfusion.analysis.divergence import WITH_REFERENCE, token_measures
-from fxfusion.analysis.resume import model_key, progress_bar
+from fxfusion.analysis.resume import model_key
 from fxfusion.analysis.score_cache import Address, ScoreCache
 from fxfusion.analysis.token_batches import TokenBatch
 from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance, pick, sums_by_sequence
 from fxfusion.errors import OptionError
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import Run, TracedModel
+from fxfusion.progress import reporting
 
 Layers = tuple[int, ...]
 
@@ -58,7 +59,7 @@ class ScoreRuns:
         rounds = [len(self.layers) - step for step in range(max(1, steps))]
         per_batch = steps + 1 if self.method == "cosine" else sum(rounds)
         total = per_batch * len(self.batches)
-        with measuring(self.model), progress_bar(progress, f"attention scores ({self.method})", total) as advance:
+        with measuring(self.model), reporting(progress, f"attention scores ({self.method})", total) as advance:
             self._advance = advance
             yield
 

@@ -141,7 +141,7 @@ def attention_scores(
         layers: score (and drop) only these; default: all that have a mixer.
         cache: a JSON file that keeps every number as it is measured; a later call with the same model and
             text goes on from there, other methods and layers included.
-        progress: show a progress bar on the error stream.
+        progress: say how far it is, on the error stream.
         resamples, seed: of the bootstrap over sequences behind the 95 % intervals.
 
     Returns:

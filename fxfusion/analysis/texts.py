@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfusion.analysis.batches import with_progress
 from fxfusion.errors import OptionError
+from fxfusion.progress import each
 
 _STORED_IDS = ".safetensors"
 # What the tokenizer gets at once: enough to use its threads, little enough to stop soon when there are enough tokens.
@@ -49,7 +49,7 @@ def batches_from_text(
         seed: decides the order of the documents (an iterable without random access keeps its own) and of the rows
             read; equal arguments give equal batches. None: everything in order, files sorted by path.
         encoding: of the files.
-        progress: show a progress bar (needs `rich`).
+        progress: say how far it is, on the error stream.
 
     Returns:
         `int64 [batch, length]` each. Rows that do not fill a batch are left out.
@@ -66,7 +66,7 @@ def batches_from_text(
     fresh = length - len(start)  # tokens of text per row
     documents = _documents(source, seed, column, suffixes, encoding)
     needed = None if limit is None else limit * batch * fresh
-    tokens = _tokenize(with_progress(documents, progress, "read text"), tokenizer, end, needed)
+    tokens = _tokenize(each(documents, progress, "read text"), tokenizer, end, needed)
     if not len(tokens):
         raise OptionError(f"{_name(source)} holds no text: it is empty or blank")
     rows = tokens[: len(tokens) // fresh * fresh].view(-1, fresh)

@@ -59,7 +59,7 @@ def save_pretrained(
         max_shard_size: bytes of a file at most, or text such as `"500MB"`.
         card: what README.md should say beside base model, licence and plan: fields of `Card`, such as
             `{"quality": {"perplexity": 21.4}, "engines": ["vLLM 0.32"]}`.
-        progress: show a progress bar (needs `rich`).
+        progress: say how far it is, on the error stream.
         overwrite: replace a folder by others, with all that is in it.
 
     Raises:
@@ -119,7 +119,7 @@ def from_pretrained(
             that fxfusion wrote gives the model from before it was fused, of its own class: weights bit for bit with
             `norm="last"`, to rounding with `"fold"`; others keep no members.
         shards: see `fuse`: for tensor parallelism over so many devices.
-        progress: show a progress bar (needs `rich`).
+        progress: say how far it is, on the error stream.
 
     Returns:
         The model, in eval mode.

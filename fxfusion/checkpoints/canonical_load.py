@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxfusion.checkpoints.empty_model import changed_own, config_of, empty_model, fuse_on_meta, outline, own_tensors
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder, read_model
-from fxfusion.checkpoints.shards import TensorFacts, byte_bar
+from fxfusion.checkpoints.shards import TensorFacts
 from fxfusion.errors import CheckpointError
 from fxfusion.models.drop_record import write_refit
 from fxfusion.models.ffn_surgery.fuse import fuse
@@ -29,6 +29,7 @@ from fxfusion.models.ffn_surgery.record import FusedState, fused_state
 from fxfusion.models.ffn_surgery.residue import residue_of
 from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.progress import reporting
 
 CONFIG, GENERATION_CONFIG, PLAN = "config.json", "generation_config.json", "fxfusion_plan.yaml"
 
@@ -136,7 +137,7 @@ def _fill(
     plain = {name: name for name in own_tensors(model)} if state is None else dict(_not_fused(model, state))
     groups = () if state is None else state.recipe.parts
     names = [*plain.values(), *(name for group in groups for name in group.reads)]
-    with byte_bar(progress, "Reading", sum(reader.stored[name].nbytes for name in names)) as advance:
+    with reporting(progress, "Reading", sum(reader.stored[name].nbytes for name in names), is_bytes=True) as advance:
 
         def read(name: str) -> Tensor:
             value = reader.read(name)

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from fxfusion.checkpoints.empty_model import changes_stored, check_buffers, own_tensors, tied_names
 from fxfusion.checkpoints.folder import existing
-from fxfusion.checkpoints.shards import INDEX, SINGLE, TensorFacts, byte_bar, stored_dtypes
+from fxfusion.checkpoints.shards import INDEX, SINGLE, TensorFacts, stored_dtypes
 from fxfusion.errors import CheckpointError
 from fxfusion.models.ffn_surgery.widen import set_parameter
+from fxfusion.progress import reporting
 
 _MAX_CONFIG, _MAX_INDEX = 2**22, 2**26  # bytes; the largest known ones have a tenth of that
 _ADAPTER = "adapter_config.json"
@@ -201,7 +202,10 @@ def read_model(
         raise CheckpointError(f"{folder.path / _ADAPTER}: the folder holds adapters; load them with PEFT")
     _check_before(reader, outline)
     try:
-        with _silent(), byte_bar(progress, "Reading", sum(one.nbytes for one in reader.stored.values())) as advance:
+        with (
+            _silent(),
+            reporting(progress, "Reading", sum(one.nbytes for one in reader.stored.values()), is_bytes=True) as advance,
+        ):
             model, found = type(outline).from_pretrained(
                 None,
                 config=config,

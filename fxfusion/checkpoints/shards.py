@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from fxfusion.checkpoints.folder import write_file, write_tensors
 from fxfusion.errors import CheckpointError
+from fxfusion.progress import reporting
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = "2GB"
@@ -113,7 +113,7 @@ def write_shards(
         facts: every tensor that will come, in the order of the files.
         tensors: their values, in any order, on any device.
         max_shard_size: bytes, or text such as `"500MB"`.
-        progress: show a progress bar.
+        progress: say how far it is, on the error stream.
 
     Raises:
         CheckpointError: a tensor that is not in `facts`, comes twice, not at all, or in another shape or dtype.
@@ -123,7 +123,7 @@ def write_shards(
     places = {one.name: (file, one) for file, group in layout.files.items() for one in group}
     shards: dict[str, dict[str, Tensor]] = {file: {} for file in layout.files}
     taken: dict[str, set[int]] = {file: set() for file in layout.files}
-    with byte_bar(progress, "Writing", layout.nbytes) as advance:
+    with reporting(progress, "Writing", layout.nbytes, is_bytes=True) as advance:
         for name, tensor in tensors:
             if name not in places:
                 raise CheckpointError(f"{name} is not one of the tensors to write, or comes twice")
@@ -151,18 +151,3 @@ def _alone(tensor: Tensor, taken: set[int]) -> Tensor:
         value = value.clone()
     taken.add(value.untyped_storage().data_ptr())
     return value
-
-
-@contextmanager
-def byte_bar(shown: bool, description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """`advance(bytes)` of a bar on the error stream, or of nothing."""
-    if not shown:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda count: bar.advance(task, count)

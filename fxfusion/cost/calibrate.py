@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fxfusion.cost.hardware import Hardware, Precision
 from fxfusion.errors import OptionError
+from fxfusion.progress import each
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ def calibrate(
     kinds = _DTYPES[where.type]
     steps: list[Callable[[], float]] = [bench.bandwidth, bench.latency, bench.small_gemm]
     steps += [partial(bench.rate, kind) for kind in kinds]
-    bandwidth, latency, small_gemm, *rates = [measure() for measure in _shown(steps, progress)]
+    bandwidth, latency, small_gemm, *rates = [measure() for measure in each(steps, progress, "calibrate")]
     return Hardware(
         name=name or _name(where),
         memory=_memory(where),
@@ -153,14 +154,6 @@ def _repeated(call: Callable[[], Any], calls: int) -> Callable[[], None]:
             call()
 
     return run
-
-
-def _shown(steps: Sequence[Callable[[], float]], progress: bool) -> Iterable[Callable[[], float]]:
-    if not progress:
-        return steps
-    from rich.progress import track
-
-    return track(steps, description="calibrate")
 
 
 def _name(where: torch.device) -> str:

@@ -76,7 +76,7 @@ def make_plan(
             norm of a group's last member; groups are cut at `splits` (layers at which one begins) or where `max_bytes`
             is full, not measured.
         cache: a folder where scores, matrices and measured plans are kept: the next call measures only what is new.
-        progress: show progress bars. command: what is noted in the plan as its maker.
+        progress: say how far it is, on the error stream. command: what is noted in the plan as its maker.
 
     Without any budget only chains that the model has already are fused. Of the plans within the budget the one with
     the fewest FFNs is chosen, among those the one with the least loss (the plainest, if none is measured better); the

@@ -25,6 +25,7 @@ from fxfusion.plan.policy import NormMode
 from fxfusion.planning.latency import predictor
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.planner import Measured, Planner
+from fxfusion.progress import each
 
 _KIND = "sweep"
 _MOST_DROPS = 6  # numbers of dropped attentions that a sweep tries by itself
@@ -176,7 +177,7 @@ def _setting(device: Hardware, workload: Workload | None) -> str:
 def run_sweep(planner: Planner, drops: Sequence[int], latency: Callable[[FusionPlan], float] | None = None) -> Sweep:
     """A sweep with a planner that may have measured things already. `latency`: what predicts it [ms]."""
     found: dict[tuple[int, int], Measured] = {}
-    for number in _with_progress(drops, planner.progress):
+    for number in each(drops, planner.progress, "sweep"):
         for dropped in planner.drops(number):
             for depth in planner.depths(dropped):
                 best = planner.best_at(dropped, depth)
@@ -226,11 +227,3 @@ def _row(point: SweepPoint) -> list[Any]:
         "" if point.latency_ms is None else f"{point.latency_ms:.6g}",
         "" if point.latency_ms is None else int(point.on_latency_front),
     ]
-
-
-def _with_progress(drops: Sequence[int], progress: bool) -> Iterable[int]:
-    if not progress:
-        return drops
-    from rich.progress import track
-
-    return track(drops, description="sweep")

@@ -8,6 +8,8 @@ Every so many steps the same is measured on text for validation; the weights tha
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +24,6 @@ from fxfusion.analysis.token_batches import TokenBatch
 from fxfusion.errors import FxFusionError
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.traced import model_inputs
-from fxfusion.recovery.live import Interrupts
 from fxfusion.recovery.run_store import Progress, RunStore
 from fxfusion.recovery.student import Student, random_devices
 from fxfusion.recovery.texts import Texts
@@ -210,3 +211,28 @@ def divergence(ours: Tensor, theirs: Tensor, counted: Tensor) -> Tensor:
     p = log_p.exp()
     terms = torch.where(p == 0, 0.0, p * (log_p - log_q))
     return terms.sum() / max(1, log_q.shape[0])
+
+
+class Interrupts:
+    """Inside `with`, the first Ctrl-C only sets `asked`; the second is one as ever."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()

@@ -26,8 +26,8 @@ from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import NAME
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.traced import TracedModel
+from fxfusion.progress import reporting
 from fxfusion.recovery.distil import Distillation, Listener, Step
-from fxfusion.recovery.live import live_bar
 from fxfusion.recovery.run_store import RunStore
 from fxfusion.recovery.student import Student
 from fxfusion.recovery.texts import Texts, check_loss
@@ -76,7 +76,7 @@ def recover(
             learns is kept in float32 meanwhile.
         gradient_checkpointing: compute activations twice rather than keep them.
         cache: a folder where the run is written down every `every` steps and on Ctrl-C; the same call goes on there.
-        progress: show a bar with the losses (needs `rich`).
+        progress: say how far it is, and the losses, on the error stream.
         on_step: called with each `Step`.
 
     Returns:
@@ -139,7 +139,7 @@ def _train(
             run = Distillation(student, teacher, texts, training, store)
             before = run.start()
             _check_text(teacher, before)
-            with live_bar(progress, "recover", training.steps, run.progress.step) as advance:
+            with reporting(progress, "recover", training.steps, done=run.progress.step) as advance:
                 run.run(_telling(run, advance, on_step))
         best = run.progress.tensors.get("best")
         if best is None:
@@ -161,7 +161,7 @@ def _train(
 def _telling(run: Distillation, advance: Any, on_step: Listener | None) -> Listener:
     def tell(step: Step) -> None:
         last = run.progress.validation[-1][1]
-        advance(f"KL {step.loss:.4f}, validation {last:.4f}, best {run.best:.4f}")
+        advance(1, f"KL {step.loss:.4f}, validation {last:.4f}, best {run.best:.4f}")
         if on_step is not None:
             on_step(step)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fxfusion.analysis.batches import Batch, model_device
 from fxfusion.analysis.quality import evaluate
-from fxfusion.analysis.resume import model_key, progress_bar
+from fxfusion.analysis.resume import model_key
 from fxfusion.errors import OptionError, SurgeryError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import fused_entry, read_record, read_refit, write_refit
@@ -34,6 +34,7 @@ from fxfusion.models.fingerprint import check_fits, facts_of
 from fxfusion.models.traced import TracedModel
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.record import LayerFit, Refit
+from fxfusion.progress import reporting
 from fxfusion.recovery.fit import PENALTIES, Fitted, Fitter, Listener, check_penalties
 from fxfusion.recovery.memory import limit_or_half
 from fxfusion.recovery.projections import Projection, choose, find_projections
@@ -78,7 +79,7 @@ def refit(
             inputs and `d` outputs takes `24 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more than three
             quarters of the limit, it is solved in parts. The rest keeps streams between layers, if they fit.
         cache: a folder where each finished layer is kept; the same call goes on from there.
-        progress: show a progress bar (needs `rich`).
+        progress: say how far it is, on the error stream.
         on_layer: called with each projection and what came of it.
 
     Returns:
@@ -160,7 +161,7 @@ class _Work:
         old = {name: self.model.get_parameter(name).detach().clone() for name in _names(projections)}
         fits = store.load(self.model, projections)
         passes = len(self.texts.fit) + len(self.texts.decide)
-        with progress_bar(progress, "refit", passes * (len(projections) - len(fits))) as advance:
+        with reporting(progress, "refit", passes * (len(projections) - len(fits))) as advance:
             fitter = self._fitter(advance)
             for projection in projections[len(fits) :]:
                 fitted = fitter.fit(projection)

@@ -102,7 +102,7 @@ def save(
         model, max_shard_size, check: as of `plan_export`.
         directory: a new or empty folder, or one that fxfusion wrote and nobody changed since, which is replaced.
         tokenizer: one of transformers, written beside the model; None writes none.
-        progress: show a progress bar.
+        progress: say how far it is, on the error stream.
         card: the content of README.md.
         overwrite: replace a folder by others, with all that is in it.
 

@@ -17,8 +17,9 @@ from fxfusion.checkpoints.nemotron_nas.configuration_decilm import Block, DeciLM
 from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
 from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder, finish, give_angles, put
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
-from fxfusion.checkpoints.shards import TensorFacts, byte_bar
+from fxfusion.checkpoints.shards import TensorFacts
 from fxfusion.errors import CheckpointError
+from fxfusion.progress import reporting
 
 MODEL_TYPE = "nemotron-nas"
 # Settings that name code or devices of the machine where the folder was written.
@@ -39,7 +40,7 @@ def load(
             `intermediate_size` and `num_key_value_heads`, and have layers that are padding.
         dtype: of the parameters; None means the config's, or that of the files.
         device: where they go.
-        progress: show a progress bar.
+        progress: say how far it is, on the error stream.
 
     Raises:
         CheckpointError: that names file, tensor or setting.
@@ -54,7 +55,8 @@ def load(
     reader.check(expected, optional=tied)
     give_angles(decoder, device)
     wanted = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else None)
-    with byte_bar(progress, "Reading", sum(reader.stored[facts.name].nbytes for facts in expected)) as advance:
+    size = sum(reader.stored[facts.name].nbytes for facts in expected)
+    with reporting(progress, "Reading", size, is_bytes=True) as advance:
         for facts in expected:
             value = reader.read(facts.name)
             advance(value.nbytes)

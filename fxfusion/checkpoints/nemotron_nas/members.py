@@ -32,7 +32,7 @@ from fxfusion.checkpoints.nemotron_nas.load import MODEL_TYPE, config_from
 from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
 from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder, finish, give_angles
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder, notes_in
-from fxfusion.checkpoints.shards import TensorFacts, byte_bar
+from fxfusion.checkpoints.shards import TensorFacts
 from fxfusion.errors import CheckpointError
 from fxfusion.models.drop_record import write_refit
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
@@ -43,6 +43,7 @@ from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.intact_config import intact_config
 from fxfusion.plan.fusion_plan import FusionPlan, ResidueFile
+from fxfusion.progress import reporting
 
 RESIDUE = "fxfusion_residue.st"
 _CONFIG, _SHARDS, _FUSED = "config", "shards", "fused"
@@ -95,7 +96,8 @@ def load_unfused(
     layout = Layout.of(model)
     optional = ["lm_head.weight"] if layout.config.tie_word_embeddings else []
     reader.check((piece.facts for piece in layout.pieces), optional)
-    with byte_bar(progress, "Reading", sum(reader.stored[piece.facts.name].nbytes for piece in layout.pieces)) as step:
+    size = sum(reader.stored[piece.facts.name].nbytes for piece in layout.pieces)
+    with reporting(progress, "Reading", size, is_bytes=True) as step:
         for name, value in _own_tensors(layout, reader, step):
             set_parameter(model, name, value.to(device))
     model.tie_weights()

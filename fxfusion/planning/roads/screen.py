@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.resume import progress_bar
 from fxfusion.errors import NotFusedError, OptionError, PlanError, SurgeryError
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.fingerprint import facts_of
@@ -19,6 +18,7 @@ from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.partition import Limits
 from fxfusion.planning.roads.segment import Road, Segment, plan_of, windows
+from fxfusion.progress import reporting
 
 Ceiling = Callable[[], float]
 
@@ -93,7 +93,7 @@ class Screen:
         return all(bound is None or value <= bound for value, bound in bounds)
 
     def _measure(self, what: str, segments: Sequence[Segment]) -> None:
-        with progress_bar(self.progress and bool(segments), f"windows: {what}", len(segments)) as advance:
+        with reporting(self.progress and bool(segments), f"windows: {what}", len(segments)) as advance:
             for segment in segments:
                 if segment not in self.costs and segment not in self.refused:
                     self._measure_one(segment)

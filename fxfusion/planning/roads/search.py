@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Quality
-from fxfusion.analysis.resume import progress_bar
 from fxfusion.errors import NotFusedError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.budget import Budget
@@ -26,6 +25,7 @@ from fxfusion.planning.roads.price import Price
 from fxfusion.planning.roads.programme import Offer, Proposal, front, propose
 from fxfusion.planning.roads.screen import Screen, increase
 from fxfusion.planning.roads.segment import Road, Segment, is_on_one_road, plan_of
+from fxfusion.progress import reporting
 
 _KEPT = 4  # proposals for each price
 _TRIED, _JUDGED = 8, 3  # whole plans that are measured for one price on the text of the screen, and by the judge
@@ -191,7 +191,7 @@ class RoadSearch:
         alone = [] if on_the_way else [self._fitting(proposals, most) for proposals in self.on_one_road]
         plans = {self._plan(one): one for proposals in (fitting, *alone) for one in proposals}
         expected: dict[FusionPlan, float] = {}
-        with progress_bar(self.screen.progress, f"whole plans, {self.price.text(most)}", len(plans)) as advance:
+        with reporting(self.screen.progress, f"whole plans, {self.price.text(most)}", len(plans)) as advance:
             for plan, proposal in plans.items():
                 found = self._expected(plan, proposal)
                 if found is not None:
@@ -253,7 +253,7 @@ class RoadSearch:
     def _measured_recovery(self, refitted: RefitMeter) -> dict[Road, float]:
         """Which part of its cost a refit leaves on each road: from one plan that merges about a quarter of the FFNs."""
         found: dict[Road, float] = {}
-        with progress_bar(self.screen.progress, "what a refit takes back", len(self.screen.roads)) as advance:
+        with reporting(self.screen.progress, "what a refit takes back", len(self.screen.roads)) as advance:
             for road in self.screen.roads:
                 plan = self._typical(road)
                 if plan is not None:

@@ -16,7 +16,6 @@ from fxfusion.analysis.batches import (
     require_causal,
     run_model,
     split_targets,
-    with_progress,
 )
 from fxfusion.analysis.dependency import dependency_matrix
 from fxfusion.analysis.meter import PlanMeter
@@ -138,10 +137,3 @@ def test_modes_and_gradients_come_back_after_an_error() -> None:
     with pytest.raises(KeyError, match="stop"):
         inside()
     assert model.training and not inner.training and model[1].training and torch.is_grad_enabled()
-
-
-def test_progress_passes_everything_on(capsys: pytest.CaptureFixture[str]) -> None:
-    items = [1, 2, 3]
-    assert with_progress(items, False, "count") is items
-    assert list(with_progress(iter(items), True, "count")) == items
-    assert "count" in capsys.readouterr().out

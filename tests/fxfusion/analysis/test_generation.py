@@ -205,7 +205,7 @@ def test_progress_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         yield from ([1, 2], [3])
 
     assert full(greedy_agreement(Counter(), Counter(), given(), 2, progress=True), 2)
-    assert "generate" in capsys.readouterr().out
+    assert "generate" in capsys.readouterr().err
 
 
 class Average(nn.Module):

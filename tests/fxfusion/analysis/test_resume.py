@@ -12,7 +12,6 @@ from fxfusion.analysis.resume import (
     check_batches,
     check_facts,
     model_key,
-    progress_bar,
     read_json,
     remove_others,
     write_json,
@@ -121,12 +120,3 @@ def test_tensors_are_written_from_any_layout(tmp_path: Path) -> None:
     write_tensors(tmp_path / "file", {"turned": value.T, "part": value[:, 1]})
     found = load_file(tmp_path / "file")
     assert torch.equal(found["turned"], value.T) and torch.equal(found["part"], value[:, 1])
-
-
-def test_a_bar_is_shown_on_the_error_stream_or_not_at_all(capsys: pytest.CaptureFixture[str]) -> None:
-    for shown in (False, True):
-        with progress_bar(shown, "words", 3) as advance:
-            advance(2)
-            advance(1)
-        found = capsys.readouterr()
-        assert found.out == "" and ("words" in found.err and "3/3" in found.err) is shown

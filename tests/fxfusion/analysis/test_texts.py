@@ -152,7 +152,7 @@ def test_the_seed_decides_which_rows() -> None:
 
 def test_progress_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert in_order([words(0, 6)], progress=True) == in_order([words(0, 6)])
-    assert "read text" in capsys.readouterr().out
+    assert "read text" in capsys.readouterr().err
 
 
 def test_a_long_document_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:

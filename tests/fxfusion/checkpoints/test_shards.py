@@ -147,4 +147,4 @@ def test_bad_facts_are_refused() -> None:
 def test_progress_counts_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_shards(tmp_path, facts(TENSORS), TENSORS.items(), progress=True)
     total = sum(value.nbytes for value in TENSORS.values())
-    assert f"{total}/{total} bytes" in capsys.readouterr().err
+    assert f"Writing: {total}/{total} bytes (100 %)" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""progress: a bar on a terminal, lines at a distance elsewhere, or nothing; on the error stream alone."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from fxfusion import progress
+from fxfusion.progress import each, reporting
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_nothing_is_said_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with reporting(False, "words", 3) as advance:
+        advance()
+        advance(2, "more")
+    items = [1, 2]
+    assert each(items, False, "words") is items and capsys.readouterr() == ("", "")
+
+
+def test_lines_come_every_30_seconds_with_the_time_left(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with reporting(True, "words", 40, done=10) as advance:
+        for seconds in (10, 19, 1, 20, 20):
+            clock[0] += seconds
+            advance(5, "loss 3")
+    found = capsys.readouterr()
+    assert found.out == "" and found.err.splitlines() == [
+        "words: 25/40 (62 %), 0:00:30 left, loss 3",
+        "words: 35/40 (87 %), 0:00:14 left, loss 3",
+        "words: 35/40 (87 %) after 0:01:10, loss 3",
+    ]
+
+
+def test_bytes_and_unknown_totals(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    for total, is_bytes in ((2_000_000, True), (7, True), (None, False), (0, False)):
+        with reporting(True, "words", total, is_bytes=is_bytes) as advance:
+            clock[0] += 60
+            advance(total or 0)
+    assert capsys.readouterr().err.splitlines()[1::2] == [
+        "words: 2.0/2.0 MB (100 %) after 0:01:00",
+        "words: 7/7 bytes (100 %) after 0:01:00",
+        "words: 0 after 0:01:00",
+        "words: 0/0 after 0:01:00",
+    ]
+
+
+def test_an_error_ends_it_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyError), reporting(True, "words", 3) as advance:
+        advance()
+        raise KeyError
+    assert "words: 1/3 (33 %)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("items", [[1, 2, 3], iter([1, 2, 3])], ids=["sized", "not sized"])
+def test_items_are_passed_on(items: object, capsys: pytest.CaptureFixture[str]) -> None:
+    count = "3/3 (100 %)" if isinstance(items, list) else "3 after"
+    assert list(each(items, True, "words")) == [1, 2, 3]  # type: ignore[call-overload]
+    assert f"words: {count}" in capsys.readouterr().err
+
+
+def test_a_terminal_gets_one_display_for_jobs_inside_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setenv("TERM", "xterm")
+    with reporting(True, "outer [job]", 2) as outer:
+        display = progress._bars
+        with reporting(True, "inner", 5, done=1) as inner:
+            inner(4, "loss 3")
+            assert progress._bars is display
+            assert [(task.description, task.completed, task.fields["count"]) for task in display.tasks] == [
+                ("outer [job]", 0, "0/2"),
+                ("inner", 5, "5/5"),
+            ]
+        outer(2)
+    assert progress._bars is None and "outer [job]" in shown.getvalue() and "2/2" in shown.getvalue()
