@@ -32,9 +32,9 @@ from bench.record import Measurement, arguments, measure, record
 from bench.reference import calibration_batches, load_model
 from bench.show import ratio_table, table
 from fxfusion import ffn_fusion, last_reports
+from fxfusion.analysis.batches import TokenBatch, read_batches
 from fxfusion.analysis.dependency import Unit, blocks_of, measure_batch
-from fxfusion.analysis.token_batches import TokenBatch, read_batches
-from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance
+from fxfusion.analysis.measures import Directions, block_nodes, contribution, cosine_distance
 from fxfusion.backend import seconds_inside
 from fxfusion.compiler.packing import live_packs
 from fxfusion.models.traced import TracedGraph, TracedModel

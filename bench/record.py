@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from torch import Tensor
 
 from fxfusion.cost.interleaved import sample
+from fxfusion.files import whole
 
 RESULTS = Path(__file__).parent / "results"
 VERSION: Literal[2] = 2
@@ -221,10 +222,9 @@ class Record(_Strict):
         """Replace the benchmark's file (or `path`), whole or not at all; returns its path."""
         target = path or _path(self.benchmark)
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_suffix(".part")
         text = json.dumps(self.model_dump(mode="json"), indent=1)
-        scratch.write_text(_NUMBERS.sub(_on_one_line, text) + "\n", encoding="utf-8")
-        scratch.replace(target)
+        with whole(target) as scratch:
+            scratch.write_text(_NUMBERS.sub(_on_one_line, text) + "\n", encoding="utf-8")
         return target
 
 

@@ -30,6 +30,7 @@ from bench.reference import calibration_batches, heldout_batches, load_model
 from bench.show import Row, value
 from fxfusion import FusionPlan, drop_attention, evaluate, fuse, refit
 from fxfusion.analysis.meter import PlanMeter
+from fxfusion.files import whole
 from fxfusion.models.drop_record import read_refit
 
 BUDGETS = (6, 3, 7)  # attentions of twelve that are dropped, neighbours
@@ -60,9 +61,8 @@ class Cells:
             now = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}  # another process may write
             self.known = {**self.known, **now, name: made}
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = self.path.with_suffix(".part")
-            scratch.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
-            scratch.replace(self.path)
+            with whole(self.path) as scratch:
+                scratch.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
         found: dict[str, Any] = self.known[name]
         return found
 

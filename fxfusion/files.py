@@ -5,7 +5,8 @@
 Each folder that fxfusion writes files into has such a record of them. A file counts as ours while its content is what
 the record says, and is replaced by a file of the same kind only; one that was edited, copied there or made by others
 is kept. The record is written before the file takes its place, so a process that dies leaves no file of ours unknown.
-Every write of one file goes through `replacing`; folders of models through `checkpoints.folder`, by the same record.
+Every write of one file goes through `replacing` (what others cannot have there, through `whole`); folders of models
+through `checkpoints.folder`, by the same record.
 """
 
 from __future__ import annotations
@@ -51,23 +52,30 @@ def replacing(
     try:
         check_file(path, kind, overwrite=overwrite, error=error)
         target = Path(os.path.realpath(path))
-        scratch = target.with_name(f".{uuid.uuid4().hex[:12]}.{target.name}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole(target) as scratch:
             yield scratch
-            with open(scratch, "rb+") as written:
-                os.fsync(written.fileno())
             if target.exists():
                 shutil.copymode(target, scratch)
             _note(target, kind, mark(scratch))
-            os.replace(scratch, target)
-        finally:
-            scratch.unlink(missing_ok=True)
     except (OSError, UnicodeError, ValueError) as problem:
         if isinstance(problem, FxFusionError):
             raise
         reason = getattr(problem, "strerror", None) or problem
         raise error(f"{os.fspath(path)}: cannot be written (nothing was changed): {reason}") from problem
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """The same for any file, without a look at whose it is."""
+    scratch = target.with_name(f".{uuid.uuid4().hex[:12]}.{target.name}")
+    try:
+        yield scratch
+        with open(scratch, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def check_file(
@@ -167,12 +175,8 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Replace the record of a folder, whole at every moment."""
-    scratch = folder / f".{uuid.uuid4().hex[:12]}{RECORD}"
-    try:
+    with whole(folder / RECORD) as scratch:
         scratch.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, folder / RECORD)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _note(target: Path, kind: str, written: str) -> None:

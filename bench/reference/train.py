@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerFast
 from bench import reference as ref
 from bench.show import render
 from fxfusion.analysis.quality import Quality, evaluate
+from fxfusion.files import whole
 
 HERE = Path(__file__).parent
 SEQUENCE, BATCH = 256, 8
@@ -183,9 +184,8 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        partial = self.work / "checkpoint.partial"
-        torch.save(state, partial)
-        partial.replace(self.work / "checkpoint.pt")
+        with whole(self.work / "checkpoint.pt") as scratch:
+            torch.save(state, scratch)
 
     def resume(self) -> None:
         """Load the newest checkpoint, if there is one; from there on, the schedule is that of this recipe.

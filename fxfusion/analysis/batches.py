@@ -1,13 +1,16 @@
 """Batches of token ids: which tokens count, and how a model is called on them.
 
 A batch is a tensor of `input_ids` `[batch, seq]` or a dict of model inputs. Every measure that reads batches goes
-through here, so that padding, labels and forms of output mean the same everywhere.
+through here, so that padding, labels and forms of output mean the same everywhere. `TokenBatch`: for measures that
+run the same text many times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,6 +64,72 @@ def split_targets(inputs: dict[str, Any], number: int) -> tuple[Tensor, dict[str
     # A token is predicted at the position before it: behind left padding that position saw nothing.
     counted[:, 1:] &= mask[:, :-1] != 0
     return labels.masked_fill(~counted, IGNORED), inputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """One batch. `inputs`: those of the model, without labels. `key`: digest of all that was given.
+
+    `seen` `bool [batch, seq]`: tokens whose values count, neither padding nor labelled -100. `targets`
+    `[batch, seq - 1]`: the next token at each position; `counted` likewise: whether its prediction counts.
+    """
+
+    number: int
+    inputs: dict[str, Any]
+    seen: Tensor
+    targets: Tensor
+    counted: Tensor
+    key: str
+
+
+def read_batches(batches: Iterable[Batch]) -> tuple[TokenBatch, ...]:
+    """All batches, in order.
+
+    Raises ValueError for no batches, token ids of a wrong shape, sequences of one token, or no token that
+    counts; TypeError for a batch that is neither a tensor nor a dict.
+    """
+    if isinstance(batches, Tensor):
+        raise TypeError("batches must be an iterable of batches; wrap a single batch in a list")
+    found = tuple(_read(batch, number) for number, batch in enumerate(batches))
+    if not found:
+        raise ValueError("batches is empty: nothing to measure on (a generator can be used up only once)")
+    if not any(batch.counted.any() for batch in found):
+        raise ValueError("no token counts: all of them are padding, or labelled -100, or alone in their sequence")
+    return found
+
+
+def _read(batch: Any, number: int) -> TokenBatch:
+    given = as_inputs(batch, number)
+    ids = given.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        kind = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"batch {number} must hold integer `input_ids` [batch, seq], got {kind}")
+    if ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ValueError(f"batch {number} is {list(ids.shape)}: it takes a sequence of at least two tokens")
+    labels, inputs = split_targets(given, number)
+    if labels.shape != ids.shape:
+        raise ValueError(f"the labels of batch {number} are {list(labels.shape)}, its ids {list(ids.shape)}")
+    seen = torch.ones(ids.shape, dtype=torch.bool)
+    for name, ignored in (("attention_mask", 0), ("labels", IGNORED)):
+        if given.get(name) is not None:
+            seen &= given[name].cpu() != ignored
+    targets = labels[:, 1:].cpu()
+    return TokenBatch(
+        number=number, inputs=inputs, seen=seen, targets=targets, counted=targets != IGNORED, key=text_key([given])
+    )
+
+
+def text_key(batches: Iterable[Batch]) -> str:
+    """Digest over everything in the batches, whatever device they are on."""
+    digest = hashlib.sha256()
+    given = [sorted(as_inputs(batch, number).items()) for number, batch in enumerate(batches)]
+    for name, value in (one for inputs in given for one in inputs):
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(bytes(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        else:
+            digest.update(f"{name} {value!r}".encode())
+    return digest.hexdigest()[:16]
 
 
 def run_model(model: Model, inputs: dict[str, Any], device: torch.device | None = None) -> Any:

@@ -15,7 +15,7 @@ computation row by row takes L. Source: A. Bercovich et al., arXiv 2503.18908, s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,11 +23,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fxfusion.analysis.batches import Batch, measuring, model_device, require_causal
-from fxfusion.analysis.dependency_store import MatrixState, load_matrix, save_matrix
-from fxfusion.analysis.resume import model_key
-from fxfusion.analysis.token_batches import TokenBatch, read_batches
-from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance, pick
+from fxfusion.analysis.batches import Batch, TokenBatch, measuring, model_device, read_batches, require_causal
+from fxfusion.analysis.measures import Directions, block_nodes, contribution, cosine_distance, pick
+from fxfusion.analysis.store import Store, check_batches, inside, model_key
 from fxfusion.errors import OptionError
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import TracedGraph, TracedModel
@@ -35,6 +33,7 @@ from fxfusion.progress import reporting
 
 Unit = Literal["ffn", "block"]
 
+_FINISHED = "matrix.json"
 _BY_BLOCK = ("cosine", "ratio", "contribution_cosine")
 
 
@@ -61,14 +60,19 @@ class DependencyMatrix:
     sequences: int
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `matrix.safetensors` and `matrix.json`. Raises `OptionError` where that cannot be done."""
-        save_matrix(Path(folder), self._tensors(), self._facts())
+        """Write `matrix.json` and a safetensors file. Raises `OptionError` where that cannot be done."""
+        store = _finished(folder)
+        store.data = {"tensors": store.keep(self._tensors()), **self._facts()}
+        store.save()
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> DependencyMatrix:
         """Read what `save` wrote, bit by bit. Raises `OptionError` where it is not there or not whole."""
-        tensors, facts = load_matrix(Path(folder))
-        values: dict[str, Any] = {**tensors, **facts}
+        store = _finished(folder)
+        if not store.data:
+            raise OptionError(f"there is no dependency matrix in {folder}: {_FINISHED} is missing")
+        facts = dict(store.data)
+        values: dict[str, Any] = {**store.tensors(facts.pop("tensors", None)), **facts}
         if values.keys() != {field.name for field in fields(cls)}:
             raise OptionError(f"{folder} holds no dependency matrix: its fields are {sorted(values)}")
         for name, value in facts.items():
@@ -85,6 +89,43 @@ class DependencyMatrix:
     def _facts(self) -> dict[str, Any]:
         lists = {name: list(getattr(self, name)) for name in ("layers", "names", "attention", "dropped_attention")}
         return {"unit": self.unit, "tokens": self.tokens, "sequences": self.sequences, **lists}
+
+
+def _finished(folder: str | os.PathLike[str]) -> Store:
+    return Store(Path(folder) / _FINISHED, "a dependency matrix")
+
+
+class MatrixState:
+    """Sums over the batches measured so far, in a folder or in memory. `done`: number of these batches.
+
+    `facts`: what it must be about; `batches`: digests of the text. Raises `OptionError` where the folder holds
+    something else.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, facts: Callable[[], dict[str, Any]], batches: Sequence[str]
+    ) -> None:
+        path = None if folder is None else Path(folder)
+        if path is not None and path.exists() and not path.is_dir():
+            raise OptionError(f"resume must name a folder, {path} is a file")
+        what = "the state of a dependency matrix"
+        self._store, self._batches = Store(inside(path, "state.json"), what, facts), batches
+        known, self.sums = self._store.data.get("batches", []), dict[str, Tensor]()
+        if not isinstance(known, list):
+            raise self._store.broken("batches is no list of digests")
+        check_batches(known, batches, path)
+        if len(known) > len(batches):
+            raise OptionError(f"{path} holds the sums over {len(known)} batches, more than the {len(batches)} given")
+        self.done = len(known)
+        if known:
+            self.sums = self._store.tensors(self._store.data.get("sums"))
+
+    def add(self, sums: dict[str, Tensor]) -> None:
+        """Add the sums over one more batch, and write."""
+        self.sums = {name: self.sums[name] + value if self.sums else value for name, value in sums.items()}
+        self.done += 1
+        self._store.data = {"batches": list(self._batches[: self.done]), "sums": self._store.keep(self.sums)}
+        self._store.save()
 
 
 def dependency_matrix(
@@ -124,12 +165,12 @@ def dependency_matrix(
     graph = traced.graph(read[0].inputs)
     blocks = blocks_of(graph, unit)
     facts = {"unit": unit, "dropped_attention": list(traced.dropped_attention), "layers": [b.layer for b in blocks]}
-    state = MatrixState.open(resume, lambda: {**facts, "model": model_key(traced)}, [batch.key for batch in read])
+    state = MatrixState(resume, lambda: {**facts, "model": model_key(traced)}, [batch.key for batch in read])
     rows = len(read) * len(blocks)
-    with measuring(traced.model), reporting(progress, f"dependency matrix ({unit})", rows) as advance:
-        advance(state.done * len(blocks))
+    done, what = state.done * len(blocks), f"dependency matrix ({unit})"
+    with measuring(traced.model), reporting(progress, what, rows, done=done) as advance:
         for batch in read[state.done :]:
-            state.add(batch.key, measure_batch(traced.graph(batch.inputs), batch, unit, advance))
+            state.add(measure_batch(traced.graph(batch.inputs), batch, unit, advance))
     tokens = sum(int(batch.seen.sum()) for batch in read)
     means: dict[str, Any] = {name: (total / tokens).float() for name, total in state.sums.items()}
     return DependencyMatrix(

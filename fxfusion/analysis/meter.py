@@ -8,16 +8,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from fxfusion.analysis.batches import require_causal
+from fxfusion.analysis.batches import require_causal, text_key
 from fxfusion.analysis.planned import PlannedModel, analyse_without
 from fxfusion.analysis.quality import Batch, Estimate, Quality, evaluate, record_logits
-from fxfusion.analysis.quality_store import QualityStore, batches_digest
+from fxfusion.analysis.store import Store, inside, model_key
 from fxfusion.errors import SurgeryError
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.adapters.wrappers import active_adapters
@@ -42,12 +42,44 @@ class ChainFacts:
     leading: bool
 
 
+class Qualities:
+    """Measured qualities by a key, in memory and in a file. `facts`: what they were measured of."""
+
+    def __init__(self, path: Path | None, facts: Callable[[], dict[str, Any]]) -> None:
+        self._store = Store(path, "measured qualities", facts)
+        self._known: dict[str, dict[str, Any]] = self._store.data.setdefault("plans", {})
+        if not isinstance(self._known, dict):
+            raise self._store.broken("plans is no object")
+
+    def get(self, key: str) -> Quality | None:
+        """Raises `OptionError` where the file has something else there."""
+        found = self._known.get(key)
+        if found is None:
+            return None
+        try:
+            parts: dict[str, Any] = {
+                name: Estimate(**value) if isinstance(value, dict) else value for name, value in found.items()
+            }
+            return Quality(**parts)
+        except (TypeError, AttributeError) as error:
+            raise self._store.broken(f"{key}: {error}") from error
+
+    def of(self, key: str, measure: Callable[[], Quality]) -> Quality:
+        """What is known, else what is measured now, and kept."""
+        known = self.get(key)
+        if known is None:
+            known = measure()
+            self._known[key] = asdict(known)
+            self._store.save()
+        return known
+
+
 class PlanMeter:
     """Quality of plans for one model on the same batches.
 
     `model`: one that is traced already shares its graphs. `cache`: a folder; results are written after each
-    measurement and found again by the next process. Raises `FxFusionError` where the folder holds results of another
-    model or text.
+    measurement and found again by the next process. Raises `OptionError` where the folder holds results of another
+    model or text, `PlanError` where the model has no decoder layers.
     """
 
     def __init__(
@@ -61,15 +93,15 @@ class PlanMeter:
         if not self.batches:
             raise ValueError("batches is empty: nothing to measure plans on")
         self.traced = model if isinstance(model, TracedModel) else TracedModel(model)
-        self.identity: dict[str, Any] = {
-            "model": facts_of(self.model).model_dump(mode="json"),
-            "without": list(self.traced.dropped_attention),
-            "batches": batches_digest(self.batches),
-        }
-        self._store = QualityStore(None if cache is None else Path(cache) / "plans.json", self.identity)
+        self.layers = facts_of(self.model, values=False).layers  # refuses a model without decoder layers
+        self.known = Qualities(inside(cache, "plans.json"), self.facts)
         self._chains: dict[tuple[int, ...], tuple[ChainFacts, ...]] = {}
         self._members: dict[Member, tuple[int, int]] | None = None
         self._reference: Any = None
+
+    def facts(self) -> dict[str, Any]:
+        """What tells its measurements from others. Reads every weight."""
+        return {"model": model_key(self.traced), "text": text_key(self.batches)}
 
     @property
     def graph(self) -> TracedGraph:
@@ -125,7 +157,7 @@ class PlanMeter:
 
     def knows(self, plan: FusionPlan) -> bool:
         """Whether it was measured before."""
-        return self._store.get(plan_key(plan)) is not None
+        return self.known.get(plan_key(plan)) is not None
 
     def quality(self, plan: FusionPlan) -> Quality:
         """Loss, perplexity, and what is lost against the intact model."""
@@ -133,7 +165,7 @@ class PlanMeter:
 
     def known_quality(self, plan: FusionPlan) -> Quality | None:
         """The same if it was measured already."""
-        return self._store.get(plan_key(plan))
+        return self.known.get(plan_key(plan))
 
     def difference(self, plan: FusionPlan, other: FusionPlan) -> Estimate:
         """The loss of one plan less that of another, in nats per token, token by token on the same text.
@@ -146,11 +178,7 @@ class PlanMeter:
         return found
 
     def _measured(self, key: str, plan: FusionPlan, reference: Callable[[], Any]) -> Quality:
-        known = self._store.get(key)
-        if known is None:
-            known = evaluate(PlannedModel(self.traced, plan), self.batches, reference())
-            self._store.put(key, known)
-        return known
+        return self.known.of(key, lambda: evaluate(PlannedModel(self.traced, plan), self.batches, reference()))
 
     def intact(self) -> Any:
         """The intact model's logits where they are small enough to keep, else the model itself."""

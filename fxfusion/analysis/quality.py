@@ -2,7 +2,7 @@
 
 The loss is the mean negative log-likelihood of the next token, in nats per token, over all tokens that count.
 Against a reference (the intact model, say) there are also the KL divergence of the predictions and their agreement:
-see `fxfusion.analysis.divergence` for the definitions, `fxfusion.analysis.intervals` for the intervals.
+see `fxfusion.analysis.measures` for the definitions, `fxfusion.analysis.intervals` for the intervals.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from fxfusion.analysis.batches import (
     run_model,
     split_targets,
 )
-from fxfusion.analysis.divergence import LOSS_ONLY, WITH_REFERENCE, token_measures
 from fxfusion.analysis.intervals import FRACTION, POSITIVE, UNBOUNDED, Bounds, Estimate, ratio_estimates
+from fxfusion.analysis.measures import LOSS_ONLY, WITH_REFERENCE, token_measures
 from fxfusion.progress import each
 
 __all__ = ["Batch", "Estimate", "Quality", "evaluate", "record_logits"]

@@ -6,6 +6,7 @@ divergence ("kl"), or of how far one layer's attention turns the stream, without
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,18 +14,66 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.analysis.batches import measuring, model_device, require_causal
-from fxfusion.analysis.divergence import WITH_REFERENCE, token_measures
-from fxfusion.analysis.resume import model_key
-from fxfusion.analysis.score_cache import Address, ScoreCache
-from fxfusion.analysis.token_batches import TokenBatch
-from fxfusion.analysis.vectors import Directions, block_nodes, contribution, cosine_distance, pick, sums_by_sequence
+from fxfusion.analysis.batches import TokenBatch, measuring, model_device, require_causal
+from fxfusion.analysis.measures import (
+    WITH_REFERENCE,
+    Directions,
+    block_nodes,
+    contribution,
+    cosine_distance,
+    pick,
+    sums_by_sequence,
+    token_measures,
+)
+from fxfusion.analysis.store import Store, check_batches, model_key
 from fxfusion.errors import OptionError
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import Run, TracedModel
 from fxfusion.progress import reporting
 
 Layers = tuple[int, ...]
+Address = tuple[str, Layers, int | None]
+"""What was measured, without the attention of which layers, for which layer (None: for the whole model)."""
+
+
+class ScoreCache(Store):
+    """The sums, in memory and in a file:
+
+        "loss without 3,7": [[812.1, 790.4, ...], ...]     one number for each sequence of each batch
+        "cosine of 5 without 3": ...
+
+    `model`: makes the digest of the model; `batches`: digests of the text, which may grow or shrink at its end. Raises
+    `OptionError` where the file holds something else, or numbers of another model or text.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, model: Callable[[], str], batches: Sequence[str]) -> None:
+        super().__init__(path, "a cache of attention scores", lambda: {"model": model()})
+        known: Any = self.data.get("batches", [] if not self.data else None)
+        values = self.data.get("values", {})
+        lists = [known, *values.values()] if isinstance(values, dict) else [None]
+        if not all(isinstance(found, list) for found in lists):
+            raise self.broken("it has no lists of numbers")
+        check_batches(known, batches, self.path)
+        self.data = {"batches": list(known if len(known) > len(batches) else batches), "values": values}
+        self._values: dict[str, list[list[float] | None]] = values
+
+    def get(self, address: Address, batch: int) -> list[float] | None:
+        """The sums of a batch, one for each sequence; None where they were not measured."""
+        known = self._values.get(_key(address), [])
+        return known[batch] if batch < len(known) else None
+
+    def put(self, address: Address, batch: int, sums: list[float]) -> None:
+        known = self._values.setdefault(_key(address), [])
+        known.extend([None] * (batch + 1 - len(known)))
+        known[batch] = sums
+        self.changed()
+
+
+def _key(address: Address) -> str:
+    measure, dropped, layer = address
+    of = "" if layer is None else f" of {layer}"
+    without = f" without {','.join(map(str, sorted(dropped)))}" if dropped else ""
+    return f"{measure}{of}{without}"
 
 
 class ScoreRuns:
@@ -35,14 +84,14 @@ class ScoreRuns:
         model: nn.Module | TracedModel,
         batches: Sequence[TokenBatch],
         method: str,
-        cache: ScoreCache,
+        cache: str | os.PathLike[str] | None,
         layers: Iterable[int] | None,
     ) -> None:
-        self.method, self.batches, self.cache = method, batches, cache
+        self.method, self.batches = method, batches
         self.traced = model if isinstance(model, TracedModel) else TracedModel(model)
         self.model = self.traced.model
         model_device(self.model)  # refuses a model that cannot be measured
-        cache.open(lambda: model_key(self.traced), [batch.key for batch in batches])
+        self.cache = ScoreCache(cache, lambda: model_key(self.traced), [batch.key for batch in batches])
         require_causal(self.model, batches[0].inputs)
         blocks = self.traced.graph(batches[0].inputs).blocks.mixers
         self.layers = _wanted(layers, sorted({block.layer for block in blocks}))
@@ -59,7 +108,8 @@ class ScoreRuns:
         rounds = [len(self.layers) - step for step in range(max(1, steps))]
         per_batch = steps + 1 if self.method == "cosine" else sum(rounds)
         total = per_batch * len(self.batches)
-        with measuring(self.model), reporting(progress, f"attention scores ({self.method})", total) as advance:
+        what = f"attention scores ({self.method})"
+        with self.cache, measuring(self.model), reporting(progress, what, total) as advance:
             self._advance = advance
             yield
 

@@ -21,11 +21,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fxfusion.analysis.batches import Batch
+from fxfusion.analysis.batches import Batch, read_batches
 from fxfusion.analysis.intervals import POSITIVE, UNBOUNDED, Bounds, Estimate, ratio_estimates
-from fxfusion.analysis.score_cache import ScoreCache
 from fxfusion.analysis.score_runs import ScoreRuns
-from fxfusion.analysis.token_batches import read_batches
 from fxfusion.errors import OptionError
 from fxfusion.models.traced import TracedModel
 
@@ -155,13 +153,12 @@ def attention_scores(
     """
     if method not in get_args(Method):
         raise OptionError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    with ScoreCache(cache) as stored:
-        runs = ScoreRuns(model, read_batches(batches), method, stored, layers)
-        number = _number_to_drop(drop, greedy, runs.layers)
-        statistics = _Statistics(resamples, seed)
-        with runs.measuring(number, progress):
-            first = runs.scores((), runs.layers, with_loss=number > 0)
-            steps = _drop_greedily(runs, first, number, statistics)
+    runs = ScoreRuns(model, read_batches(batches), method, cache, layers)
+    number = _number_to_drop(drop, greedy, runs.layers)
+    statistics = _Statistics(resamples, seed)
+    with runs.measuring(number, progress):
+        first = runs.scores((), runs.layers, with_loss=number > 0)
+        steps = _drop_greedily(runs, first, number, statistics)
     counts = runs.counts(method)
     scores = tuple(_layer_score(layer, first[layer], runs, statistics) for layer in runs.layers)
     return AttentionScores(method, scores, int(counts.sum()), int((counts > 0).sum()), steps)

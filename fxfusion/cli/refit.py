@@ -158,7 +158,7 @@ def write_refitted(
 
     from fxfusion.checkpoints.api import from_pretrained, save_pretrained
     from fxfusion.models.drop_record import read_refit
-    from fxfusion.recovery.members import refitted_parameters
+    from fxfusion.recovery.refit import refitted_parameters
 
     loud = run.screen.notes.is_terminal
     stored = from_pretrained(run.common.model_dir, progress=loud)

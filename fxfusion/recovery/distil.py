@@ -10,24 +10,22 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxfusion.analysis.batches import logits_of
+from fxfusion.analysis.batches import TokenBatch, logits_of
 from fxfusion.analysis.quality import Quality, evaluate, record_logits
-from fxfusion.analysis.token_batches import TokenBatch
+from fxfusion.analysis.store import Store
 from fxfusion.errors import FxFusionError
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.traced import model_inputs
-from fxfusion.recovery.run_store import Progress, RunStore
-from fxfusion.recovery.student import Student, random_devices
+from fxfusion.recovery.student import Student, Training, random_devices
 from fxfusion.recovery.texts import Texts
-from fxfusion.recovery.training import Training
 
 _RECORDED_BYTES = 2**29  # logits of the reference for the text for validation, kept rather than computed each time
 _RESAMPLES = 100
@@ -50,12 +48,50 @@ class Step:
 Listener = Callable[[Step], None]
 
 
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Where a run is. `tensors`: by part (weights, best, exp_avg, exp_avg_sq) and name; `best` is missing where nothing
+    was better than the start. `taken`: steps of the optimiser; a gradient scaler, whose state is `scale`, leaves some
+    out. `validation`: (step, KL) of each measurement."""
+
+    step: int = 0
+    taken: int = 0
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    scale: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, store: Store, learning: Mapping[str, Tensor]) -> Progress:
+        """What was kept; a beginning where nothing was. Raises `OptionError` where it is broken."""
+        found = store.data
+        if not found:
+            return cls()
+        try:
+            parts = ("weights", *_MOMENTS, *(["best"] if found["has_best"] else []))
+            like = {f"{part}.{name}": value for part in parts for name, value in learning.items()}
+            stored = store.tensors(found["kept"], like)
+            return cls(
+                step=int(found["step"]),
+                taken=int(found["taken"]),
+                tensors={part: {name: stored[f"{part}.{name}"] for name in learning} for part in parts},
+                validation=[(int(at), float(value)) for at, value in found["validation"]],
+                scale=dict(found["scale"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise store.broken(repr(error)) from error
+
+    def save(self, store: Store) -> None:
+        parts = self.tensors.items()
+        kept = store.keep({f"{part}.{name}": value for part, own in parts for name, value in own.items()})
+        now = {name: getattr(self, name) for name in ("step", "taken", "scale", "validation")}
+        store.data = {**now, "has_best": "best" in self.tensors, "kept": kept}
+        store.save()
+
+
 class Distillation:
     """One run. `progress`: where it is; `best`: the smallest KL so far, that of the start included."""
 
-    def __init__(
-        self, student: Student, reference: nn.Module, texts: Texts, training: Training, store: RunStore
-    ) -> None:
+    def __init__(self, student: Student, reference: nn.Module, texts: Texts, training: Training, store: Store) -> None:
         self.student, self.reference, self.texts = student, reference, texts
         self.training, self.store = training, store
         self._cast = training.autocast(student.dtype)
@@ -68,7 +104,7 @@ class Distillation:
     def start(self) -> Quality:
         """How good the model is as it came; and back to where a run that was stopped is."""
         found = self.measure()
-        self.progress = self.store.load(self.student.weights)
+        self.progress = Progress.load(self.store, self.student.weights)
         self._resume()
         if not self.progress.validation:
             self.progress.validation.append((0, self._kl(found)))
@@ -184,7 +220,7 @@ class Distillation:
             now.tensors[part] = {name: kept[value].get(part, torch.zeros_like(value)) for name, value in names.items()}
         now.taken = max((int(found["step"]) for found in kept.values() if found), default=0)
         now.scale = self._scaler.state_dict()
-        self.store.save(now)
+        now.save(self.store)
 
     def _resume(self) -> None:
         now = self.progress

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfusion.errors import OptionError
-from fxfusion.recovery.gram import GramSums
-from fxfusion.recovery.memory import parts_of
+from fxfusion.recovery.gram import GramSums, parts_of
 from fxfusion.recovery.projections import Projection
 from fxfusion.recovery.streams import Streams
 

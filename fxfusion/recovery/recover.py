@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 from fxfusion.analysis.batches import Batch, measuring, model_device
 from fxfusion.analysis.quality import Quality
-from fxfusion.analysis.resume import model_key
+from fxfusion.analysis.store import Store, inside, model_key
 from fxfusion.errors import OptionError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import NAME
@@ -28,10 +29,8 @@ from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.traced import TracedModel
 from fxfusion.progress import reporting
 from fxfusion.recovery.distil import Distillation, Listener, Step
-from fxfusion.recovery.run_store import RunStore
-from fxfusion.recovery.student import Student
+from fxfusion.recovery.student import Precision, Student, Training
 from fxfusion.recovery.texts import Texts, check_loss
-from fxfusion.recovery.training import Precision, Training
 
 RECORD = "recovered"
 
@@ -106,7 +105,7 @@ def recover(
     training.check()
     bare, teacher = _models(model, reference)
     texts = Texts.of(batches, validation)
-    store = RunStore(cache, _facts(bare, teacher, texts, training))
+    store = Store(inside(cache, "recover.json"), "stopped training", partial(_facts, bare, teacher, texts, training))
     with measuring(teacher), ExitStack() as always:
         found = _train(Student(bare, training, always), teacher, texts, training, store, merge, progress, on_step)
     return model if found is bare else found
@@ -127,7 +126,7 @@ def _train(
     teacher: nn.Module,
     texts: Texts,
     training: Training,
-    store: RunStore,
+    store: Store,
     merge: bool,
     progress: bool,
     on_step: Listener | None,

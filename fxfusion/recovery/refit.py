@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
 import torch
@@ -24,21 +25,21 @@ from torch import Tensor, nn
 
 from fxfusion.analysis.batches import Batch, model_device
 from fxfusion.analysis.quality import evaluate
-from fxfusion.analysis.resume import model_key
+from fxfusion.analysis.store import Store, inside, model_key
 from fxfusion.errors import OptionError, SurgeryError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import fused_entry, read_record, read_refit, write_refit
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import fused_state
+from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
 from fxfusion.models.fingerprint import check_fits, facts_of
 from fxfusion.models.traced import TracedModel
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.record import LayerFit, Refit
 from fxfusion.progress import reporting
 from fxfusion.recovery.fit import PENALTIES, Fitted, Fitter, Listener, check_penalties
-from fxfusion.recovery.memory import limit_or_half
+from fxfusion.recovery.gram import limit_or_half
 from fxfusion.recovery.projections import Projection, choose, find_projections
-from fxfusion.recovery.store import Store
 from fxfusion.recovery.streams import Streams
 from fxfusion.recovery.texts import Texts
 
@@ -156,20 +157,45 @@ class _Work:
     def run(self, cache: str | os.PathLike[str] | None, progress: bool, on_layer: Listener | None) -> None:
         projections = self._projections()
         self.texts.check_width(max(one.width for one in projections), "the widest layer")
-        store = Store(cache, self._facts(projections))
+        store = Store(inside(cache, "refit.json"), "a refit that was stopped", lambda: self._facts(projections))
         before = float(evaluate(self.model, self.texts.decide_given, resamples=100).loss)
-        old = {name: self.model.get_parameter(name).detach().clone() for name in _names(projections)}
-        fits = store.load(self.model, projections)
+        old = {name: value.detach().clone() for name, value in self._parameters(*projections).items()}
+        fits = self._known(store, projections)
         passes = len(self.texts.fit) + len(self.texts.decide)
         with reporting(progress, "refit", passes * (len(projections) - len(fits))) as advance:
             fitter = self._fitter(advance)
             for projection in projections[len(fits) :]:
                 fitted = fitter.fit(projection)
-                store.add(self.model, projection, fitted)
+                self._keep(store, projection, fitted)
                 fits.append(fitted)
                 if on_layer is not None:
                     on_layer(projection, fitted)
         self._finish(projections, fits, before, old)
+
+    def _known(self, store: Store, projections: Sequence[Projection]) -> list[Fitted]:
+        """What an earlier call found, put into the model. Raises `OptionError` where it is broken or does not fit."""
+        found = []
+        try:
+            for projection, entry in zip(projections, store.data.get("done", []), strict=False):
+                found.append(Fitted(**entry["fitted"]))
+                own = self._parameters(projection) if found[-1].applied else {}
+                kept = store.tensors(entry["kept"], like=own) if own else {}
+                with torch.no_grad():
+                    for name, value in own.items():
+                        value.copy_(kept[name])
+        except (KeyError, TypeError) as error:
+            raise store.broken(repr(error)) from error
+        return found
+
+    def _keep(self, store: Store, projection: Projection, fitted: Fitted) -> None:
+        """Write down what became of a layer, with its new parameters."""
+        kept = store.keep(self._parameters(projection)) if fitted.applied else None
+        store.data.setdefault("done", []).append({"fitted": asdict(fitted), "kept": kept})
+        store.save()
+
+    def _parameters(self, *projections: Projection) -> dict[str, Tensor]:
+        names = [name for one in projections for name in (one.weight, one.bias) if name is not None]
+        return {name: self.model.get_parameter(name) for name in names}
 
     def _projections(self) -> list[Projection]:
         state = fused_state(self.model)
@@ -244,10 +270,6 @@ class _Work:
         write_refit(self.model.config, record)
 
 
-def _names(projections: Sequence[Projection]) -> list[str]:
-    return [name for one in projections for name in (one.weight, one.bias) if name is not None]
-
-
 def _layer_fit(projection: Projection, fitted: Fitted, kept: bool) -> LayerFit:
     return LayerFit(
         name=projection.name,
@@ -257,3 +279,36 @@ def _layer_fit(projection: Projection, fitted: Fitted, kept: bool) -> LayerFit:
         after=fitted.after if kept else fitted.before,
         applied=fitted.applied and kept,
     )
+
+
+def refitted_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a refit changed, by the names and in the shapes of the model as it was loaded, one after the other.
+
+    model.layers.4.mlp.down_proj of a fused group 4 5 6  ->  ...4.mlp.down_proj.weight, ...5..., ...6...
+
+    Put into the model as it was loaded, these values make what fuses to this one.
+
+    Raises `SurgeryError` where the model was not refitted.
+    """
+    bare = bare_model(model)
+    record = read_refit(getattr(bare, "config", None))
+    if record is None:
+        raise SurgeryError("the model was not refitted")
+    names = _names(bare, tuple(fit.name for fit in record.fits if fit.applied))
+    for name, value in unfused_tensors(bare):
+        if name in names:
+            yield name, value
+
+
+def _names(model: nn.Module, layers: tuple[str, ...]) -> set[str]:
+    state = fused_state(model)
+    own = {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{one}." for one in layers))}
+    own |= {name for name, _ in model.named_parameters() if name in layers}
+    if state is None:
+        return own
+    found = {state.recipe.unfused_name(name) for name in own}
+    for group in state.recipe.parts:
+        if group.home.down.weight in found:
+            downs = [member.down for member in group.members]
+            found |= {name for down in downs for name in (down.weight, down.bias) if name is not None}
+    return found

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from fxfusion.analysis.token_batches import TokenBatch
+from fxfusion.analysis.batches import TokenBatch
 from fxfusion.errors import FxFusionError
 from fxfusion.models.traced import Run, TracedGraph, TracedModel
 from fxfusion.recovery.projections import Projection, Site, scale_of, sites, target_of

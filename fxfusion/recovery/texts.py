@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fxfusion.analysis.batches import Batch, Model
+from fxfusion.analysis.batches import Batch, Model, TokenBatch, read_batches
 from fxfusion.analysis.quality import Quality, evaluate
-from fxfusion.analysis.token_batches import TokenBatch, read_batches
 from fxfusion.errors import FxFusionError, OptionError
 
 _EVERY = 8  # one sequence in so many decides, where no text for validation is given

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fxfusion.analysis.batches import Batch
-from fxfusion.analysis.meter import PlanMeter, plan_key
+from fxfusion.analysis.batches import Batch, text_key
+from fxfusion.analysis.meter import PlanMeter, Qualities, plan_key
 from fxfusion.analysis.quality import Quality, evaluate
-from fxfusion.analysis.quality_store import QualityStore, batches_digest
 from fxfusion.errors import OptionError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.recovery.refit import refit
@@ -55,20 +54,18 @@ class RefitMeter:
     def __init__(self, meter: PlanMeter, fitted: Sequence[Batch], cache: str | os.PathLike[str] | None = None) -> None:
         self.meter, self.fitted = meter, list(fitted)
         path = None if cache is None else Path(cache) / "refitted_plans.json"
-        identity = {**meter.identity, "fitted": batches_digest(self.fitted)}
-        self._store = QualityStore(path, identity)
+        self.known = Qualities(path, lambda: {**meter.facts(), "fitted": text_key(self.fitted)})
 
     def knows(self, plan: FusionPlan) -> bool:
         """Whether it was measured before."""
-        return self._store.get(plan_key(plan)) is not None
+        return self.known.get(plan_key(plan)) is not None
 
     def quality(self, plan: FusionPlan) -> Quality:
         """Loss on the judging text, and what is lost against the intact model; a plan of nothing is that itself."""
         if not plan.groups and not plan.dropped_attention:
             return self.meter.quality(plan)
-        known = self._store.get(plan_key(plan))
-        if known is None:
-            refitted = refit(self.meter.model, plan, self.fitted, reference="intact")
-            known = evaluate(refitted, self.meter.batches, self.meter.intact())
-            self._store.put(plan_key(plan), known)
-        return known
+        return self.known.of(plan_key(plan), lambda: self._measured(plan))
+
+    def _measured(self, plan: FusionPlan) -> Quality:
+        refitted = refit(self.meter.model, plan, self.fitted, reference="intact")
+        return evaluate(refitted, self.meter.batches, self.meter.intact())

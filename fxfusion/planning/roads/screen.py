@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.errors import NotFusedError, OptionError, PlanError, SurgeryError
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
-from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.partition import Limits
@@ -50,7 +49,7 @@ class Screen:
         unnumbered = [str(name) for name in self.meter.members if not isinstance(name, int)]
         if unnumbered:
             raise PlanError(f"layers hold more than one FFN, such as {unnumbered[0]}: roads need one in each")
-        self.layers = facts_of(self.meter.model, values=False).layers
+        self.layers = self.meter.layers
 
     @property
     def mixers(self) -> tuple[int, ...]:

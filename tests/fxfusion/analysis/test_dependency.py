@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxfusion.analysis.batches import read_batches
 from fxfusion.analysis.dependency import DependencyMatrix, dependency_matrix, measure_batch
-from fxfusion.analysis.token_batches import read_batches
 from fxfusion.errors import CaptureError, OptionError
 from fxfusion.models.traced import TracedModel
 from tests.end_to_end.families import first_tensor, layers_of

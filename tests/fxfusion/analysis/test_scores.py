@@ -346,7 +346,7 @@ def test_a_cache_of_something_else_is_refused(change: str, tmp_path: Path) -> No
         batches[1] = batches[1].roll(1)
         expected = "other text: batch 1 differs"
     elif change == "folder":
-        file, expected = tmp_path, "must name a file"
+        file, expected = tmp_path, "is a folder: name a file"
     else:
         file.write_text("{" if change == "broken" else "[]")
         before, expected = file.read_bytes(), "as a cache of attention scores" if change == "broken" else "holds a list"

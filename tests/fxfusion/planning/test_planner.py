@@ -13,7 +13,7 @@ from fxfusion.analysis import meter as meter_file
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Estimate, Quality
 from fxfusion.analysis.scores import attention_scores
-from fxfusion.errors import FxFusionError, OptionError, PlanError
+from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning import planner as planner_file
@@ -213,9 +213,9 @@ def test_a_second_plan_measures_nothing_again(tmp_path: Path, monkeypatch: pytes
 
 def test_a_cache_of_another_model_or_text_is_refused(tmp_path: Path) -> None:
     PlanMeter(TinyLm(LAYERS), BATCHES, tmp_path).quality(FusionPlan())
-    with pytest.raises(FxFusionError, match="another model or text"):
+    with pytest.raises(OptionError, match=r"another measurement \(text is"):
         PlanMeter(TinyLm(LAYERS), BATCHES[:1], tmp_path)
-    with pytest.raises(FxFusionError, match="another model or text"):
+    with pytest.raises(OptionError, match=r"another measurement \(model is"):
         PlanMeter(TinyLm(LAYERS + 1), BATCHES, tmp_path)
 
 

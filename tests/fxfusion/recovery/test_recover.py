@@ -16,6 +16,7 @@ import fxfusion
 from fxfusion.errors import FxFusionError, OptionError, SurgeryError
 from fxfusion.recovery.distil import Step
 from fxfusion.recovery.recover import recover
+from fxfusion.recovery.student import Training
 from tests.fxfusion.recovery.own_text import PLAN, is_same, model_of, own_text, state
 
 CHOSEN = {"steps": 12, "every": 4, "learning_rate": 2e-3}
@@ -172,7 +173,23 @@ def test_what_cannot_be_learned_from(tmp_path: Path) -> None:
         recover(fused(), own_text(), model_of(), steps=2, cache=tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(OptionError, match=r"recover_1.safetensors cannot be read"):
+    with pytest.raises(OptionError, match=r"recover_\w+.safetensors does not belong to it, or was damaged"):
         recover(fused(), own_text(), model_of(), steps=1, cache=tmp_path)
     with pytest.raises(SurgeryError, match="has adapters: merge them first"):
         recover(peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"])), own_text(), model_of())
+
+
+def test_the_rate_rises_and_falls() -> None:
+    training = Training(steps=100, learning_rate=1.0, warmup=0.1)
+    rates = [training.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 == max(rates)
+    assert all(one > two for one, two in zip(rates[10:], rates[11:], strict=False))
+    assert rates[55] == pytest.approx(0.55) and 0.1 < rates[99] < 0.101
+    assert Training(steps=1, warmup=0.0).rate(0) == Training(steps=1).top_rate
+
+
+def test_what_is_computed_in() -> None:
+    assert Training(steps=1).autocast(torch.float32) is None
+    assert Training(steps=1).autocast(torch.bfloat16) is torch.bfloat16
+    assert Training(steps=1, precision="float32").autocast(torch.bfloat16) is None
+    assert Training(steps=1, precision="bfloat16").autocast(torch.float32) is torch.bfloat16

@@ -1,4 +1,7 @@
-"""refit: the solution against one made by hand with hooks, what it leaves alone, what it refuses, and going on."""
+"""refit: the solution against one made by hand with hooks, what it leaves alone, what it refuses, and going on.
+
+And what a refit changed, by the names of the model as it was loaded.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from torch import Tensor, nn
 import fxfusion
 from fxfusion.errors import FxFusionError, OptionError, SurgeryError
 from fxfusion.models.ffn_surgery.record import plan_of
-from tests.end_to_end.caching import token_ids
+from fxfusion.recovery.refit import refitted_parameters
+from tests.end_to_end.caching import off, recomputed, token_ids
 from tests.fxfusion.recovery.own_text import DROPPED, PLAN, is_same, model_of, own_text, state
 
 SHARE = 0.01
@@ -179,7 +183,7 @@ def test_an_interrupted_refit_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="penalties is"):
         refitted(model, cache=tmp_path, penalties=(0.5,))
     next(tmp_path.glob("*.safetensors")).write_bytes(b"broken")
-    with pytest.raises(OptionError, match="cannot be read"):
+    with pytest.raises(OptionError, match="does not belong to it, or was damaged"):
         refitted(model, cache=tmp_path)
 
 
@@ -246,3 +250,55 @@ def test_a_refitted_wide_block_is_saved_and_comes_apart(tmp_path: Path) -> None:
     assert loss(back) == pytest.approx(loss(found), abs=1e-5)
     fxfusion.unfuse(back)
     assert loss(fxfusion.fuse(back, WIDE)) == pytest.approx(loss(found), abs=1e-5)
+
+
+NAMES = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2, 3)]
+
+
+def refitted_family(family: str = "llama", **more: object) -> nn.Module:
+    found: nn.Module = fxfusion.refit(
+        model_of(family), PLAN, own_text(family), "intact", later="ffn", penalties=(0.01,), **more
+    )
+    return found
+
+
+@pytest.mark.slow
+def test_members_and_later_layers_take_what_makes_the_same_model() -> None:
+    found = refitted_family()
+    intact = model_of()
+    changed = dict(refitted_parameters(found))
+    assert sorted(changed) == NAMES
+    with torch.no_grad():
+        for name, value in changed.items():
+            intact.get_parameter(name).copy_(value)
+    wanted, ids = recomputed(found, token_ids()), token_ids()
+    assert off(recomputed(fxfusion.fuse(intact, PLAN), ids), wanted) < 1e-5
+    assert off(recomputed(fxfusion.fuse(model_of(), PLAN), ids), wanted) > 1e-3, "the refit was not noticed"
+
+
+@pytest.mark.parametrize("form", ["canonical", "nemotron-nas"])
+@pytest.mark.slow
+def test_folders_give_the_refitted_model_back(form: str, tmp_path: Path) -> None:
+    found = refitted_family()
+    fxfusion.save_pretrained(found, tmp_path / "out", form)  # type: ignore[arg-type]
+    loaded = fxfusion.from_pretrained(tmp_path / "out")
+    assert off(recomputed(loaded, token_ids()), recomputed(found, token_ids())) < 1e-5
+    assert "refitted in closed form" in (tmp_path / "out" / "README.md").read_text()
+    if form == "canonical":
+        assert plan_of(loaded).refit == plan_of(found).refit is not None
+        with pytest.warns(UserWarning, match="refitted for its fused form"):
+            fxfusion.from_pretrained(tmp_path / "out", fused=False)
+
+
+def test_biases_and_transposed_weights_are_refitted_and_saved(tmp_path: Path) -> None:
+    found = refitted_family("gpt2")
+    names = [name for name, _ in refitted_parameters(found)]
+    assert {f"transformer.h.{layer}.mlp.c_proj.{kind}" for layer in (1, 2) for kind in ("weight", "bias")} <= {*names}
+    fxfusion.save_pretrained(found, tmp_path / "out")
+    loaded = fxfusion.from_pretrained(tmp_path / "out")
+    assert off(recomputed(loaded, token_ids()), recomputed(found, token_ids())) < 1e-5
+
+
+def test_a_model_that_was_not_refitted_has_none() -> None:
+    with pytest.raises(SurgeryError, match="not refitted"):
+        list(refitted_parameters(model_of()))

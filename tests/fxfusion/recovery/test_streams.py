@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxfusion
-from fxfusion.analysis.token_batches import read_batches
+from fxfusion.analysis.batches import read_batches
 from fxfusion.errors import FxFusionError
 from fxfusion.models.ffn_surgery.record import fused_state
 from fxfusion.models.traced import TracedModel

@@ -9,7 +9,7 @@ import torch
 
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import evaluate
-from fxfusion.errors import FxFusionError, OptionError
+from fxfusion.errors import OptionError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.roads import after_refit as module
 from fxfusion.planning.roads.after_refit import RefitMeter, divided, first, screened
@@ -46,5 +46,5 @@ def test_a_plan_is_judged_after_its_refit_and_remembered(tmp_path: Path, monkeyp
     assert again.knows(plan) and again.quality(plan) == found
     with pytest.raises(pytest.fail.Exception):
         again.quality(FusionPlan(dropped_attention=[2], groups=[[1, 2]]))
-    with pytest.raises(FxFusionError, match="another model or text"):
+    with pytest.raises(OptionError, match=r"another measurement \(fitted is"):
         RefitMeter(meter, fitted[1:], tmp_path)
