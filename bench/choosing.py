@@ -32,7 +32,7 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.analysis.scores import attention_scores
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.candidates import equal_cuts
+from fxfusion.planning.partition import equal_cuts
 from fxfusion.planning.planner import Planner
 
 METHODS = ("cosine", "loss", "kl")

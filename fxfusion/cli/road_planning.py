@@ -14,12 +14,11 @@ from fxfusion.cli.results_folder import COMPILED, PLAN
 from fxfusion.cli.session import Session
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan.fusion_plan import FusionPlan, MadeBy
-from fxfusion.planning.budget import Budget
+from fxfusion.planning.budget import Budget, Limits, Measured
+from fxfusion.planning.latency import merged, predicted_latency
 from fxfusion.planning.make_plan import quality_record
-from fxfusion.planning.partition import Limits
 from fxfusion.planning.roads.choose import RoadArguments, RoadOptions, choose, road_options, search_for
-from fxfusion.planning.roads.price import merged, predicted_latency
-from fxfusion.planning.roads.search import Found, RoadSearch
+from fxfusion.planning.roads.search import RoadSearch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +33,7 @@ class Chosen:
     """The plan with who made it, and where it came from."""
 
     plan: FusionPlan
-    found: Found
+    found: Measured
     search: RoadSearch
     options: RoadOptions
     budget: Budget

@@ -1,11 +1,13 @@
-"""What a plan may cost."""
+"""What a plan may cost, what its groups may be, and what it was measured to cost."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fxfusion.analysis.quality import Quality
 from fxfusion.errors import OptionError
+from fxfusion.plan.fusion_plan import FusionPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,3 +53,60 @@ class Budget:
             return False
         bound = self.max_perplexity_increase
         return bound is None or float(quality.loss_increase.exp()) - 1 <= bound
+
+    @property
+    def allowed_loss(self) -> float:
+        """The increase of the loss that is allowed, in nats per token. A KL is of about that size too."""
+        bounds = [self.max_kl] if self.max_kl is not None else []
+        if self.max_perplexity_increase is not None:
+            bounds.append(math.log1p(self.max_perplexity_increase))
+        return min(bounds, default=math.inf)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a group of two or more FFNs may be; None: anything. A single FFN stays as it is, whatever its size.
+
+    `max_members` [FFNs], `max_width` [intermediate channels, summed], `max_bytes` [summed], `max_dependency`: the
+    largest entry of the matrix between two members.
+    """
+
+    max_members: int | None = None
+    max_width: int | None = None
+    max_bytes: int | None = None
+    max_dependency: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_members", "max_width", "max_bytes", "max_dependency"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:  # NaN is caught too
+                raise OptionError(f"{name}: expected a number from 0 on, got {value!r}")
+
+    def allow(self, members: int, width: int, size: int, dependency: float = 0.0) -> bool:
+        """Whether a group of so many FFNs may be, with the sums of their widths and bytes."""
+        bounds = (self.max_members, self.max_width, self.max_bytes, self.max_dependency)
+        values = (members, width, size, dependency)
+        return all(bound is None or value <= bound for value, bound in zip(values, bounds, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A plan, how many FFNs it leaves one behind the other, the memory of its wide weights, and what it costs (where a
+    refit follows: after it)."""
+
+    plan: FusionPlan
+    depth: int
+    fused_bytes: int
+    quality: Quality
+
+    @property
+    def cost(self) -> float:
+        """What is minimised: the increase of the loss over the intact model's, in nats per token."""
+        assert self.quality.loss_increase is not None
+        return float(self.quality.loss_increase)
+
+    @property
+    def upper(self) -> float:
+        """The upper end of the cost's interval."""
+        assert self.quality.loss_increase is not None
+        return float(self.quality.loss_increase.high)

@@ -1,9 +1,10 @@
-"""What a plan is predicted to take on a device: the planner's view of `fxfusion.cost`."""
+"""What is to be low: how many FFNs stand one behind the other, or the latency that the cost model predicts."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -56,36 +57,54 @@ def _widths(ffns: Sequence[FfnNode]) -> dict[int, int]:
     return widths
 
 
-def latency_of_plan(
-    table: LayerTable,
-    plan: FusionPlan,
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What is to be low. `of(plan)`: its price, `text(price)`: in words. `by_depth`: it counts FFNs, so it needs no
+    hardware."""
+
+    of: Callable[[FusionPlan], float]
+    text: Callable[[float], str]
+    by_depth: bool
+
+
+def depth_price(ffns: int) -> Price:
+    """FFNs that remain of so many."""
+    return Price(of=lambda plan: float(ffns - merged(plan)), text=lambda price: f"{price:.0f} FFNs", by_depth=True)
+
+
+def latency_price(latency: Callable[[FusionPlan], float]) -> Price:
+    """Predicted milliseconds for one step."""
+    return Price(of=latency, text=lambda price: f"{price:.4g} ms", by_depth=False)
+
+
+def merged(plan: FusionPlan) -> int:
+    """How many FFNs fewer there are one behind the other."""
+    return sum(len(group) - 1 for group in plan.groups)
+
+
+def predicted_latency(
+    meter: PlanMeter,
     hardware: str | os.PathLike[str] | Hardware,
+    tp: int = 1,
+    precision: str = "bf16",
+    table: LayerTable | None = None,
+    *,
     workload: Workload | None = None,
-) -> float:
-    """Predicted latency of one step under a plan [ms]. Raises `OptionError` where the plan does not fit the table."""
-    step = arrange(table, plan)
-    return simulate_step(step, workload or Workload(), Hardware.of(hardware)).latency_ms
+) -> Price:
+    """What gives plans for the meter's model their latency, by the cost model. `table`: of another size with as many
+    layers. `workload`: instead of one token, decoded after 1,024.
 
-
-def predictor(
-    meter: PlanMeter, hardware: str | os.PathLike[str] | Hardware | None, workload: Workload | None = None
-) -> Callable[[FusionPlan], float] | None:
-    """What gives plans for the meter's model their latency [ms]; None without hardware.
-
-    `workload` None: decoding one sequence in 16 bits.
+    Raises `OptionError` for hardware that is not known, sizes that are not, or heads that `tp` does not divide.
     """
-    if hardware is None:
-        if workload is not None:
-            raise OptionError("workload: name the hardware that it runs on")
-        return None
-    device = Hardware.of(hardware)
-    table = table_of_model(meter.traced.model, meter.graph)
+    layers = table_of_model(meter.traced.model, meter.graph) if table is None else table
+    device, work = Hardware.of(hardware), workload or Workload(tp=tp, precision=precision)
     known: dict[Any, float] = {}
 
     def latency(plan: FusionPlan) -> float:
         key = (plan.groups, plan.dropped_attention)
         if key not in known:
-            known[key] = latency_of_plan(table, plan, device, workload)
+            known[key] = simulate_step(arrange(layers, plan), work, device).latency_ms
         return known[key]
 
-    return latency
+    latency(FusionPlan())  # what cannot be predicted is said before anything is measured
+    return latency_price(latency)

@@ -16,11 +16,9 @@ from fxfusion.errors import OptionError, PlanError
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan.fusion_plan import FusionPlan, LayerScore, MadeBy, MeasuredQuality, Scores
 from fxfusion.plan.policy import NormMode
-from fxfusion.planning.budget import Budget
-from fxfusion.planning.partition import Limits
+from fxfusion.planning.budget import Budget, Limits, Measured
 from fxfusion.planning.planner import Planner, search
 from fxfusion.planning.roads.choose import RoadArguments, check_unused, choose, road_options, search_for
-from fxfusion.planning.roads.search import Found
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -109,7 +107,7 @@ def make_plan(
     return recorded(planner, _paper(planner, budget, dropped_attention, splits), command)
 
 
-def made(found: Found, model: nn.Module, command: str | None) -> FusionPlan:
+def made(found: Measured, model: nn.Module, command: str | None) -> FusionPlan:
     """The plan with its model, quality and maker."""
     quality = quality_record(found.quality)
     return found.plan.replace(model=facts_of(model), quality=quality, made_by=MadeBy.now(command=command))

@@ -24,30 +24,13 @@ from fxfusion.analysis.scores import AttentionScores, Method, attention_scores
 from fxfusion.errors import PlanError
 from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.plan.policy import NormMode
-from fxfusion.planning.budget import Budget
-from fxfusion.planning.candidates import DroppedModel, candidates, equal_cuts, shallowest
-from fxfusion.planning.partition import Limits
+from fxfusion.planning.budget import Budget, Limits, Measured
+from fxfusion.planning.partition import DroppedModel, candidates, equal_cuts, shallowest
 
 # An end of a chain stays out where fusing it costs more than so many times what the other merges cost on average, and
 # at least so many nats per token: below 1 % of the perplexity, one FFN less is worth more.
 _UNFAIR, _NOTICED = 2.0, 0.01
 _ANYTHING = Budget()
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A plan, how many FFNs it leaves, the memory of its wide weights, and what it costs."""
-
-    plan: FusionPlan
-    depth: int
-    fused_bytes: int
-    quality: Quality
-
-    @property
-    def cost(self) -> float:
-        """What is minimised: the increase of the loss over the intact model's, in nats per token."""
-        assert self.quality.loss_increase is not None
-        return float(self.quality.loss_increase)
 
 
 @dataclass(slots=True)

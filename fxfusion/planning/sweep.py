@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,16 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Batch
 from fxfusion.analysis.scores import Method
 from fxfusion.cost import Hardware, Workload
+from fxfusion.errors import OptionError, PlanError
 from fxfusion.files import replacing
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.policy import NormMode
-from fxfusion.planning.latency import predictor
-from fxfusion.planning.partition import Limits
-from fxfusion.planning.planner import Measured, Planner
+from fxfusion.planning.budget import Budget, Limits, Measured
+from fxfusion.planning.latency import predicted_latency
+from fxfusion.planning.planner import Planner
+from fxfusion.planning.roads.choose import RoadOptions, search_for
+from fxfusion.planning.roads.screen import Road
+from fxfusion.planning.roads.search import RoadSearch
 from fxfusion.progress import each
 
 _KIND = "sweep"
@@ -153,19 +159,35 @@ def sweep(
     workload: Workload | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    roads: Sequence[Road] | None = None,
+    after_refit: bool = False,
+    max_window: int | None = None,
 ) -> Sweep:
     """Measure the best plan at every depth, for several numbers of dropped attentions. Arguments as `make_plan`.
 
     `drops`: numbers of attention layers to drop (default: about six numbers from none to half of them). With `hardware`
-    each plan has its predicted latency too, and there is a second front.
+    each plan has its predicted latency too, and there is a second front. With `roads` (and `after_refit`, `max_window`)
+    the best plan over these roads at every depth, whatever it drops.
+
+    Raises `OptionError` for arguments that contradict each other.
     """
     limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
-    planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
-    planner.meter.refuse_hidden_ffns()
-    latency = predictor(planner.meter, hardware, workload)
-    if latency is not None:
-        latency(FusionPlan())  # a setting that cannot be is found before hours of measuring
-    found = run_sweep(planner, _default_drops(len(planner.meter.mixers)) if drops is None else drops, latency)
+    if workload is not None and hardware is None:
+        raise OptionError("workload: name the hardware that it runs on")
+    if roads is None and (after_refit or max_window is not None):
+        raise OptionError(f"{'after_refit' if after_refit else 'max_window'}: goes with roads")
+    if roads is not None and drops is not None:
+        raise OptionError("drops: over several roads the planner itself decides what is dropped")
+    if roads is None:
+        meter = PlanMeter(model, list(batches), cache)
+        meter.refuse_hidden_ffns()
+        planner = Planner(meter, limits, norm, method, cache, progress)
+        run = partial(run_sweep, planner, _default_drops(len(meter.mixers)) if drops is None else drops)
+    else:
+        options = RoadOptions(roads=roads, after_refit=after_refit, max_window=max_window)
+        search = search_for(model, list(batches), options, Budget(target_depth=1), limits, norm, cache, progress)
+        meter, run = search.judge, partial(sweep_roads, search)
+    found = run(None if hardware is None else predicted_latency(meter, hardware, workload=workload).of)
     return found if hardware is None else replace(found, predicted_for=_setting(Hardware.of(hardware), workload))
 
 
@@ -184,14 +206,29 @@ def run_sweep(planner: Planner, drops: Sequence[int], latency: Callable[[FusionP
                 key = (number, depth)
                 if best is not None and (key not in found or best.cost < found[key].cost):
                     found[key] = best
-    measured = sorted(found.values(), key=lambda one: (one.depth, one.cost))
+    return _swept(found.values(), planner.meter.ffns, latency)
+
+
+def sweep_roads(search: RoadSearch, latency: Callable[[FusionPlan], float] | None = None) -> Sweep:
+    """The best plan over some roads at every depth that they reach."""
+    ffns = search.judge.ffns
+    found = {ffns: search.intact}
+    for depth in each(range(ffns - 1, 0, -1), search.screen.progress, "sweep"):
+        with suppress(PlanError):  # the windows that can be had do not reach it
+            best = search.best_at(depth)
+            found[best.depth] = best
+    return _swept(found.values(), ffns, latency)
+
+
+def _swept(found: Iterable[Measured], ffns: int, latency: Callable[[FusionPlan], float] | None) -> Sweep:
+    measured = sorted(found, key=lambda one: (one.depth, one.cost))
     points = [SweepPoint(one, latency_ms=latency and latency(one.plan)) for one in measured]
     front = _front(points, lambda point: point.measured.depth)
     quick = _front(points, lambda point: point.latency_ms or 0.0) if latency is not None else set()
     marked = (
         replace(point, on_front=index in front, on_latency_front=index in quick) for index, point in enumerate(points)
     )
-    return Sweep(tuple(marked), planner.meter.ffns)
+    return Sweep(tuple(marked), ffns)
 
 
 def _front(points: Sequence[SweepPoint], place: Callable[[SweepPoint], float]) -> set[int]:

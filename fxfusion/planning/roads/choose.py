@@ -14,13 +14,10 @@ from fxfusion.analysis.batches import Batch
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan.policy import NormMode
-from fxfusion.planning.budget import Budget
-from fxfusion.planning.partition import Limits
-from fxfusion.planning.roads.after_refit import RefitMeter, divided, screened
-from fxfusion.planning.roads.price import Price, depth_price, predicted_latency
-from fxfusion.planning.roads.screen import Screen
-from fxfusion.planning.roads.search import Found, RoadSearch
-from fxfusion.planning.roads.segment import ROADS, Road, check_roads
+from fxfusion.planning.budget import Budget, Limits, Measured
+from fxfusion.planning.latency import Price, depth_price, predicted_latency
+from fxfusion.planning.roads.screen import ROADS, RefitMeter, Road, Screen, check_roads, divided, screened
+from fxfusion.planning.roads.search import RoadSearch
 
 AUTOMATIC_INCREASE = 0.01  # of the perplexity
 AUTOMATIC_HARDWARE = "h100"
@@ -136,7 +133,7 @@ def search_for(
     return RoadSearch(screen, _price(meter, options, budget), judge, refitted)
 
 
-def choose(search: RoadSearch, options: RoadOptions, budget: Budget) -> Found:
+def choose(search: RoadSearch, options: RoadOptions, budget: Budget) -> Measured:
     """The best plan within the budget: at a depth or latency the one of least loss, else the one of least price.
 
     Raises `PlanError` where there is none.

@@ -5,26 +5,29 @@
     try       the best proposals as whole plans, as they are      a few measurements
     refit     the best of these after their refit                 few long measurements, and they decide
 
-Source: issue 7.
+Proposals come by dynamic programming over layers:
+
+    best[p]: for each price, the sets of segments in front of layer p with the least cost
+    best[p] = best[p - 1], and best[s.first] joined with every segment s that ends at layer p - 1
+
+Costs and prices of segments are taken to add up. For prices that is true; for costs (losses) it is a guess that makes
+proposals, which are then measured as a whole. Source: issue 7.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.quality import Quality
 from fxfusion.errors import NotFusedError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.budget import Budget
-from fxfusion.planning.roads.after_refit import RefitMeter
-from fxfusion.planning.roads.price import Price
-from fxfusion.planning.roads.programme import Offer, Proposal, front, propose
-from fxfusion.planning.roads.screen import Screen, increase
-from fxfusion.planning.roads.segment import Road, Segment, is_on_one_road, plan_of
+from fxfusion.planning.budget import Budget, Measured
+from fxfusion.planning.latency import Price, merged
+from fxfusion.planning.roads.screen import RefitMeter, Road, Screen, Segment, increase, is_on_one_road, plan_of
 from fxfusion.progress import reporting
 
 _KEPT = 4  # proposals for each price
@@ -34,28 +37,8 @@ _TRIED, _JUDGED = 8, 3  # whole plans that are measured for one price on the tex
 _SLACK, _SLACK_AFTER_REFIT = 2.0, 8.0
 _PROBES, _PROBES_AFTER_REFIT = 12, 4  # prices that are tried on the way to the least one within a budget
 _JUDGED_ON_THE_WAY = 2
+_PRICES = 256  # that are told apart, from the highest to the lowest
 _LEAST = 1e-6  # nats: what measures as a gain is chance
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A measured plan. `quality`: after the refit where one follows."""
-
-    plan: FusionPlan
-    price: float
-    quality: Quality
-
-    @property
-    def cost(self) -> float:
-        """Increase of the loss, in nats per token."""
-        assert self.quality.loss_increase is not None
-        return float(self.quality.loss_increase)
-
-    @property
-    def upper(self) -> float:
-        """The upper end of the cost's interval."""
-        assert self.quality.loss_increase is not None
-        return float(self.quality.loss_increase.high)
 
 
 @dataclass(slots=True)
@@ -67,7 +50,7 @@ class RoadSearch:
     price: Price
     judge: PlanMeter
     refitted: RefitMeter | None = None
-    found: dict[FusionPlan, Found] = field(default_factory=dict)
+    found: dict[FusionPlan, Measured] = field(default_factory=dict)
     recovery: dict[Road, float] = field(default_factory=dict)
     _proposals: list[Proposal] | None = None
     _on_one_road: list[list[Proposal]] | None = None
@@ -77,27 +60,28 @@ class RoadSearch:
         return self.screen.meter
 
     @property
-    def intact(self) -> Found:
+    def intact(self) -> Measured:
         """The model as it is."""
         return self.measure(FusionPlan(norm=self.screen.norm))
 
-    def measure(self, plan: FusionPlan) -> Found:
+    def measure(self, plan: FusionPlan) -> Measured:
         """A whole plan, after its refit where one follows."""
         if plan not in self.found:
             quality = (self.judge if self.refitted is None else self.refitted).quality(plan)
-            self.found[plan] = Found(plan, self.price.of(plan), quality)
+            size = sum(self.meter.members[member][1] for group in plan.groups for member in group)
+            self.found[plan] = Measured(plan, self.meter.ffns - merged(plan), size, quality)
         return self.found[plan]
 
-    def best_at(self, most: float) -> Found:
+    def best_at(self, most: float) -> Measured:
         """The plan of least loss at a price of at most `most`. Raises `PlanError` where there is none."""
         self.screen.run(lambda: _SLACK * self._cheapest_at(most))
         self._renew()
         return self._best_at(most)
 
-    def cheapest(self, budget: Budget) -> Found:
+    def cheapest(self, budget: Budget) -> Measured:
         """The plan of least price within the budget's quality; the intact model where nothing else is."""
         slack = _SLACK if self.refitted is None else _SLACK_AFTER_REFIT
-        self.screen.run(lambda: slack * _allowed_loss(budget))
+        self.screen.run(lambda: slack * budget.allowed_loss)
         self._renew()
         if not any(segment.size > 1 for segment in self.screen.costs):
             warnings.warn(f"no window of layers can be had{self._reasons()}", stacklevel=3)
@@ -106,7 +90,7 @@ class RoadSearch:
         for _ in range(_PROBES if self.refitted is None else _PROBES_AFTER_REFIT):
             if high - low < 2:
                 break
-            middle = sum(proposal.cost * factor <= _allowed_loss(budget) for proposal in ladder) - 1
+            middle = sum(proposal.cost * factor <= budget.allowed_loss for proposal in ladder) - 1
             if not low < middle < high:
                 middle = (low + high) // 2
             try:
@@ -121,12 +105,12 @@ class RoadSearch:
                 high = middle
         return self.within(budget)
 
-    def within(self, budget: Budget) -> Found:
+    def within(self, budget: Budget) -> Measured:
         """Of all plans measured so far, the one of least price within the budget, then of least loss."""
         allowed = [one for one in (self.intact, *self.found.values()) if budget.allows(one.quality)]
         if not allowed:
             raise PlanError(f"the intact model itself is outside the budget: {budget}")
-        return min(allowed, key=lambda one: (one.price, one.cost))
+        return min(allowed, key=lambda one: (self.price.of(one.plan), one.cost))
 
     @property
     def proposals(self) -> list[Proposal]:
@@ -183,7 +167,7 @@ class RoadSearch:
     def _reaches(self, proposal: Proposal, most: float) -> bool:
         return self.intact_price - proposal.saved <= most * (1 + 1e-9)
 
-    def _best_at(self, most: float, on_the_way: bool = False) -> Found:
+    def _best_at(self, most: float, on_the_way: bool = False) -> Measured:
         fitting = self._fitting(self.proposals, most)
         if not fitting:
             raise PlanError(self._why_none(most))
@@ -204,7 +188,7 @@ class RoadSearch:
         best_alone = [self._first(ranked, proposals) for proposals in alone]
         for plan in (*self._finalists(ranked, count), *(plan for plan in best_alone if plan is not None)):
             self.measure(plan)
-        reached = [one for one in self.found.values() if one.price <= most * (1 + 1e-9)]
+        reached = [one for one in self.found.values() if self.price.of(one.plan) <= most * (1 + 1e-9)]
         best = min(reached, key=lambda one: one.cost)
         plain = min((one for one in reached if is_on_one_road(one.plan)), key=lambda one: one.cost, default=best)
         # Many mixed plans are tried, so that the best of them looks better than it is.
@@ -289,9 +273,78 @@ class RoadSearch:
         return words + (f" ({len(self.screen.refused)} were refused, such as: {reasons[0]})" if reasons else "")
 
 
-def _allowed_loss(budget: Budget) -> float:
-    """The increase of the loss that a budget allows, in nats per token. A KL is of about that size too."""
-    bounds = [budget.max_kl] if budget.max_kl is not None else []
-    if budget.max_perplexity_increase is not None:
-        bounds.append(math.log1p(budget.max_perplexity_increase))
-    return min(bounds, default=math.inf)
+# --- proposals ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A segment on its own: what it is taken to cost [nats], and by how much it lowers the price of the model."""
+
+    segment: Segment
+    cost: float
+    saved: float
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Disjoint segments, with the sums of their costs and of what they save."""
+
+    cost: float = 0.0
+    saved: float = 0.0
+    last: Segment | None = None
+    before: Proposal | None = None
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """In order."""
+        return tuple(self._backwards())[::-1]
+
+    def _backwards(self) -> Iterator[Segment]:
+        at: Proposal | None = self
+        while at is not None and at.last is not None:
+            yield at.last
+            at = at.before
+
+
+def propose(layers: int, offers: Sequence[Offer], keep: int = 1) -> list[Proposal]:
+    """For each price (of at most 256), the `keep` sets of segments of least total cost, by price and cost.
+
+    The one of nothing at all comes first: what saves most comes last.
+    """
+    ending: dict[int, list[Offer]] = {}
+    for offer in offers:
+        ending.setdefault(offer.segment.last, []).append(offer)
+    step = _step(layers, ending)
+    best: list[Mapping[int, list[Proposal]]] = [{0: [Proposal()]}]
+    for layer in range(layers):
+        found: dict[int, list[Proposal]] = {price: list(known) for price, known in best[-1].items()}
+        for offer in ending.get(layer, ()):
+            for known in best[offer.segment.first].values():
+                for before in known:
+                    joined = Proposal(before.cost + offer.cost, before.saved + offer.saved, offer.segment, before)
+                    found.setdefault(round(joined.saved / step), []).append(joined)
+        best.append({price: heapq.nsmallest(keep, rivals, key=_rank) for price, rivals in found.items()})
+    return [proposal for _, known in sorted(best[-1].items()) for proposal in known]
+
+
+def front(proposals: Sequence[Proposal]) -> list[Proposal]:
+    """Those that no other beats in both cost and price, the least saving first."""
+    found: list[Proposal] = []
+    for proposal in sorted(proposals, key=lambda one: (-one.saved, one.cost)):
+        if not found or proposal.cost < found[-1].cost:
+            found.append(proposal)
+    return found[::-1]
+
+
+def _rank(proposal: Proposal) -> tuple[float, float]:
+    return proposal.cost, -proposal.saved
+
+
+def _step(layers: int, ending: Mapping[int, Sequence[Offer]]) -> float:
+    """Between prices that are told apart: whole numbers of FFNs stay whole."""
+    most = [0.0]
+    for layer in range(layers):
+        ways = [most[offer.segment.first] + offer.saved for offer in ending.get(layer, ())]
+        most.append(max([most[-1], *ways]))
+    whole = all(float(offer.saved).is_integer() for offers in ending.values() for offer in offers)
+    return max(1.0, most[-1] / _PRICES) if whole else (most[-1] / _PRICES or 1.0)

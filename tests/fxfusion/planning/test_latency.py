@@ -1,4 +1,4 @@
-"""Predicted latency of plans: tables of real models, a second front, and the least latency as what is looked for."""
+"""What is to be low: tables of real models, predicted latency of plans, a second front of a sweep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fxfusion.cost.layer_table import Layer
 from fxfusion.errors import OptionError
 from fxfusion.models.traced import TracedModel
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.latency import latency_of_plan, predictor, table_of_model
+from fxfusion.planning.latency import depth_price, latency_price, merged, predicted_latency, table_of_model
 from fxfusion.planning.make_plan import make_plan
 from fxfusion.planning.planner import Planner
 from fxfusion.planning.sweep import run_sweep, sweep
@@ -63,7 +63,7 @@ def test_plain_ffns_are_told_from_gated_ones() -> None:
 
 def test_a_model_without_a_config_has_no_table() -> None:
     with pytest.raises(OptionError, match="TinyLm has no config: how many heads"):
-        predictor(PlanMeter(TinyLm(2), BATCHES), "h100", WORK)
+        predicted_latency(PlanMeter(TinyLm(2), BATCHES), "h100")
 
 
 def test_latency_of_plans() -> None:
@@ -73,17 +73,17 @@ def test_latency_of_plans() -> None:
         FusionPlan(groups=[range(53, 70)]),
         FusionPlan(groups=[range(53, 70)], dropped_attention=[3]),
     ]
-    found = [latency_of_plan(table, plan, "h100", WORK) for plan in plans]
+    latency = predicted_latency(PlanMeter(TinyLm(2), BATCHES), "h100", table=table).of
+    found = [latency(plan) for plan in plans]
     assert found == sorted(found, reverse=True) and len(set(found)) == 3
     with pytest.raises(OptionError, match="layer 99 does not exist"):
-        latency_of_plan(table, FusionPlan(dropped_attention=[99]), "h100")
+        latency(FusionPlan(dropped_attention=[99]))
 
 
 def test_a_sweep_with_latencies_has_a_second_front(tmp_path: Path) -> None:
     planner = Planner(PlanMeter(Configured(), BATCHES))
-    latency = predictor(planner.meter, "h100", WORK)
+    latency = predicted_latency(planner.meter, "h100", workload=WORK).of
     found = run_sweep(planner, (0, 2), latency)
-    assert latency is not None
     for point in found.points:
         assert point.latency_ms == latency(point.measured.plan)
         beaten = any(
@@ -122,3 +122,15 @@ def test_a_sweep_takes_a_device_and_a_plan_keeps_its_quality(tmp_path: Path) -> 
         "top1": plan.quality.top1,
         "tokens": 24,
     }
+
+
+def test_depth_counts_the_ffns_that_remain() -> None:
+    plan = FusionPlan(groups=[[1, 2, 3], {"members": [5, 6], "mixers": "hoist"}], dropped_attention=[2, 3])
+    price = depth_price(8)
+    assert merged(plan) == 3 and price.of(plan) == 5 and price.of(FusionPlan()) == 8
+    assert price.by_depth and price.text(5.0) == "5 FFNs"
+
+
+def test_latency_is_in_milliseconds() -> None:
+    price = latency_price(lambda plan: 2.0 - 0.25 * merged(plan))
+    assert price.of(FusionPlan(groups=[[1, 2]])) == 1.75 and price.text(1.75) == "1.75 ms" and not price.by_depth

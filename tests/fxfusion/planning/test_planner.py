@@ -17,10 +17,9 @@ from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning import planner as planner_file
-from fxfusion.planning.budget import Budget
-from fxfusion.planning.candidates import candidates, equal_cuts
+from fxfusion.planning.budget import Budget, Limits
 from fxfusion.planning.make_plan import make_plan
-from fxfusion.planning.partition import Limits
+from fxfusion.planning.partition import candidates, equal_cuts
 from fxfusion.planning.planner import Planner, search
 from fxfusion.planning.sweep import run_sweep
 from tests.tiny_lm import TinyLm, ids

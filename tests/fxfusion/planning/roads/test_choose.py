@@ -14,11 +14,11 @@ from fxfusion.cost.simulate import simulate
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.latency import table_of_model
+from fxfusion.planning.latency import depth_price, merged, predicted_latency, table_of_model
 from fxfusion.planning.make_plan import make_plan
 from fxfusion.planning.roads import screen as screen_file
-from fxfusion.planning.roads.price import depth_price, merged, predicted_latency
-from fxfusion.planning.roads.segment import Road
+from fxfusion.planning.roads.screen import Road
+from fxfusion.planning.sweep import sweep
 from tests.fxfusion.planning.roads.priced_meter import all_plans
 from tests.fxfusion.recovery.own_text import model_of, own_text
 from tests.tiny_lm import TinyLm, ids
@@ -132,3 +132,32 @@ def test_wide_blocks_are_judged_after_their_refit() -> None:
     plan = make_plan(model, own_text(), roads=["wide"], after_refit=True, target_depth=3)
     assert [group.mixers for group in plan.groups] == ["wide"] and not plan.dropped_attention
     assert len(fuse(model, plan).model.layers) == 3
+
+
+def test_a_sweep_over_roads_has_the_best_plan_at_every_depth(tmp_path: Path) -> None:
+    model = TinyLm(LAYERS)
+    found = sweep(model, BATCHES, roads=["hoist"], cache=tmp_path)
+    depths = [point.measured.depth for point in found.points]
+    assert depths == sorted(set(depths)) and depths[0] == 1 and depths[-1] == LAYERS == found.intact
+    assert found.points[-1].measured.plan.groups == () and found.front
+    for point in found.points[:-1]:
+        assert point.measured.fused_bytes > 0 and {group.mixers for group in point.measured.plan.groups} == {"hoist"}
+    made = make_plan(model, BATCHES, roads=["hoist"], target_depth=2, cache=tmp_path)
+    assert made.quality is not None and made.quality.loss_increase is not None
+    least = min(point.measured.cost for point in found.points if point.measured.depth <= 2)
+    assert least <= made.quality.loss_increase + 1e-9
+    assert len(found.to_csv(tmp_path / "sweep.csv").read_text().splitlines()) == len(found.points) + 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"roads": ["hoist"], "drops": [1]}, "drops: over several roads"),
+        ({"after_refit": True}, "after_refit: goes with roads"),
+        ({"max_window": 3}, "max_window: goes with roads"),
+        ({"roads": ["hoist"], "hardware": "h100"}, "TinyLm has no config"),
+    ],
+)
+def test_what_no_sweep_can_be_asked_for(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(OptionError, match=named):
+        sweep(TinyLm(LAYERS), BATCHES, **arguments)

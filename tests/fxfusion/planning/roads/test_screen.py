@@ -1,18 +1,34 @@
-"""screen: what each window costs alone, and which ones are not worth measuring."""
+"""Segments, the loss of windows alone, and of plans after their refit."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
+import torch
 
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.errors import OptionError
-from fxfusion.planning.partition import Limits
-from fxfusion.planning.roads.screen import Screen
-from fxfusion.planning.roads.segment import Segment, plan_of
+from fxfusion.analysis.quality import evaluate
+from fxfusion.errors import OptionError, PlanError
+from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.groups import PlannedGroup
+from fxfusion.planning.budget import Limits
+from fxfusion.planning.roads import screen as module
+from fxfusion.planning.roads.screen import (
+    RefitMeter,
+    Screen,
+    Segment,
+    check_roads,
+    divided,
+    first,
+    plan_of,
+    screened,
+    windows,
+)
+from fxfusion.recovery.refit import refit
 from tests.fxfusion.planning.roads.priced_meter import LAYERS, PricedMeter, loss_of
-from tests.fxfusion.recovery.own_text import model_of, own_text
+from tests.fxfusion.recovery.own_text import PLAN, model_of, own_text
 
 
 def test_every_window_is_measured_alone() -> None:
@@ -74,3 +90,77 @@ def test_windows_that_modules_cannot_hold_are_left_out_where_plans_are_refitted(
         refused = {Segment(1, 2, "wide"), Segment(2, 3, "wide")} if in_modules else set()
         assert set(screen.refused) == refused and Segment(0, 1, "wide") in screen.costs
         assert all("sliding_window" in words for words in screen.refused.values())
+
+
+def test_segments_become_the_groups_and_drops_of_a_plan() -> None:
+    segments = [Segment(7, 7, "drop", (7,)), Segment(4, 6, "drop", (5, 6)), Segment(2, 3, "hoist")]
+    found = plan_of(segments, range(8), "last")
+    groups = [PlannedGroup((2, 3), "hoist"), PlannedGroup((4, 5, 6))]
+    assert found == FusionPlan(groups=groups, dropped_attention=[5, 6, 7], norm="last")
+    assert found.groups[0].mixers == "hoist" and found.groups[1].mixers == "none"
+
+
+def test_what_is_dropped_inside_need_not_move() -> None:
+    mixed = Segment(2, 4, "wide").without(3)
+    assert mixed.dropped == (3,) and mixed.group(range(6)) == PlannedGroup((2, 3, 4), "wide")
+    assert Segment(2, 3, "wide").without(3).group(range(6)) == PlannedGroup((2, 3), "none")
+    assert Segment(2, 3, "wide").without(2).group(range(6)) == PlannedGroup((2, 3), "wide"), "the first one stays put"
+    assert Segment(2, 3, "hoist").group([0, 1]) == PlannedGroup((2, 3), "none"), "there is no attention in between"
+
+
+def test_every_window_of_a_size_is_offered_on_every_road_that_differs() -> None:
+    found = list(windows(4, ("drop", "hoist"), mixers=[0, 1, 3], size=2))
+    expected = [
+        Segment(0, 1, "drop", (1,)),
+        Segment(0, 1, "hoist"),
+        Segment(1, 2, "drop"),  # layer 2 has no attention: both roads are the same
+        Segment(2, 3, "drop", (3,)),
+        Segment(2, 3, "hoist"),
+    ]
+    assert found == expected
+
+
+def test_roads_are_checked() -> None:
+    assert check_roads(["wide", "drop"]) == ("drop", "wide") and check_roads("hoist") == ("hoist",)
+    with pytest.raises(OptionError, match="expected some of drop, hoist, wide, got 'raise'"):
+        check_roads(["hoist", "raise"])
+    with pytest.raises(OptionError, match="got none"):
+        check_roads([])
+
+
+def test_overlapping_windows_are_an_error_that_names_the_layer() -> None:
+    with pytest.raises(PlanError, match="layer 3 is in group 0 and again in group 1"):
+        plan_of([Segment(2, 3, "hoist"), Segment(3, 4, "hoist")], range(6))
+
+
+def test_text_is_divided_between_fitting_and_judging() -> None:
+    batches = [torch.zeros(2, 512, dtype=torch.long) + number for number in range(40)]
+    fitted, judged = divided(batches)
+    assert [int(batch[0, 0]) for batch in judged] == [0, 1, 2, 3], "4,096 tokens are enough to judge"
+    assert [int(batch[0, 0]) for batch in fitted] == list(range(4, 12)), "and 8,192 to fit to"
+    few_fitted, few_judged = divided([{"input_ids": batch} for batch in batches[:5]])
+    assert len(few_judged) == 1 and len(few_fitted) == 4
+    assert len(screened(judged)) == 2 and len(first(batches, 1)) == 1
+    with pytest.raises(OptionError, match="two batches at least"):
+        divided(batches[:1])
+
+
+def test_a_plan_is_judged_after_its_refit_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = model_of(), own_text()
+    judged, fitted = list(text[:2]), list(text[2:])
+    plan = FusionPlan(**PLAN)
+    meter = PlanMeter(model, judged)
+    refitted = RefitMeter(meter, fitted, tmp_path)
+    found = refitted.quality(plan)
+    expected = evaluate(refit(model, plan, fitted, reference="intact"), judged, model)
+    assert float(found.loss) == pytest.approx(float(expected.loss), abs=1e-6)
+    assert abs(float(found.loss) - float(meter.quality(plan).loss)) > 1e-5, "a refit changes it"
+    assert refitted.quality(FusionPlan()).loss_increase == meter.quality(FusionPlan()).loss_increase
+
+    monkeypatch.setattr(module, "refit", lambda *_, **__: pytest.fail("it was refitted again"))
+    again = RefitMeter(meter, fitted, tmp_path)
+    assert again.knows(plan) and again.quality(plan) == found
+    with pytest.raises(pytest.fail.Exception):
+        again.quality(FusionPlan(dropped_attention=[2], groups=[[1, 2]]))
+    with pytest.raises(OptionError, match=r"another measurement \(fitted is"):
+        RefitMeter(meter, fitted[1:], tmp_path)

@@ -1,9 +1,11 @@
-"""search: the plan that is chosen, against trying all plans."""
+"""Proposals against trying all of them, and the search against all plans of a priced meter."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import combinations
 from typing import Any, cast
 
 import pytest
@@ -12,11 +14,9 @@ from fxfusion.analysis.quality import Quality
 from fxfusion.errors import NotFusedError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.budget import Budget
-from fxfusion.planning.roads.after_refit import RefitMeter
-from fxfusion.planning.roads.price import Price, depth_price, latency_price, merged
-from fxfusion.planning.roads.screen import Screen
-from fxfusion.planning.roads.search import RoadSearch
-from fxfusion.planning.roads.segment import ROADS, Road
+from fxfusion.planning.latency import Price, depth_price, latency_price, merged
+from fxfusion.planning.roads.screen import ROADS, RefitMeter, Road, Screen, Segment
+from fxfusion.planning.roads.search import Offer, Proposal, RoadSearch, front, propose
 from tests.fxfusion.planning.roads.priced_meter import LAYERS, Loss, PricedMeter, all_plans, loss_of, quality_of
 
 
@@ -58,7 +58,7 @@ LATENCY = latency_price(latency_of)
 def test_at_a_depth_no_plan_loses_less(roads: tuple[Road, ...], depth: int) -> None:
     found = search(roads).best_at(depth)
     least = min(loss_of(plan) for plan in all_plans(LAYERS, roads) if LAYERS - merged(plan) <= depth)
-    assert found.price <= depth and found.cost == pytest.approx(least)
+    assert found.depth <= depth and found.cost == pytest.approx(least)
     assert found.cost > 0, "and it costs something"
 
 
@@ -66,7 +66,7 @@ def test_at_a_depth_no_plan_loses_less(roads: tuple[Road, ...], depth: int) -> N
 def test_at_a_latency_no_plan_loses_less(most: float) -> None:
     found = search(price=LATENCY).best_at(most)
     least = min(loss_of(plan) for plan in all_plans(LAYERS) if latency_of(plan) <= most)
-    assert found.price <= most and found.cost == pytest.approx(least)
+    assert latency_of(found.plan) <= most and found.cost == pytest.approx(least)
 
 
 def test_more_roads_never_lose_more() -> None:
@@ -112,8 +112,8 @@ def test_no_window_at_all_is_a_warning_with_the_reason() -> None:
 def test_within_a_quality_no_plan_is_cheaper(bound: float) -> None:
     found = search(price=LATENCY).cheapest(Budget(max_kl=bound))
     least = min(latency_of(plan) for plan in all_plans(LAYERS) if loss_of(plan) <= bound)
-    assert found.cost <= bound and found.price <= least + 1.0, "up to what additive costs cannot tell"
-    assert found.price < 3.0 * LAYERS
+    assert found.cost <= bound and latency_of(found.plan) <= least + 1.0, "up to what additive costs cannot tell"
+    assert latency_of(found.plan) < 3.0 * LAYERS
 
 
 def test_with_no_room_nothing_is_done() -> None:
@@ -166,3 +166,63 @@ def test_what_cannot_be_had_is_said() -> None:
     with pytest.raises(PlanError, match=r"layers \[0, 5\] hold no FFN that can be fused"):
         search(["hoist"], lacking=[0, 5]).best_at(2)
     assert search(["drop", "hoist"], refused=pairs).best_at(4).plan.dropped_attention, "dropping still can"
+
+
+def offers(seed: int, whole: bool = True) -> list[Offer]:
+    draw = random.Random(seed)
+    found = []
+    for first in range(LAYERS):
+        for last in range(first + 1, min(LAYERS, first + 3)):
+            saved = float(last - first) if whole else draw.uniform(0.1, 1.0) * (last - first)
+            found += [Offer(Segment(first, last, road), draw.random(), saved) for road in ("hoist", "wide")]
+    return found
+
+
+def all_sets(given: list[Offer]) -> list[tuple[float, float, frozenset[Segment]]]:
+    """Cost, saved and segments of every set of disjoint offers."""
+    found = []
+    for size in range(LAYERS // 2 + 1):
+        for chosen in combinations(given, size):
+            layers = [layer for offer in chosen for layer in offer.segment.layers]
+            if len(layers) == len(set(layers)):
+                cost, saved = sum(one.cost for one in chosen), sum(one.saved for one in chosen)
+                found.append((cost, saved, frozenset(one.segment for one in chosen)))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("keep", [1, 3])
+def test_each_price_has_its_best_sets(seed: int, keep: int) -> None:
+    given = offers(seed)
+    found = propose(LAYERS, given, keep)
+    for price in range(LAYERS):
+        mine = [one.cost for one in found if one.saved == price]
+        rivals = sorted(cost for cost, saved, _ in all_sets(given) if saved == price)[:keep]
+        assert mine == pytest.approx(rivals)
+    assert found[0] == Proposal() and all(_sums_fit(one, given) for one in found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_front_over_prices_that_are_no_whole_numbers(seed: int) -> None:
+    given = offers(seed, whole=False)
+    found = front(propose(LAYERS, given))
+    everything = all_sets(given)
+    assert len(found) > 3
+    for one in found:  # prices are told apart up to 1/256 of the most that can be saved
+        step = max(saved for _, saved, _ in everything) / 256
+        better = [cost for cost, saved, _ in everything if saved >= one.saved + LAYERS * step]
+        assert not better or min(better) >= one.cost - 1e-12
+    costs, saved = [one.cost for one in found], [one.saved for one in found]
+    assert costs == sorted(costs) and saved == sorted(saved)
+
+
+def test_without_offers_there_is_the_model_as_it_is() -> None:
+    assert propose(3, []) == [Proposal()] and Proposal().segments == ()
+
+
+def _sums_fit(proposal: Proposal, given: list[Offer]) -> bool:
+    by_segment = {offer.segment: offer for offer in given}
+    parts = [by_segment[segment] for segment in proposal.segments]
+    cost, saved = sum(one.cost for one in parts), sum(one.saved for one in parts)
+    ordered = list(proposal.segments) == sorted(proposal.segments)
+    return ordered and (cost, saved) == pytest.approx((proposal.cost, proposal.saved))
