@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxfusion.compiler.unwrap import offloaded
+
 Batch = Tensor | Mapping[str, Any]
 Model = nn.Module | Callable[..., Any]
 
@@ -169,7 +171,9 @@ def model_device(model: Model, who: str = "the model") -> torch.device | None:
         raise ValueError(f"{who} ({type(model).__name__}) is not a causal language model")
     weight = next(model.parameters(), None)
     if weight is not None and weight.is_meta:
-        raise ValueError(f"{who} is on the meta device: its weights are missing")
+        why = offloaded(model)
+        words = f"cannot be measured: {why}; load it whole" if why else "is on the meta device: its weights are missing"
+        raise ValueError(f"{who} {words}")
     return None if weight is None else weight.device
 
 

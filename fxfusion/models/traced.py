@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from fxfusion.compiler.capture import CapturedGraph, capture_model
 from fxfusion.compiler.pipeline import normalising_passes
+from fxfusion.compiler.unwrap import offloaded
 from fxfusion.errors import CaptureError, OptionError
 from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.pass_base import History
@@ -241,6 +242,8 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> TracedGraph:
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise CaptureError(f"the inputs must hold `input_ids` [batch, seq], got {sorted(inputs)}")
+    if offloaded(model):
+        raise CaptureError(f"the model cannot be run in parts: {offloaded(model)}; load it whole")
     with evaluating(model), torch.no_grad():
         if set(inputs) == {"input_ids"}:
             found, notes = capture_model(model, (ids,), {})

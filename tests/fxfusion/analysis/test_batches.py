@@ -21,7 +21,11 @@ from fxfusion.analysis.batches import (
 from fxfusion.analysis.dependency import dependency_matrix
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.scores import attention_scores
+from fxfusion.errors import CaptureError
 from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.planning.make_plan import make_plan
+from fxfusion.planning.sweep import sweep
+from tests.fxfusion.recovery.own_text import model_of, own_text
 
 IDS = torch.arange(1, 11).view(2, 5)
 
@@ -199,3 +203,23 @@ def test_the_digest_tells_all_inputs_apart() -> None:
 def test_bad_batches_are_errors(batches: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         read_batches(batches)
+
+
+@pytest.mark.parametrize("part", ["", "model.layers.2.mlp"])
+def test_an_offloaded_model_is_refused_by_the_weight_that_is_not_there(part: str) -> None:
+    """Weights on the meta device until their module is called, as accelerate's hooks keep them."""
+    import accelerate
+
+    model, batches = model_of(), own_text(batches=2)
+    accelerate.cpu_offload(model.get_submodule(part), torch.device("cpu"))
+    measures: list[Callable[[], Any]] = [
+        lambda: attention_scores(model, batches),
+        lambda: dependency_matrix(model, batches),
+        lambda: make_plan(model, batches, drop=1),
+        lambda: make_plan(model, batches, roads=["hoist"], target_depth=3),
+        lambda: sweep(model, batches),
+    ]
+    words = r"weights are not there \(model\..*weight is on the meta device: offloaded\?\); load it whole"
+    for measure in measures:
+        with pytest.raises((CaptureError, ValueError), match=words):
+            measure()
