@@ -144,7 +144,7 @@ class Store:
 
 
 def inside(folder: str | os.PathLike[str] | None, name: str) -> Path | None:
-    """A file in a folder, for a `Store`; None where there is no folder."""
+    """A path in a folder, for a `Store`; None where there is no folder."""
     return None if folder is None else Path(folder) / name
 
 

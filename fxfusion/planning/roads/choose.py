@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, TypedDict
 
 from torch import nn
 
 from fxfusion.analysis.batches import Batch
 from fxfusion.analysis.meter import PlanMeter
+from fxfusion.analysis.store import inside
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Budget, Limits, Measured
@@ -115,11 +115,11 @@ def search_for(
     """Everything that is needed to look for plans within a budget; nothing is measured yet."""
     options.check_budget(budget)
     fitted, judged = divided(batches) if options.after_refit else ([], list(batches))
-    folder = None if cache is None else Path(cache) / ("roads_after_refit" if options.after_refit else "roads")
+    folder = inside(cache, "roads_after_refit" if options.after_refit else "roads")
     judge = PlanMeter(model, judged, folder)
     judge.refuse_hidden_ffns()
     less = screened(judged)
-    meter = judge if len(less) == len(judged) else PlanMeter(judge.traced, less, _inside(folder, "screen"))
+    meter = judge if len(less) == len(judged) else PlanMeter(judge.traced, less, inside(folder, "screen"))
     screen = Screen(
         meter,
         tuple(options.roads),
@@ -148,10 +148,6 @@ def choose(search: RoadSearch, options: RoadOptions, budget: Budget) -> Measured
             f"no plan fits the budget; at {search.price.text(most)} the best one costs {found.cost:+.4f} nats per token"
         )
     return found
-
-
-def _inside(folder: Path | None, name: str) -> Path | None:
-    return None if folder is None else folder / name
 
 
 def _price(meter: PlanMeter, options: RoadOptions, budget: Budget) -> Price:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from fxfusion.analysis.batches import Batch, text_key
 from fxfusion.analysis.meter import PlanMeter, Qualities, plan_key
 from fxfusion.analysis.quality import Quality, evaluate
+from fxfusion.analysis.store import inside
 from fxfusion.errors import NotFusedError, OptionError, PlanError, SurgeryError
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.plan.fusion_plan import FusionPlan, Member
@@ -243,7 +243,7 @@ class RefitMeter:
 
     def __init__(self, meter: PlanMeter, fitted: Sequence[Batch], cache: str | os.PathLike[str] | None = None) -> None:
         self.meter, self.fitted = meter, list(fitted)
-        path = None if cache is None else Path(cache) / "refitted_plans.json"
+        path = inside(cache, "refitted_plans.json")
         self.known = Qualities(path, lambda: {**meter.facts(), "fitted": text_key(self.fitted)})
 
     def knows(self, plan: FusionPlan) -> bool:
