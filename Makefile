@@ -34,7 +34,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 demo: compiler venv
-	$(BIN)/fxfusion demo
+	$(BIN)/python -m examples.demo
 
 ifeq ($(TORCH),)
 test: lint

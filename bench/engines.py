@@ -42,7 +42,7 @@ import fxfusion
 from bench.record import Measurement, Scalar, arguments, record
 from bench.reference import load_model, load_tokenizer
 from bench.show import ratio_table
-from fxfusion.cli.steps import DROPPED, GROUP, PLAN
+from examples.demo import DROPPED, GROUP, PLAN
 from fxfusion.errors import FxFusionError
 from fxfusion.plan.fusion_plan import FusionPlan
 

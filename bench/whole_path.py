@@ -82,7 +82,7 @@ def whole_path(results: Path, *more: str) -> dict[str, Any]:
 def _run(name: str, arguments: list[str]) -> dict[str, Any]:
     """One command with --json: what it printed, wall time, and processor time of all its threads."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "fxfusion.cli", *arguments, "--json"]
+    command = [sys.executable, "-m", "fxfusion", *arguments, "--json"]
     started, used = time.perf_counter(), _processor_seconds()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=MODEL_FOLDER.parents[2])
     seconds = time.perf_counter() - started

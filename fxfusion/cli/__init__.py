@@ -13,69 +13,81 @@ commands that need them.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
-from fxfusion.cli import (
-    auto,
-    check,
-    demo,
-    explain,
-    export,
-    fuse,
-    generate,
-    matrix,
-    plan,
-    recover,
-    refit,
-    report,
-    score,
-    simulate,
-    sweep,
-    unfuse,
-)
-from fxfusion.cli import eval as evaluate
+import fxfusion
+from fxfusion.cli import auto, check, eval, explain, fuse, generate, measure, plan, recover, report, simulate
 from fxfusion.errors import OptionError, PlanError
 
-app = typer.Typer(
-    help="FFN Fusion (arXiv 2503.18908) for PyTorch models.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,  # plain help: loading rich would double the time that --help takes
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-)
+
+def new_app(**more: Any) -> typer.Typer:
+    """A command line without commands."""
+    return typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,  # plain help: loading rich would double the time that --help takes
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+        **more,
+    )
+
+
+app = new_app(no_args_is_help=True)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fxfusion {fxfusion.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _fxfusion(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Say the version, and leave.")
+    ] = False,
+) -> None:
+    """FFN Fusion (arXiv 2503.18908) for PyTorch models."""
+
+
 for name, body, what in (
-    ("auto", auto.command, "From an ordinary model to a fused checkpoint, in one go."),
-    ("score", score.command, "What each attention is worth."),
-    ("matrix", matrix.command, "How much each block depends on those before it."),
-    ("plan", plan.command, "Choose what to drop and to fuse, within a budget."),
-    ("explain", explain.command, "What would be fused, and what not, and why."),
-    ("eval", evaluate.command, "What a plan costs in quality, gains in speed."),
-    ("sweep", sweep.command, "What every depth costs: table, plot, front."),
-    ("report", report.command, "One page of all results."),
-    ("simulate", simulate.command, "What a model would do on a device, and gain."),
-    ("fuse", fuse.command, "Write a folder of the fused model."),
-    ("refit", refit.command, "Fuse, and make good what that cost."),
-    ("recover", recover.command, "Train a fused model from the intact one."),
-    ("unfuse", unfuse.command, "Write a folder with the groups taken apart."),
-    ("export", export.command, "Write a folder that serving engines load."),
-    ("check", check.command, "Is a model folder whole and right?"),
-    ("generate", generate.command, "Text from a model folder."),
-    ("demo", demo.command, "The whole job on a small trained model."),
+    ("auto", auto.auto, "From an ordinary model to a fused checkpoint, in one go."),
+    ("score", measure.score, "What each attention is worth."),
+    ("matrix", measure.matrix, "How much each block depends on those before it."),
+    ("plan", plan.plan, "Choose what to drop and to fuse, within a budget."),
+    ("explain", explain.explain, "What would be fused, and what not, and why."),
+    ("eval", eval.evaluate, "What a plan costs in quality, gains in speed."),
+    ("sweep", measure.sweep, "What every depth costs: table, plot, front."),
+    ("report", report.report, "One page of all results."),
+    ("simulate", simulate.simulate, "What a model would do on a device, and gain."),
+    ("fuse", fuse.fuse, "Write a folder of the fused model."),
+    ("refit", recover.refit, "Fuse, and make good what that cost."),
+    ("recover", recover.recover, "Train a fused model from the intact one."),
+    ("unfuse", fuse.unfuse, "Write a folder with the groups taken apart."),
+    ("export", fuse.export, "Write a folder that serving engines load."),
+    ("check", check.check, "Is a model folder whole and right?"),
+    ("generate", generate.generate, "Text from a model folder."),
 ):
     app.command(name, short_help=what)(body)
 
+# transformers imports torchao where it is there: its missing extensions, and what its enums do to pytrees, are nobody's
+# concern here.
+_NOISY = ("torchao", "torch.utils._pytree")
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
-def main() -> None:
-    """Run the command line and leave with its exit code."""
+def main(line: Callable[[], Any] | None = None) -> None:
+    """Run a command line, `fxfusion`'s where none is given, and leave with its exit code."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        app()
+        (line or app)()
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:
             fail("interrupted", 1)
@@ -93,7 +105,3 @@ def fail(why: str, code: int) -> None:
     """Say why on one line, and leave."""
     print(f"fxfusion: error: {why}", file=sys.stderr)
     raise SystemExit(code) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -2,67 +2,127 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from fxfusion.cli.conversion import Conversion, converting, say_engines
-from fxfusion.cli.options import ModelDir, check_folder
+from fxfusion.cli.fuse import say_engines
+from fxfusion.cli.options import check_folder
+from fxfusion.cli.session import Conversion, command
 from fxfusion.errors import FxFusionError
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be checked; reads no weights.")]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_ROUNDING = 8  # times the dtype's epsilon: attention over stored keys is summed in another order
+
+Verdict = tuple[bool, str]
 
 
-@converting
-def command(run: Conversion, model_dir: ModelDir, dry_run: DryRun = False) -> dict[str, Any]:
+@command
+def check(run: Conversion) -> dict[str, Any]:
     """Check a model folder: files, tensors, plan, logits, cache; exit code 1 where something is wrong.
 
     Nothing of the folder is trusted: no pickle is read and no code of it is run. Of a folder with a plan, the fused
     model is compared with the parallel form of its members. Of a nemotron-nas folder, says which engines load it.
     """
-    check_folder(model_dir)
-    from fxfusion.cli.checks import checks
-
-    planned, rows = checks(run, model_dir), list[dict[str, Any]]()
-    if dry_run:
-        run.screen.line(f"would check: {', '.join(check.what for check in planned)}")
-        return {"model": str(model_dir), "dry_run": True, "would_check": [check.what for check in planned]}
-    for check in planned:
+    check_folder(run.model_dir)
+    planned, rows = _checks(run), list[dict[str, Any]]()
+    result: dict[str, Any] = {"model": str(run.model_dir)}
+    if run.dry_run:
+        run.screen.line(f"would check: {', '.join(planned)}")
+        return result | {"dry_run": True, "would_check": list(planned)}
+    for what, check in planned.items():
         try:
-            good, detail = check.run()
+            good, detail = check()
         except FxFusionError as error:
             good, detail = False, str(error).splitlines()[0]
-        run.screen.verdict(good, f"{check.what}: {detail}")
-        rows.append({"what": check.what, "good": good, "detail": detail})
-        if not good:
-            break  # what follows needs it
-    result = {"model": str(model_dir), "good": all(row["good"] for row in rows), "checks": rows}
-    if result["good"]:
-        result["engines"] = _engines(run, model_dir)
-    if not result["good"]:
-        _finish(run, result)
-        raise typer.Exit(1)
-    return result
+        run.screen.verdict(good, f"{what}: {detail}")
+        rows.append({"what": what, "good": good, "detail": detail})
+        if not good:  # what follows needs it
+            run.exit_code = 1
+            return result | {"good": False, "checks": rows}
+    return result | {"good": True, "checks": rows, "engines": _engines(run)}
 
 
-def _engines(run: Conversion, model_dir: Path) -> dict[str, str | None] | None:
+def _engines(run: Conversion) -> dict[str, str | None] | None:
     from fxfusion.checkpoints.nemotron_nas.export import engines_that_load
-    from fxfusion.checkpoints.nemotron_nas.load import MODEL_TYPE
     from fxfusion.checkpoints.reading import SafeFolder
+    from fxfusion.cli.inputs import is_nemotron
 
-    config = SafeFolder.of(model_dir).json("config.json")
-    if config.get("model_type") != MODEL_TYPE:
+    if not is_nemotron(run.model_dir):
         return None
-    engines = engines_that_load(config)
+    engines = engines_that_load(SafeFolder.of(run.model_dir).json("config.json"))
     say_engines(run.screen, engines)
     return engines
 
 
-def _finish(run: Conversion, result: dict[str, Any]) -> None:
-    """The document of a folder that is not good: its exit code leaves no other way to print it."""
-    import json
-    import sys
+def _checks(run: Conversion) -> dict[str, Callable[[], Verdict]]:
+    """What can be checked of a folder, one after the other; each needs those before it."""
+    from fxfusion.checkpoints.canonical_load import read_plan
+    from fxfusion.checkpoints.reading import SafeFolder
 
-    if run.as_json:
-        print(json.dumps(result, indent=2), file=sys.__stdout__)
+    folder = _Folder(run)
+    found = {"files": folder.files, "loads": folder.loads, "computes": folder.computes, "cache": folder.caches}
+    plan = read_plan(SafeFolder.of(run.model_dir))
+    return found | ({"fused": lambda: folder.fuses(plan)} if plan is not None and plan.groups else {})
+
+
+@dataclass(slots=True)
+class _Folder:
+    run: Conversion
+    model: Any = None
+    ids: Any = None
+    logits: Any = None
+
+    def files(self) -> Verdict:
+        from fxfusion.checkpoints.reading import CheckpointReader
+
+        reader = CheckpointReader.open(self.run.model_dir)
+        size = sum(facts.nbytes for facts in reader.stored.values())
+        return True, f"{len(reader.stored)} tensors, {size / 2**20:,.1f} MiB"
+
+    def loads(self) -> Verdict:
+        self.model = self.run.load()
+        layers = self.model.config.get_text_config(decoder=True).num_hidden_layers
+        return True, f"{type(self.model).__name__}, {layers} layers, {self.model.dtype}".replace("torch.", "")
+
+    def computes(self) -> Verdict:
+        from fxfusion.models.surgery_proof import full_logits, proof_tokens
+
+        self.ids = proof_tokens(self.model)
+        self.logits = full_logits(self.model, self.ids)
+        good = bool(self.logits.isfinite().all())
+        return good, f"logits of {self.ids.numel()} tokens are {'' if good else 'not '}finite"
+
+    def caches(self) -> Verdict:
+        from fxfusion.models.surgery_proof import cached_logits
+
+        try:
+            decoded = cached_logits(self.model, self.ids)
+        except Exception as error:
+            raise FxFusionError(f"decoding with a cache fails: {error}") from error
+        if decoded is None:
+            return True, "the model has none"
+        good, words = self._against(decoded)
+        return good, f"decoding token by token is {words}"
+
+    def fuses(self, plan: Any) -> Verdict:
+        """The fused model as it was read against one that is fused, and proved, from the members."""
+        from fxfusion.models.ffn_surgery.fuse import fuse
+        from fxfusion.models.surgery_proof import full_logits, relative
+
+        again = self.run.load(fused=False)
+        members = full_logits(again, self.ids)
+        fuse(again, plan)
+        good, words = self._against(full_logits(again, self.ids), " from what `fuse` makes and proves")
+        price = relative(self.logits, members)
+        return good, f"{words}; that is off by {price:.1g} from the model without fusion"
+
+    def _against(self, logits: Tensor, what: str = "") -> Verdict:
+        import torch
+
+        from fxfusion.models.surgery_proof import relative
+
+        off, limit = relative(logits, self.logits), _ROUNDING * torch.finfo(self.logits.dtype).eps
+        return off <= limit, f"off by {off:.1g}{what} (allowed {limit:.1g})"

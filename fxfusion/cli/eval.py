@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxfusion.cli.options import Compiler, PlanFile, check_folder
-from fxfusion.cli.results_folder import COMPILED, MODEL, PLAN, QUALITY
-from fxfusion.cli.session import Session, Work, measuring
-from fxfusion.errors import OptionError
+import fxfusion
+from fxfusion.cli import options
+from fxfusion.cli.options import Compiler, check_folder
+from fxfusion.cli.results_folder import COMPILED, MODEL, PLAN, QUALITY, contents, digest
+from fxfusion.cli.screen import show_evaluation
+from fxfusion.cli.session import Session, Work, command
+from fxfusion.errors import FxFusionError, OptionError
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
     from fxfusion.plan.fusion_plan import FusionPlan
 
 Baseline = Annotated[
     Path | None, typer.Option(help="Folder of the model to compare with.", show_default="the model itself, intact")
-]
-CompilerOption = Annotated[
-    Compiler, typer.Option("--compiler", help="What compiles the fused graph; inductor needs a C++ compiler.")
 ]
 Generate = Annotated[int, typer.Option(min=0, help="Also continue so many prompts greedily, and compare the texts.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Length of these continuations.")]
@@ -32,60 +38,49 @@ Tasks = Annotated[
 TaskFolder = Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.", show_default=False)]
 TaskLimit = Annotated[int | None, typer.Option(min=1, help="Examples per task at most.", show_default=False)]
 
+_RECORDED_BYTES = 2**29  # logits of the reference that are kept rather than computed again for each variant
+_PROMPT = 32  # tokens
+_SPEED_TOKENS = (128, 1)  # per call: reading a prompt, and writing
+_ROUNDS = 40
+
+Found = dict[str, Any]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """What to measure beside quality. `generate`: number of prompts, 0 for none."""
 
-    generate: int
-    new_tokens: int
-    speed: bool
-    tasks: tuple[str, ...]
-    task_folder: Path | None
-    task_limit: int | None
+    generate: Generate = 0
+    new_tokens: NewTokens = 64
+    speed: Speed = False
+    tasks: Tasks = None
+    task_folder: TaskFolder = None
+    task_limit: TaskLimit = None
 
 
-@measuring
-def command(
+@command
+def evaluate(
     run: Session,
-    plan: PlanFile = None,
+    parts: Parts,
+    plan: options.PlanFile = None,
     baseline: Baseline = None,
-    compiler: CompilerOption = Compiler.inductor,
-    generate: Generate = 0,
-    new_tokens: NewTokens = 64,
-    speed: Speed = False,
-    tasks: Tasks = None,
-    task_folder: TaskFolder = None,
-    task_limit: TaskLimit = None,
+    compiler: options.CompilerOption = Compiler.inductor,
 ) -> dict[str, Any]:
     """Measure what a plan costs: perplexity, KL, agreement, text; each with its 95 % interval and a control.
 
     The attention that the plan drops is dropped, the model is compiled with the plan's groups, and everything
     is compared with the intact model on the same text. Without --plan the intact model is measured alone.
     """
-    run.require_text()
-    parts = Parts(
-        generate=generate,
-        new_tokens=new_tokens,
-        speed=speed,
-        tasks=tuple(tasks or ()),
-        task_folder=task_folder,
-        task_limit=task_limit,
-    )
     chosen = _read_plan(run, plan)
-    for folder in filter(None, (run.common.model_dir, baseline)):
-        check_folder(folder)
-    run.check_writes(MODEL, QUALITY, COMPILED, reads=[plan, baseline])
-    if speed and not chosen.groups:
+    if baseline is not None:
+        check_folder(baseline)
+    if parts.speed and not chosen.groups:
         raise OptionError("--speed: there is nothing fused to time; give a --plan with groups")
-    if run.common.dry_run:
+    run.check(MODEL, QUALITY, COMPILED, reads=list(filter(None, (plan, baseline))))
+    if run.dry_run:
         return run.plan_dry_run(_work(chosen, baseline, parts), [QUALITY])
-
-    from fxfusion.cli.evaluation import Evaluation
-    from fxfusion.cli.evaluation_tables import show
-
     result = Evaluation(run=run, plan=chosen, compiler=compiler.value, baseline=baseline).measure(parts, plan)
-    show(result, run.screen)
+    show_evaluation(result, run.screen)
     run.screen.line(
         f"\nkept in {run.folder.file(QUALITY)}; fxfusion report --results {run.folder.path} shows it", "dim"
     )
@@ -93,13 +88,11 @@ def command(
 
 
 def _read_plan(run: Session, file: Path | None) -> FusionPlan:
-    from fxfusion.plan.fusion_plan import FusionPlan
-
     if file is not None:
-        return FusionPlan.load(file)
+        return fxfusion.FusionPlan.load(file)
     if run.folder.file(PLAN).is_file():
         run.screen.note(f"there is a plan in {run.folder.file(PLAN)}; give it by --plan to measure it")
-    return FusionPlan()
+    return fxfusion.FusionPlan()
 
 
 def _work(plan: FusionPlan, baseline: Path | None, parts: Parts) -> list[Work]:
@@ -110,4 +103,246 @@ def _work(plan: FusionPlan, baseline: Path | None, parts: Parts) -> list[Work]:
     found += [Work(f"compiled with {groups} group{'s' if groups > 1 else ''}", 1)] if groups else []
     found += [Work(f"two continuations of {parts.generate} prompts")] if parts.generate else []
     found += [Work("timing, fused and unfused")] if parts.speed else []
-    return found + [Work(f"task {task}") for task in parts.tasks]
+    return found + [Work(f"task {task}") for task in parts.tasks or ()]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A model to measure. `plan`: what of the plan is done to it; `make`: gives it, when it is needed."""
+
+    name: str
+    plan: FusionPlan
+    make: Callable[[], nn.Module]
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """`plan`: of nothing, where none was given. `baseline`: folder of the model to compare with; None: the intact one.
+
+    Models are made when they are first needed: nothing is compiled for what is kept already.
+    """
+
+    run: Session
+    plan: FusionPlan
+    compiler: str
+    baseline: Path | None = None
+
+    @cached_property
+    def identity(self) -> Found:
+        """What every measurement depends on."""
+        from fxfusion.models.fingerprint import facts_of
+
+        run, _ = self.run, self.run.model  # first, since it checks the folder
+        return {
+            "model": run.facts,
+            "reference": None if self.baseline is None else facts_of(self.reference).model_dump(mode="json"),
+            "dtype": run.dtype_name,
+            "device": run.torch_device.type,
+            "text": run.text_facts["digest"],
+            "seed": run.seed,
+        }
+
+    @cached_property
+    def kept(self) -> Found:
+        """What was measured, by what it depends on."""
+        return dict((self.run.folder.read(QUALITY) or {}).get("kept", {}))
+
+    def measure(self, parts: Parts, plan_file: Path | None) -> Found:
+        """All parts that were asked for, kept and as one result."""
+        run = self.run
+        result: Found = {
+            "model": str(run.model_dir),
+            "baseline": None if self.baseline is None else str(self.baseline),
+            "plan": None if plan_file is None else str(plan_file),
+            "plan_contents": None if plan_file is None else contents(self.plan),
+            "text": run.text_facts,
+            "dtype": run.dtype_name,
+            "compiler": self.compiler if self.plan.groups else None,
+            "quality": self.quality(),
+        }
+        if parts.generate:
+            result["generation"] = self.generation(parts.generate, parts.new_tokens)
+        if parts.speed:
+            result["speed"] = self.speed()
+        if parts.tasks:
+            result["tasks"] = self.tasks(parts.tasks, parts.task_folder, parts.task_limit)
+        run.folder.write(QUALITY, {"latest": result, "kept": self.kept})
+        return result
+
+    # --- variants -------------------------------------------------------------------------------------
+
+    @cached_property
+    def reference(self) -> PreTrainedModel:
+        """What the others are compared with."""
+        if self.baseline is None:
+            return self.run.model
+        from fxfusion.cli import inputs
+
+        with self.run.screen.busy("loading the baseline"):
+            return inputs.load_model(self.baseline, self.run.torch_device, self.run.dtype_name)
+
+    @cached_property
+    def logits(self) -> list[Tensor] | nn.Module:
+        """The reference's logits where they are small enough to keep, else the reference itself."""
+        from fxfusion.analysis.quality import record_logits
+        from fxfusion.cli.inputs import vocabulary
+
+        with self.run.screen.busy("running the reference"):
+            per_token = vocabulary(self.reference.config) * next(self.reference.parameters()).element_size()
+            tokens = sum(batch.numel() for batch in self.run.batches)
+            fits = per_token * tokens <= _RECORDED_BYTES
+            return record_logits(self.reference, self.run.batches) if fits else self.reference
+
+    @cached_property
+    def dropped(self) -> PreTrainedModel:
+        """The model without the attention that the plan drops."""
+        from fxfusion.cli.timing import without_attention
+
+        with self.run.screen.busy("dropping attention"):
+            return without_attention(self.run.model, self.plan)
+
+    @cached_property
+    def fused(self) -> nn.Module:
+        """The model under the plan, compiled at its first call."""
+        from fxfusion.cli.timing import compiled
+
+        return compiled(self.dropped, self.plan, self.compiler) if self.plan.groups else self.dropped
+
+    def variants(self) -> list[Variant]:
+        """What to measure: the reference, which is its own control, and what the plan makes of the model."""
+        name = "intact model" if self.baseline is None else self.baseline.resolve().name
+        found = [Variant(name, fxfusion.FusionPlan(), lambda: self.reference)]
+        if self.baseline is not None:
+            found.append(Variant(self.run.name, fxfusion.FusionPlan(), lambda: self.run.model))
+        count, groups = len(self.plan.dropped_attention), self.plan.groups
+        if count:
+            dropped = fxfusion.FusionPlan(dropped_attention=self.plan.dropped_attention)
+            found.append(Variant(f"without {count} attention{'s' if count > 1 else ''}", dropped, lambda: self.dropped))
+        if groups:
+            fused = sum(map(len, groups))
+            found.append(Variant(f"fused: {fused} FFNs in {len(groups)}", self.plan, lambda: self.fused))
+        return found
+
+    # --- parts ----------------------------------------------------------------------------------------
+
+    def quality(self) -> dict[str, Found]:
+        """Quality of each variant against the reference, the reference itself included: the control."""
+        return {
+            each.name: self._keep(f"quality {each.name}", each.plan, partial(self._quality, each))
+            for each in self.variants()
+        }
+
+    def _quality(self, variant: Variant) -> Found:
+        from fxfusion.backend import forget_reports
+
+        run, name, model = self.run, variant.name, variant.make()
+        logits = self.logits
+        forget_reports()
+        with run.screen.busy(f"measuring: {name}"):
+            found = fxfusion.evaluate(model, run.batches, logits, seed=run.seed)
+        wrong = next((what for what in ("loss", "kl") if not math.isfinite(float(getattr(found, what)))), None)
+        if wrong is not None:
+            advice = " (try --dtype float32)" if run.dtype_name == "float16" else ""
+            raise FxFusionError(f"the {wrong} of {name!r} is not finite: its logits hold NaN or infinities{advice}")
+        reports = fxfusion.last_reports()
+        if variant.plan.groups and reports:  # what the compiler found and refused, for the page of results
+            run.folder.write(COMPILED, reports[-1].to_dict())
+        return found.to_dict()
+
+    def generation(self, prompts: int, new_tokens: int) -> Found:
+        """Greedy continuations of the first tokens of some sequences: how long they are the reference's."""
+        what = f"generation {prompts} {new_tokens}"
+        return self._keep(what, self.plan, partial(self._generation, prompts, new_tokens))
+
+    def _generation(self, prompts: int, new_tokens: int) -> Found:
+        import torch
+
+        run = self.run
+        starts = torch.cat(run.batches)[:prompts, : min(_PROMPT, run.length // 2)]
+        model = self.fused if self.plan.groups or self.plan.dropped_attention else run.model
+        with run.screen.busy(f"writing {new_tokens} tokens after each of {len(starts)} prompts"):
+            found = fxfusion.greedy_agreement(
+                model,
+                self.reference,
+                [starts],
+                new_tokens,
+                batch=run.batch,
+                tokenizer=run.tokenizer_if_any,
+                seed=run.seed,
+            )
+        return found.to_dict()
+
+    def speed(self) -> dict[str, Found]:
+        """How many times faster the fused model is than without fusing, and than the intact one, all compiled alike."""
+        sizes = [min(tokens, self.run.length) for tokens in _SPEED_TOKENS]
+        names = {tokens: f"{tokens} token{'s' if tokens > 1 else ''} a call" for tokens in sizes}
+        return {
+            name: self._keep(f"speed {tokens}", self.plan, partial(self._speed, tokens))
+            for tokens, name in names.items()
+        }
+
+    def _speed(self, tokens: int) -> Found:
+        import torch
+
+        from fxfusion.cli import timing
+        from fxfusion.cost import interleaved
+
+        run, call_of = self.run, timing.call_of
+        ids = run.batches[0][:1, :tokens].to(run.torch_device)
+        unfused = timing.waited(torch.compile(call_of(self.dropped), backend=self.compiler, dynamic=False), ids)
+        calls = {
+            "fused": timing.waited(timing.compiled(call_of(self.dropped), self.plan, self.compiler), ids),
+            "unfused": unfused,
+            "control": unfused,
+        }
+        if self.plan.dropped_attention:
+            intact = torch.compile(call_of(run.model), backend=self.compiler, dynamic=False)
+            calls["intact"] = timing.waited(intact, ids)
+        with run.screen.busy(f"compiling and timing calls with {tokens} tokens"), torch.no_grad():
+            samples = interleaved.sample(calls, _ROUNDS, run.seed)
+        ratios = {
+            name: interleaved.ratio(samples[name], samples["fused"]) for name in calls if name in ("unfused", "intact")
+        }
+        return {
+            "tokens": tokens,
+            "seconds": {name: interleaved.median(samples[name]) for name in calls},
+            "fused_against": {name: ratio.to_dict() for name, ratio in ratios.items()},
+            "control": interleaved.ratio(samples["unfused"], samples["control"]).to_dict(),
+        }
+
+    def tasks(self, names: Sequence[str], folder: Path | None, limit: int | None) -> dict[str, Found]:
+        """Scores on tasks of lm-eval, of the reference and of what the plan makes."""
+        what = f"tasks {list(names)} {limit}"
+        models = [self.variants()[0], *self.variants()[1:][-1:]]
+        return {
+            each.name: self._keep(f"{what} {each.name}", each.plan, partial(self._tasks, each, names, folder, limit))
+            for each in models
+        }
+
+    def _tasks(self, variant: Variant, tasks: Sequence[str], folder: Path | None, limit: int | None) -> Found:
+        from fxfusion.analysis.lm_eval import lm_eval_results
+
+        run = self.run
+        with run.screen.busy(f"tasks: {variant.name}"):
+            found = lm_eval_results(
+                variant.make(),
+                run.tokenizer,
+                tasks,
+                batch_size=run.batch,
+                limit=limit,
+                include_path=folder,
+                seed=run.seed,
+            )
+        return {task: score.to_dict() for task, score in found.items()}
+
+    # --- what is kept ---------------------------------------------------------------------------------
+
+    def _keep(self, what: str, plan: FusionPlan, make: Callable[[], Found]) -> Found:
+        """What was measured before in just this way, or what `make` measures now. `plan`: what it depends on."""
+        key = digest([self.identity, contents(plan), self.compiler if plan.groups else None, what])
+        if key not in self.kept:
+            self.kept[key] = make()
+            latest = (self.run.folder.read(QUALITY) or {}).get("latest")
+            self.run.folder.write(QUALITY, {"latest": latest, "kept": self.kept})
+        found: Found = self.kept[key]
+        return found

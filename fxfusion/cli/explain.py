@@ -11,83 +11,62 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxfusion.cli.options import AsJson, Overwrite, PlanFile, check_folder, read_layers
-from fxfusion.cli.session import stdout_for_json
+import fxfusion
+from fxfusion.cli import options
+from fxfusion.cli.options import check_folder, read_layers
+from fxfusion.cli.session import Run, command
 from fxfusion.errors import OptionError
 from fxfusion.files import check_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from fxfusion.plan.fusion_plan import FusionPlan
     from fxfusion.report import FusionReport
 
 NOTHING_TO_FUSE = 3
 
-ModelDir = Annotated[
-    Path, typer.Argument(metavar="MODEL_DIR", help="A local folder with the model's config.json.", show_default=False)
-]
 Policy = Annotated[
     str | None,
     typer.Option(help="maximal, paper, or fields as JSON, such as '{\"keep_last\": 1}'.", show_default="maximal"),
 ]
-PlanGroup = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="LAYERS",
-        help="Layers to fuse, such as 4-8 or 4,5,6; may be repeated. Instead of a policy.",
-        show_default=False,
-    ),
+PageOutput = Annotated[
+    Path | None,
+    typer.Option("--output", metavar="FILE", help="Also write the report as one HTML page.", show_default=False),
 ]
-Html = Annotated[Path | None, typer.Option(help="Also write the report as one HTML page.", show_default=False)]
-Seq = Annotated[int, typer.Option(min=1, help="Tokens per sequence of the example input.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens per sequence of the example input.")]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences in the example input.")]
 
 
-def command(
-    model_dir: ModelDir,
+@command
+def explain(
+    run: Run,
+    model_dir: options.ModelDir,
     policy: Policy = None,
-    plan: PlanFile = None,
-    plan_group: PlanGroup = None,
-    html: Html = None,
-    as_json: AsJson = False,
-    seq: Seq = 16,
+    plan: options.PlanFile = None,
+    groups: options.Groups = None,
+    output: PageOutput = None,
+    length: Length = 16,
     batch: Batch = 1,
-    overwrite: Overwrite = False,
-) -> None:
+) -> dict[str, Any]:
     """Show which FFNs of a model would be fused, and why others would not.
 
     Reads config.json only: no weights, no network. Exit code 0 if something would be fused, 3 if not.
     With --plan, the attention that the plan drops is dropped first.
     """
     chosen = read_policy(policy)
-    groups = [read_layers(text, "--plan-group") for text in plan_group or ()]
-    given = [name for name, value in (("--policy", policy), ("--plan", plan), ("--plan-group", groups)) if value]
+    layers = [read_layers(text, "--groups") for text in groups or ()]
+    given = [name for name, value in (("--policy", policy), ("--plan", plan), ("--groups", groups)) if value]
     if len(given) > 1:
         raise OptionError(f"{given[0]} and {given[1]} were both given; a plan names its groups itself")
-    if html is not None:
-        check_file(html, "report", overwrite=overwrite, reads=[model_dir, *([] if plan is None else [plan])])
-    with stdout_for_json(as_json):
-        report = explain_config(model_dir, chosen, read_plan(plan, groups), seq, batch)
-        if html is not None:
-            report.to_html(html, title=f"fxfusion report: {model_dir.resolve().name}", overwrite=overwrite)
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        print(report)
-        if html is not None:
-            print(f"\nwritten: {html}")
-    if not report.groups:
-        raise typer.Exit(NOTHING_TO_FUSE)
-
-
-def read_plan(file: Path | None, groups: list[list[int]]) -> FusionPlan | None:
-    """The plan of a file, or of groups; None without either."""
-    from fxfusion.plan.fusion_plan import FusionPlan
-
-    if file is not None:
-        return FusionPlan.load(file)
-    return FusionPlan(groups=groups) if groups else None
+    if output is not None:
+        check_file(output, "report", overwrite=run.overwrite, reads=[model_dir, *filter(None, [plan])])
+    named = fxfusion.FusionPlan.load(plan) if plan else fxfusion.FusionPlan(groups=layers) if layers else None
+    report = explain_config(model_dir, chosen, named, length, batch)
+    run.screen.line(str(report))
+    if output is not None:
+        report.to_html(output, title=f"fxfusion report: {model_dir.resolve().name}", overwrite=run.overwrite)
+        run.screen.line(f"\nwritten: {output}")
+    run.exit_code = 0 if report.groups else NOTHING_TO_FUSE
+    return report.to_dict()
 
 
 def read_policy(text: str | None) -> str | dict[str, Any] | None:
@@ -102,35 +81,25 @@ def read_policy(text: str | None) -> str | dict[str, Any] | None:
 
 
 def explain_config(
-    folder: Path, policy: str | dict[str, Any] | None, plan: FusionPlan | None, seq: int, batch: int
+    folder: Path, policy: str | dict[str, Any] | None, plan: FusionPlan | None, length: int, batch: int
 ) -> FusionReport:
-    """Build the model that `folder` describes, without weights, and explain it on `[batch, seq]` token ids."""
-    from fxfusion.plan.policy import FusionPolicy
-
+    """Build the model that `folder` describes, without weights, and explain it on `[batch, length]` token ids."""
     # Checked before anything slow: a typing error should not cost the time to import torch.
-    checked = None if plan else FusionPolicy.resolve(policy)
+    checked = None if plan else fxfusion.FusionPolicy.resolve(policy)
     check_folder(folder)
 
     import torch
 
     from fxfusion.cli.inputs import build_without_weights
-    from fxfusion.compiler.pipeline import explain
+    from fxfusion.models.fingerprint import check_fits
 
     model = build_without_weights(folder)
     if plan is not None:
-        drop_planned(model, plan)
-    ids = torch.zeros(batch, seq, dtype=torch.long, device="meta")
+        check_fits(plan, model)
+        if plan.dropped_attention:
+            fxfusion.drop_attention(model, plan.dropped_attention)
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
-    return explain(model, policy=checked, plan=plan, **inputs)
-
-
-def drop_planned(model: PreTrainedModel, plan: FusionPlan) -> None:
-    """Drop the attention that the plan drops, in place. Raises `PlanError` where the plan is for another model."""
-    from fxfusion.models.drop_attention import drop_attention
-    from fxfusion.models.fingerprint import check_fits
-
-    check_fits(plan, model)
-    if plan.dropped_attention:
-        drop_attention(model, plan.dropped_attention)
+    return fxfusion.explain(model, policy=checked, plan=plan, **inputs)

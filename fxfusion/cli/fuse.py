@@ -1,92 +1,247 @@
-"""`fxfusion fuse MODEL_DIR OUT_DIR --plan FILE`: a folder of the fused model."""
+"""`fxfusion fuse`, `export` and `unfuse`: from one model folder to another."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxfusion.cli.card import Measured, card_of
-from fxfusion.cli.conversion import Conversion, DryRun, Format, OutDir, Plan, ShardSize, converting, facts, show
-from fxfusion.cli.options import ModelDir, check_folder, check_format, check_output, show_layers, show_members
-from fxfusion.cli.session import Session
-from fxfusion.errors import OptionError
+import fxfusion
+from fxfusion.cli import options
+from fxfusion.cli.options import Format, check_folder, check_output, show_layers, show_members
+from fxfusion.cli.results_folder import QUALITY, ResultsFolder, contents
+from fxfusion.cli.screen import Screen
+from fxfusion.cli.session import Conversion, Run, command
+from fxfusion.errors import FxFusionError, OptionError
 
-FormatOption = Annotated[
-    Format,
-    typer.Option("--format", help="canonical: original weights and the plan; nemotron-nas: fused weights for engines."),
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fxfusion.plan.fusion_plan import FusionPlan
+
+Measured = Annotated[
+    Path | None,
+    typer.Option(
+        "--results", metavar="FOLDER", help="Put what `eval` measured there into the card.", show_default=False
+    ),
 ]
+_MEASURES = ("perplexity", "kl", "top1", "top5")  # of the card
 
 
-@converting
-def command(
+# --- commands -----------------------------------------------------------------------------------------
+
+
+@command
+def fuse(
     run: Conversion,
-    model_dir: ModelDir,
-    out_dir: OutDir,
-    plan: Plan = None,
-    format: FormatOption = Format.canonical,
+    output: options.Output,
+    plan: options.NeededPlan,
+    format: options.FormatOption = Format.canonical,
     results: Measured = None,
-    max_shard_size: ShardSize = "2GB",
-    dry_run: DryRun = False,
+    max_shard_size: options.ShardSize = "2GB",
 ) -> dict[str, Any]:
     """Drop attention and fuse FFNs as a plan says, prove it, and write the result as a model folder.
 
     A canonical folder has the original weights, bit for bit, and the plan: plain transformers loads it as the
     unfused model, fxfusion.from_pretrained as the fused one. MODEL_DIR stays as it is.
     """
-    from fxfusion.plan.fusion_plan import FusionPlan
+    chosen, result = fxfusion.FusionPlan.load(plan), _started(run, output, plan, results) | {"format": format.value}
+    from fxfusion.cli import inputs
 
-    if plan is None:
-        raise OptionError("--plan: give the plan file that says what to fuse (`fxfusion plan` makes one)")
-    chosen = FusionPlan.load(plan)
-    check_folder(model_dir)
-    check_output(out_dir, run.overwrite, model_dir, plan, results)
-    check_format(model_dir, format.value)
-    result = {"model": str(model_dir), "out": str(out_dir), "format": format.value, "dry_run": dry_run}
-    card = card_of(results, chosen)
+    inputs.check_format(run.model_dir, format)
+    card = _card(results, chosen)
     say_plan(run, chosen)
-    if dry_run:
-        from fxfusion.cli.dry_run import fused_without_weights
+    if run.dry_run:
+        return result | outline(run, chosen, format, max_shard_size)
+    model = run.load()
+    before = _told(run, "before", model)
+    if format is Format.nemotron_nas:
+        with run.screen.busy("fusing"):
+            fxfusion.fuse(model, chosen)
+    _write(run, model, output, format, max_shard_size, plan=chosen if format is Format.canonical else None, card=card)
+    return result | {"before": before, "after": _told(run, "after", model, output)}
 
-        return result | fused_without_weights(run, model_dir, chosen, format, max_shard_size)
-    return result | _write(
-        run,
-        model_dir,
-        out_dir,
-        chosen,
-        format,
-        {"max_shard_size": max_shard_size, "card": card, "overwrite": run.overwrite},
-    )
+
+@command
+def export(
+    run: Conversion,
+    output: options.Output,
+    plan: options.PlanFile = None,
+    results: Measured = None,
+    max_shard_size: options.ShardSize = "2GB",
+) -> dict[str, Any]:
+    """Write a model in the nemotron-nas layout, with its fused FFNs as ordinary wide ones, and say who loads it.
+
+    MODEL_DIR is a canonical folder with its plan, or any Llama-like model, fused by --plan first. With --dry-run
+    prints config and tensor index (all of it under --json); no weights are read, so any size is quick.
+    """
+    chosen = None if plan is None else fxfusion.FusionPlan.load(plan)
+    result = _started(run, output, plan, results)
+    from fxfusion.cli import inputs
+
+    inputs.check_format(run.model_dir, Format.nemotron_nas)
+    if run.dry_run:
+        return result | outline(run, chosen, Format.nemotron_nas, max_shard_size)
+    from fxfusion.checkpoints.nemotron_nas.export import engines_that_load
+    from fxfusion.checkpoints.reading import SafeFolder
+    from fxfusion.models.ffn_surgery.record import plan_of
+
+    model = run.load()
+    if chosen is not None:
+        with run.screen.busy("fusing"):
+            fxfusion.fuse(model, chosen)
+    _write(run, model, output, Format.nemotron_nas, max_shard_size, card=_card(results, plan_of(model)))
+    engines = engines_that_load(SafeFolder.of(output).json("config.json"))
+    say_engines(run.screen, engines)
+    return result | {"after": _told(run, "exported", model, output), "engines": engines}
+
+
+@command
+def unfuse(run: Conversion, output: options.Output, max_shard_size: options.ShardSize = "2GB") -> dict[str, Any]:
+    """Take the fused groups out of a folder: the model's weights from before, in a canonical folder.
+
+    They are there bit for bit in a canonical folder, and come out of a nemotron-nas folder that fxfusion wrote: bit for
+    bit where norms were not folded, to rounding where they were. Dropped attention stays dropped: its weights are gone.
+    """
+    result = _started(run, output)
+    from fxfusion.checkpoints.canonical_load import PLAN, read_plan
+    from fxfusion.checkpoints.reading import SafeFolder
+    from fxfusion.cli import inputs
+
+    plan = read_plan(SafeFolder.of(run.model_dir))
+    if plan is None:
+        raise FxFusionError(f"{run.model_dir} has no {PLAN}: nothing says what was fused, or what its members were")
+    if not plan.groups:
+        raise FxFusionError(f"{run.model_dir}: nothing is fused in it, by its plan")
+    say_plan(run, plan)
+    if run.dry_run:
+        run.screen.line(f"dry run: would write {output} with {len(plan.groups)} groups taken apart")
+        return result | {"groups": [group.to_data() for group in plan.groups]}
+    model = run.load(fused=False)
+    _write(run, model, output, inputs.format_of(model), max_shard_size)
+    return result | {"after": _told(run, "after", model, output)}
+
+
+def _started(run: Conversion, output: Path, *reads: Path | None) -> dict[str, Any]:
+    """What every result begins with, where the folders are fit to be read and written."""
+    check_folder(run.model_dir)
+    check_output(output, run.overwrite, run.model_dir, *reads)
+    return {"model": str(run.model_dir), "output": str(output), "dry_run": run.dry_run}
 
 
 def _write(
-    run: Conversion, model_dir: Path, out_dir: Path, plan: Any, format: Format, more: dict[str, Any]
-) -> dict[str, Any]:
-    from fxfusion.checkpoints.api import save_pretrained
+    run: Conversion, model: PreTrainedModel, output: Path, format: Format, max_shard_size: str, **more: Any
+) -> None:
+    loud = run.screen.notes.is_terminal
+    with run.screen.busy("writing, and proving what is written"):
+        fxfusion.save_pretrained(
+            model,
+            output,
+            format.value,
+            max_shard_size=max_shard_size,
+            progress=loud,
+            overwrite=run.overwrite,
+            **more,
+        )
+
+
+def _told(run: Conversion, name: str, model: PreTrainedModel, written: Path | None = None) -> dict[str, Any]:
+    """What a model is, told on a line."""
+    found = facts(model)
+    show(run.screen, name, found)
+    if written is not None:
+        run.screen.line(f"written: {written}")
+    return found
+
+
+def outline(run: Conversion, plan: FusionPlan | None, format: Format, max_shard_size: str) -> dict[str, Any]:
+    """What would be written, from config and plan alone: the fused model on the meta device in facts, and for the
+    engines' layout config, index and who loads it."""
+    from fxfusion.checkpoints.canonical_load import read_plan
+    from fxfusion.checkpoints.nemotron_nas.export import plan_export
+    from fxfusion.checkpoints.nemotron_nas.load import outline_of
+    from fxfusion.checkpoints.reading import SafeFolder
+    from fxfusion.cli import inputs
     from fxfusion.models.ffn_surgery.fuse import fuse
-    from fxfusion.models.ffn_surgery.record import plan_of
 
-    model = run.load(model_dir)
-    before = facts(model, plan_of(model))
+    folder = SafeFolder.of(run.model_dir)
+    with run.screen.busy("looking at the layers"):
+        fused_already = inputs.is_nemotron(run.model_dir)  # such a folder holds the fused form itself
+        model: Any = outline_of(folder) if fused_already else inputs.build_without_weights(run.model_dir)
+        before = facts(model)
+        chosen = plan or (None if fused_already else read_plan(folder))
+        if chosen is not None:
+            fuse(model, chosen)
+    after = facts(model)
     show(run.screen, "before", before)
-    more["progress"] = run.screen.notes.is_terminal
-    if format is Format.canonical:
-        with run.screen.busy("writing, and proving the fused form"):
-            save_pretrained(model, out_dir, plan=plan, **more)
-    else:
-        with run.screen.busy("fusing"):
-            fuse(model, plan)
-        save_pretrained(model, out_dir, format.value, **more)
-    after = facts(model, plan_of(model))
     show(run.screen, "after", after)
-    run.screen.line(f"written: {out_dir}")
-    return {"before": before, "after": after}
+    found: dict[str, Any] = {"before": before, "after": after}
+    if format is Format.nemotron_nas:
+        exported = plan_export(model, max_shard_size=max_shard_size)
+        found["export"] = exported.to_dict()
+        say_engines(run.screen, exported.engines)
+        run.screen.line(f"would write {len(exported.tensors)} tensors, {exported.nbytes / 2**20:,.1f} MiB")
+    return found
 
 
-def say_plan(run: Conversion | Session, plan: Any) -> None:
+# --- what is told -------------------------------------------------------------------------------------
+
+
+def facts(model: Any) -> dict[str, Any]:
+    """A model in numbers, for people and for JSON."""
+    from fxfusion.models.ffn_surgery.record import plan_of
+    from fxfusion.models.fingerprint import decoder_layers
+
+    plan = plan_of(model)
+    weights = {id(value): value for value in model.parameters()}.values()
+    return {
+        "architecture": type(model).__name__,
+        "layers": len(decoder_layers(model)[1]),
+        "parameters": sum(value.numel() for value in weights),
+        "bytes": sum(value.numel() * value.element_size() for value in weights),
+        "dropped_attention": list(plan.dropped_attention),
+        "groups": [group.to_data() for group in plan.groups],
+        "norm": plan.norm,
+    }
+
+
+def show(screen: Screen, name: str, found: dict[str, Any]) -> None:
+    """One line on a model."""
+    size = f"{found['parameters']:,} parameters, {found['bytes'] / 2**20:,.1f} MiB"
+    screen.line(f"{name}: {found['architecture']}, {found['layers']} layers, {size}")
+
+
+def say_plan(run: Run, plan: FusionPlan) -> None:
     """What a plan does, in one line each."""
     if plan.dropped_attention:
         run.screen.line(f"attention dropped: layers {show_layers(plan.dropped_attention)}")
     if plan.groups:
         run.screen.line(f"FFNs fused: {'; '.join(show_members(group) for group in plan.groups)} (norm {plan.norm})")
+
+
+def say_engines(screen: Screen, engines: dict[str, str | None]) -> None:
+    """Which engines load a nemotron-nas folder, by their own rules."""
+    screen.table(("engine", "loads it"), [(name, why or "yes") for name, why in engines.items()])
+
+
+def _card(results: Path | None, plan: FusionPlan) -> dict[str, Any] | None:
+    """Fields of a model card; None without a folder. Raises `OptionError` where it knows nothing of this plan."""
+    if results is None:
+        return None
+    latest = (ResultsFolder(results).read(QUALITY) or {}).get("latest")
+    if not latest:
+        raise OptionError(f"--results: {results} has no measured quality: run `fxfusion eval` with it first")
+    if latest["plan_contents"] != contents(plan):
+        raise OptionError(
+            f"--results: what was measured in {results} is another plan; run `fxfusion eval` with this one"
+        )
+    quality = {
+        f"{measure}, {name}": "{value:.4g} [{low:.4g}, {high:.4g}]".format(**found[measure])
+        for name, found in latest["quality"].items()
+        for measure in _MEASURES
+        if found.get(measure) is not None
+    }
+    text = latest["text"]
+    quality["text"] = f"{text['tokens']:,} tokens of {', '.join(Path(source).name for source in text['sources'])}"
+    return {"quality": quality}

@@ -24,13 +24,17 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fxfusion.analysis.batches import require_causal
+from fxfusion.analysis.planned import analyse_without
 from fxfusion.analysis.texts import batches_from_text
-from fxfusion.checkpoints.canonical_load import CONFIG
+from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, read_plan
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
+from fxfusion.checkpoints.nemotron_nas.export import plan_export
 from fxfusion.checkpoints.reading import SafeFolder
-from fxfusion.cli.options import check_folder
+from fxfusion.cli.options import Format, check_folder
 from fxfusion.errors import CheckpointError, FxFusionError, OptionError
+from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.plain_save import ADVICE
+from fxfusion.models.traced import TracedGraph, TracedModel
 
 _PROBE = 8  # tokens
 
@@ -87,6 +91,50 @@ def build_without_weights(folder: Path) -> PreTrainedModel:
         )
     model.eval()
     return model
+
+
+def graph_without_weights(folder: Path, tokens: int) -> tuple[PreTrainedModel, TracedGraph]:
+    """The model on the meta device, and its graph."""
+    model = build_without_weights(folder)
+    return model, TracedModel(model).graph(torch.zeros(1, tokens, dtype=torch.long, device="meta"))
+
+
+def describe(graph: TracedGraph) -> list[dict[str, Any]]:
+    """All layers. `width`: of the FFN, 0 where there is none that could be fused."""
+    found = analyse_without(graph, ())
+    widths: dict[int, int] = {}
+    numbers = layer_numbers([ffn.layer for ffn in found.matches.ffns])
+    for number, ffn in zip(numbers, found.matches.ffns, strict=True):
+        if number is not None:
+            widths[number] = widths.get(number, 0) + ffn.width
+    mixers = {block.layer for block in graph.blocks.mixers}
+    count = 1 + max(block.layer for block in graph.blocks.layers)
+    return [
+        {"number": number, "has_mixer": number in mixers, "width": widths.get(number, 0)} for number in range(count)
+    ]
+
+
+def format_of(model: PreTrainedModel) -> Format:
+    """The layout that a model is of."""
+    return Format.nemotron_nas if model.config.model_type == nemotron.MODEL_TYPE else Format.canonical
+
+
+def check_format(folder: Path, format: Format) -> None:
+    """Raises where a model cannot be written in that layout, by its config alone: before hours of work on it."""
+    if format is Format.nemotron_nas:
+        plan_export(build_without_weights(folder), check=False)
+    elif is_nemotron(folder):
+        raise OptionError(f"--format canonical: {folder} is in the nemotron-nas layout, which has no canonical form")
+
+
+def check_intact(folder: Path) -> None:
+    """Plain transformers would load a canonical folder of a changed model, too, but not as that model. A nemotron-nas
+    folder holds what it is.
+    """
+    known = None if is_nemotron(folder) else read_plan(SafeFolder.of(folder))
+    if known is not None and (known.groups or known.dropped_attention or known.refit):
+        was = "refitted" if known.refit else "fused, or lost attention,"
+        raise FxFusionError(f"{folder} was {was} already ({PLAN}): give the folder of the model as it was")
 
 
 def pick_device(name: str) -> torch.device:

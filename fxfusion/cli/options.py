@@ -6,16 +6,18 @@ Read before every `--help`, so it imports nothing heavy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import typer
 
 from fxfusion.errors import FxFusionError, OptionError
+from fxfusion.files import check_apart
 
 T = TypeVar("T")
+Road = Literal["drop", "hoist", "wide"]
 
 
 class Method(str, Enum):
@@ -46,6 +48,20 @@ class Compiler(str, Enum):
     inductor = "inductor"
     aot_eager = "aot_eager"
     eager = "eager"
+
+
+class Format(str, Enum):
+    """How a model folder is laid out."""
+
+    canonical = "canonical"
+    nemotron_nas = "nemotron-nas"
+
+
+class Preset(str, Enum):
+    """Rules instead of a budget."""
+
+    paper = "paper"
+    automatic = "automatic"
 
 
 class DType(str, Enum):
@@ -88,9 +104,40 @@ Overwrite = Annotated[
 ]
 
 PlanFile = Annotated[Path | None, typer.Option("--plan", help="A plan file, such as plan.yaml.", show_default=False)]
+NeededPlan = Annotated[
+    Path, typer.Option("--plan", help="The plan file: what to drop and to fuse (see `fxfusion plan`).")
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", metavar="DIR", help="Where the new folder goes; it replaces one that fxfusion wrote."),
+]
+Groups = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--groups",
+        metavar="LAYERS",
+        help="Layers whose FFNs become one, such as 4-8 or 4-8,10; may be repeated.",
+        show_default=False,
+    ),
+]
+CompilerOption = Annotated[
+    Compiler, typer.Option("--compiler", help="What compiles the graph; inductor needs a C++ compiler.")
+]
+StoredDType = Annotated[DType, typer.Option("--dtype", help="auto: as the weights are stored.")]
+FormatOption = Annotated[
+    Format,
+    typer.Option("--format", help="canonical: original weights and the plan; nemotron-nas: fused weights for engines."),
+]
+ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Of one file of weights at most.")]
 DropAttention = Annotated[
     str | None,
-    typer.Option(metavar="LAYERS", help="Layers that lose their attention, such as 4-8 or 4,5,6.", show_default=False),
+    typer.Option(metavar="LAYERS", help="Layers that lose their attention, such as 4-8,10.", show_default=False),
+]
+MaxPerplexityIncrease = Annotated[
+    str | None, typer.Option(metavar="SHARE", help="Against the intact model, such as 5%.", show_default=False)
+]
+TargetDepth = Annotated[
+    int | None, typer.Option(min=1, help="FFNs one behind the other that remain.", show_default=False)
 ]
 MaxMembers = Annotated[int | None, typer.Option(min=1, help="FFNs in one group at most.", show_default=False)]
 MaxWidth = Annotated[
@@ -103,6 +150,37 @@ MaxBytes = Annotated[
 MaxDependency = Annotated[
     float | None, typer.Option(min=0, help="Largest dependency inside a group (0.01: one percent).", show_default=False)
 ]
+Automatic = Annotated[
+    bool,
+    typer.Option(
+        "--automatic", help="Drop and hoist, after refit, within 1% of the perplexity, the least latency on one H100."
+    ),
+]
+Roads = Annotated[
+    str | None,
+    typer.Option(
+        "--roads",
+        metavar="ROADS",
+        help="How FFNs may become neighbours: some of drop,hoist,wide. Works on models with all attention intact.",
+        show_default=False,
+    ),
+]
+AfterRefit = Annotated[
+    bool | None,
+    typer.Option("--after-refit/--as-is", help="With --roads: judge each plan by its loss after `fxfusion refit`."),
+]
+MaxWindow = Annotated[
+    int | None, typer.Option(min=2, help="With --roads: layers that become one at most.", show_default="6")
+]
+Hardware = Annotated[
+    str | None,
+    typer.Option("--hardware", help="What latency is predicted for: h100, h200, ... or a file.", show_default=False),
+]
+Tp = Annotated[int, typer.Option("--tp", min=1, help="Devices that share every matrix, for the latency.")]
+Precision = Annotated[str, typer.Option("--precision", help="Of the weights, for the latency: bf16, fp8, ...")]
+MaxLatency = Annotated[
+    float | None, typer.Option(metavar="MS", help="Predicted latency of one token at most.", show_default=False)
+]
 MethodOption = Annotated[Method, typer.Option("--method", help="How attention is scored.")]
 NormOption = Annotated[
     Norm | None,
@@ -110,25 +188,6 @@ NormOption = Annotated[
         "--norm", help="fold: each FFN keeps its own norm gain; last: one for all.", show_default="what measures better"
     ),
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Common:
-    """The options of every command that measures a model on text."""
-
-    model_dir: ModelDir
-    text: Text = None
-    suffix: Suffix = None
-    length: Length = 256
-    batch: Batch = 8
-    sequences: Sequences = 32
-    device: Device = "auto"
-    dtype: DTypeOption = DType.auto
-    seed: Seed = 0
-    results: Results = Path("fxfusion_results")
-    as_json: AsJson = False
-    dry_run: DryRun = False
-    overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,13 +201,28 @@ class GroupLimits:
 
     def arguments(self) -> dict[str, Any]:
         """As `make_plan` takes them."""
-        room = None if self.max_bytes is None else read_bytes(self.max_bytes, "--max-bytes")
-        return {
-            "max_members": self.max_members,
-            "max_width": self.max_width,
-            "max_bytes": room,
-            "max_dependency": self.max_dependency,
-        }
+        return {**_values(self), "max_bytes": read(self.max_bytes, read_bytes, "--max-bytes")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoadOptions:
+    """Which roads, and what latency is predicted for."""
+
+    roads: Roads = None
+    max_window: MaxWindow = None
+    hardware: Hardware = None
+    tp: Tp = 1
+    precision: Precision = "bf16"
+    max_latency: MaxLatency = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As `make_plan` takes them."""
+        check_hardware(self.hardware)
+        return {**_values(self), "roads": read(self.roads, read_roads, "--roads")}
+
+
+def _values(given: Any) -> dict[str, Any]:
+    return {field.name: getattr(given, field.name) for field in fields(given)}
 
 
 def check_folder(folder: Path) -> None:
@@ -158,49 +232,25 @@ def check_folder(folder: Path) -> None:
         raise FxFusionError(f"{folder}: {what}; give the local folder of a model (nothing is downloaded)")
 
 
-def check_output(out: Path, overwrite: bool, *reads: Path | None) -> None:
+def check_hardware(name: str | None) -> None:
+    """Raises `OptionError` where no such device is known."""
+    if name is not None:
+        from fxfusion.cost import Hardware
+
+        Hardware.of(name)
+
+
+def check_output(output: Path, overwrite: bool, *reads: Path | None) -> None:
     """Raises where a model folder cannot go there, before long work: over what is read, or over what is not ours."""
     from fxfusion.checkpoints.folder import check_replaceable
-    from fxfusion.files import check_apart
 
-    check_apart(out, [read for read in reads if read is not None], OptionError)
-    check_replaceable(out, overwrite=overwrite)
-
-
-def check_format(folder: Path, format: str) -> None:
-    """Raises where a model cannot be written in that layout, by its config alone: before hours of work on it."""
-    from fxfusion.cli.inputs import build_without_weights, is_nemotron
-
-    if format == "canonical":
-        if is_nemotron(folder):
-            raise OptionError(
-                f"--format canonical: {folder} is in the nemotron-nas layout, which has no canonical form"
-            )
-        return
-    from fxfusion.checkpoints.nemotron_nas.export import plan_export
-
-    plan_export(build_without_weights(folder), check=False)
+    check_apart(output, [read for read in reads if read is not None], OptionError)
+    check_replaceable(output, overwrite=overwrite)
 
 
-def check_intact(folder: Path) -> None:
-    """Plain transformers would load a canonical folder of a changed model, too, but not as that model. A nemotron-nas
-    folder holds what it is.
-    """
-    from fxfusion.checkpoints.canonical_load import PLAN, read_plan
-    from fxfusion.checkpoints.reading import SafeFolder
-    from fxfusion.cli.inputs import is_nemotron
-
-    if is_nemotron(folder):
-        return
-    known = read_plan(SafeFolder.of(folder))
-    if known is not None and (known.groups or known.dropped_attention or known.refit):
-        was = "refitted" if known.refit else "fused, or lost attention,"
-        raise FxFusionError(f"{folder} was {was} already ({PLAN}): give the folder of the model as it was")
-
-
-def read(text: str | None, reader: Callable[[str], T]) -> T | None:
+def read(text: str | None, reader: Callable[[str, str], T], option: str) -> T | None:
     """What an option's text means; None where it was not given."""
-    return None if text is None else reader(text)
+    return None if text is None else reader(text, option)
 
 
 def read_layers(text: str, option: str) -> list[int]:
@@ -215,7 +265,7 @@ def read_layers(text: str, option: str) -> list[int]:
 def _read_range(part: str, whole: str, option: str) -> range:
     first, dash, last = part.strip().partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()):
-        raise OptionError(f"{option}: expected layers such as 4-8 or 4,5,6, got {whole!r}")
+        raise OptionError(f"{option}: expected layers such as 4-8,10, got {whole!r}")
     numbers = range(int(first), int(last or first) + 1)
     if not numbers:
         raise OptionError(f"{option}: the range {part.strip()} of {whole!r} runs backwards")
@@ -239,6 +289,16 @@ def show_members(group: Sequence[int | str]) -> str:
     return show_layers(layers) if len(layers) == len(group) else ",".join(map(str, group))
 
 
+def read_roads(text: str, option: str) -> list[Road]:
+    """`"hoist,wide"` -> `["hoist", "wide"]`."""
+    known = get_args(Road)
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if part not in known]
+    if wrong:
+        raise OptionError(f"{option}: expected some of {', '.join(known)}, such as hoist,wide; got {wrong[0]!r}")
+    return cast(list[Road], parts)
+
+
 def read_share(text: str, option: str) -> float:
     """`"0.05"` or `"5%"` -> `0.05`."""
     number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
@@ -251,13 +311,13 @@ def read_share(text: str, option: str) -> float:
     return value
 
 
-def read_drop(text: str) -> int | float:
+def read_drop(text: str, option: str) -> int | float:
     """How many attention layers: `"5"` -> `5`; which part of them: `"0.4"` or `"40%"` -> `0.4`."""
     if text.strip().isdecimal():
         return int(text)
-    value = read_share(text, "--drop")
+    value = read_share(text, option)
     if value > 1:
-        raise OptionError(f"--drop: expected a whole number of layers or a part such as 0.4 or 40%, got {text!r}")
+        raise OptionError(f"{option}: expected a whole number of layers or a part such as 0.4 or 40%, got {text!r}")
     return value
 
 

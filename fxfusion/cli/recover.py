@@ -1,26 +1,64 @@
-"""`fxfusion recover MODEL_DIR --reference INTACT_DIR --output OUT_DIR --text PATH`: a fused model learns again."""
+"""`fxfusion refit` and `recover MODEL_DIR --output DIR`: a fused model made good in closed form, or by training."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxfusion.cli.options import DType, check_folder, check_format
-from fxfusion.cli.session import Session, Work, measuring
-from fxfusion.errors import FxFusionError, OptionError
+import fxfusion
+from fxfusion.cli import options
+from fxfusion.cli.fuse import say_plan
+from fxfusion.cli.options import DType, Format, check_folder, read, read_bytes, show_layers
+from fxfusion.cli.results_folder import contents, digest
+from fxfusion.cli.session import Session, Work, command
+from fxfusion.errors import FxFusionError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fxfusion.plan.fusion_plan import FusionPlan
+    from fxfusion.plan.record import Refit
     from fxfusion.recovery.distil import Step
 
-FOLDER = "recover"  # in the results folder
+RECOVERY = "recover"  # in the results folder
 
-Reference = Annotated[
-    Path | None, typer.Option(metavar="MODEL_DIR", help="The intact model's folder.", show_default=False)
+
+class Reference(str, Enum):
+    """What is refitted to."""
+
+    intact = "intact"
+    unfused = "unfused"
+
+
+class Later(str, Enum):
+    """What is refitted beside the groups."""
+
+    none = "none"
+    ffn = "ffn"
+    all = "all"
+
+
+Validation = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PATH", help="Text that decides; may be repeated.", show_default="an eighth of --text"),
 ]
-Output = Annotated[Path | None, typer.Option(metavar="OUT_DIR", help="Where the new folder goes.", show_default=False)]
+RefitReference = Annotated[
+    Reference, typer.Option("--reference", help="intact: the model as it is; unfused: without the dropped attention.")
+]
+LaterOption = Annotated[
+    Later, typer.Option("--later", help="Beside the groups: none, later FFNs (ffn), or attention outputs too (all).")
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(metavar="BYTES", help="For sums and solutions, such as 2G.", show_default="half of what is free"),
+]
+
+
+IntactDir = Annotated[Path, typer.Option("--reference", metavar="MODEL_DIR", help="The intact model's folder.")]
 Steps = Annotated[int, typer.Option(min=1, help="Of the optimiser, a batch each.")]
 Rate = Annotated[
     float | None, typer.Option("--learning-rate", help="The largest.", show_default="1e-4, with --lora 5e-4")
@@ -38,11 +76,137 @@ Checkpointing = Annotated[
 Every = Annotated[int, typer.Option(min=1, help="Steps after which the run is measured and written down.")]
 
 
-@measuring
-def command(
+# --- refit --------------------------------------------------------------------------------------------
+
+
+@command(sequences=256)
+def refit(
     run: Session,
-    reference: Reference = None,
-    output: Output = None,
+    output: options.Output,
+    plan: options.NeededPlan,
+    validation: Validation = None,
+    reference: RefitReference = Reference.intact,
+    later: LaterOption = Later.all,
+    memory_limit: MemoryLimit = None,
+    format: options.FormatOption = Format.canonical,
+    max_shard_size: options.ShardSize = "2GB",
+) -> dict[str, Any]:
+    """Drop attention and fuse FFNs as a plan says, refit what writes to the residual stream, and write the result.
+
+    Repairs in closed form, from calibration text, what dropping and fusing cost: no training, no change of shapes or
+    speed. A layer is changed only where that helps on text that was not fitted to. MODEL_DIR stays as it is; a run that
+    was stopped goes on from --results.
+    """
+    chosen = fxfusion.FusionPlan.load(plan)
+    limit = read(memory_limit, read_bytes, "--memory-limit")
+    run.check(output=output, reads=[plan, *(validation or ())])
+    from fxfusion.cli import inputs
+
+    inputs.check_intact(run.model_dir)
+    inputs.check_format(run.model_dir, format)
+    result = {
+        "model": str(run.model_dir),
+        "output": str(output),
+        "format": format.value,
+        "reference": reference.value,
+        "later": later.value,
+    }
+    if run.dry_run:
+        work = [Work("loss of the intact model", 1), Work("sums for each projection, in both models")]
+        return result | run.plan_dry_run(work, [output])
+    found = _refit(run, chosen, reference.value, later.value, validation, limit)
+    record = _show_fits(run, found)
+    write_refitted(run, found, chosen, output, format, max_shard_size)
+    run.screen.line(f"written: {output}")
+    return result | {"dry_run": False, "refit": record.model_dump(mode="json")}
+
+
+def _refit(
+    run: Session, plan: FusionPlan, reference: Any, later: Any, validation: list[Path] | None, limit: int | None
+) -> Any:
+    decides = None if validation is None else run.read_text(validation)
+    model = run.model
+    sources = [str(path) for path in validation or ()]
+    key = digest([contents(plan), reference, later, run.text_facts, sources])
+    say_plan(run, plan)
+    return fxfusion.refit(
+        model,
+        plan,
+        run.batches,
+        reference,
+        validation=decides,
+        later=later,
+        memory_limit=limit,
+        cache=run.folder.file(f"refit_{key}"),
+        progress=run.screen.notes.is_terminal,
+    )
+
+
+def _show_fits(run: Session, model: Any) -> Refit:
+    from fxfusion.models.drop_record import read_refit
+
+    record = read_refit(model.config)
+    assert record is not None
+    rows = [
+        (
+            fit.name,
+            show_layers(fit.layers),
+            "-" if fit.penalty is None else f"{fit.penalty:g}",
+            f"{fit.before:.3f}",
+            f"{fit.after:.3f}",
+            "yes" if fit.applied else "no",
+        )
+        for fit in record.fits
+    ]
+    run.screen.table(("projection", "layers", "penalty", "error before", "after", "applied"), rows)
+    run.screen.line(
+        f"loss on {record.held_out_tokens:,} tokens that were not fitted to: {record.loss_before:.4g} before, "
+        f"{record.loss_after:.4g} after ({record.tokens:,} calibration tokens)"
+    )
+    return record
+
+
+def write_refitted(
+    run: Session,
+    model: PreTrainedModel,
+    plan: FusionPlan,
+    output: Path,
+    format: Format,
+    max_shard_size: str = "2GB",
+    card: dict[str, Any] | None = None,
+) -> None:
+    """The folder's own tensors but for those that were refitted, in the dtype that it stores."""
+    import torch
+
+    from fxfusion.models.drop_record import read_refit
+    from fxfusion.recovery.refit import refitted_parameters
+
+    loud = run.screen.notes.is_terminal
+    stored = fxfusion.from_pretrained(run.model_dir, progress=loud)
+    with torch.no_grad():
+        for name, value in refitted_parameters(model):
+            stored.get_parameter(name).copy_(value)
+    with run.screen.busy("writing, and proving the fused form"):
+        fxfusion.save_pretrained(
+            stored,
+            output,
+            format.value,
+            plan=plan.replace(refit=read_refit(model.config)),
+            card=card,
+            max_shard_size=max_shard_size,
+            progress=loud,
+            overwrite=run.overwrite,
+        )
+
+
+# --- recover ------------------------------------------------------------------------------------------
+
+
+@command
+def recover(
+    run: Session,
+    reference: IntactDir,
+    output: options.Output,
     steps: Steps = 500,
     learning_rate: Rate = None,
     lora: Lora = None,
@@ -55,34 +219,29 @@ def command(
     An eighth of the text decides which weights are kept; where none are better than at the start, nothing is written.
     Take much text (--sequences 2000), and refit first. A run that is stopped goes on in the same --results.
     """
-    from fxfusion.cli.inputs import is_nemotron
+    check_folder(reference)
+    run.check(output=output, reads=[reference])
+    from fxfusion.cli import inputs
 
-    if reference is None or output is None:
-        raise OptionError(f"--{'reference' if reference is None else 'output'}: give a folder")
-    for folder in (run.common.model_dir, reference):
-        check_folder(folder)
-    run.require_text()
-    run.check_output(output, reference)
-    if is_nemotron(run.common.model_dir):
-        check_format(run.common.model_dir, "nemotron-nas")
-    intact = Session(replace(run.common, model_dir=reference))
-    if run.common.dry_run:
-        what = f"{steps} steps, forward and backward, of {run.common.model_dir}"
-        return intact.plan_dry_run([Work(what)], [output, FOLDER])
+    if inputs.is_nemotron(run.model_dir):
+        inputs.check_format(run.model_dir, Format.nemotron_nas)
+    intact = replace(run, model_dir=reference)
+    if run.dry_run:
+        what = f"{steps} steps, forward and backward, of {run.model_dir}"
+        return intact.plan_dry_run([Work(what)], [output, RECOVERY])
     chosen: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "lora": lora, "every": every}
-    chosen |= {"seed": run.common.seed, "precision": precision.value, "gradient_checkpointing": gradient_checkpointing}
+    chosen |= {"seed": run.seed, "precision": precision.value, "gradient_checkpointing": gradient_checkpointing}
     return _recover(run, intact, output, chosen)
 
 
 def _recover(run: Session, intact: Session, output: Path, chosen: dict[str, Any]) -> dict[str, Any]:
-    from fxfusion.checkpoints.api import from_pretrained, save_pretrained
-    from fxfusion.checkpoints.nemotron_nas.load import MODEL_TYPE
-    from fxfusion.recovery.recover import RECORD, recover
+    from fxfusion.cli.inputs import format_of
+    from fxfusion.recovery.recover import RECORD
 
     batches, teacher = intact.batches, intact.model
-    folder, shown = run.common.model_dir, run.screen.notes.is_terminal
+    folder, shown = run.model_dir, run.screen.notes.is_terminal
     with run.screen.busy(f"loading {folder}"):
-        model = from_pretrained(folder, dtype=teacher.dtype, device=intact.device)
+        model = fxfusion.from_pretrained(folder, dtype=teacher.dtype, device=intact.torch_device)
     curve: list[dict[str, Any]] = []
 
     def tell(step: Step) -> None:
@@ -90,14 +249,14 @@ def _recover(run: Session, intact: Session, output: Path, chosen: dict[str, Any]
         if step.validation is not None and not shown:
             run.screen.note(f"step {step.step}: KL {step.loss:.4f}, on the text for validation {step.validation:.4f}")
 
-    recover(model, batches, teacher, **chosen, cache=run.folder.file(FOLDER), progress=shown, on_step=tell)
+    fxfusion.recover(model, batches, teacher, **chosen, cache=run.folder.file(RECOVERY), progress=shown, on_step=tell)
     found = (getattr(model.config, "fxfusion", None) or {}).get(RECORD)
     if found is None:
         raise FxFusionError("nothing was better than the start on the text for validation, so nothing is written")
-    form: Any = "nemotron-nas" if model.config.model_type == MODEL_TYPE else "canonical"
     card = {"notes": f"Distilled from the intact model over {found['steps']} steps (KL on {found['tokens']:,} tokens)."}
-    more: dict[str, Any] = {"progress": shown, "overwrite": run.common.overwrite}
-    save_pretrained(model, output, form, tokenizer=intact.tokenizer_if_any, card=card, **more)
+    more: dict[str, Any] = {"progress": shown, "overwrite": run.overwrite}
+    form: Any = format_of(model).value
+    fxfusion.save_pretrained(model, output, form, tokenizer=intact.tokenizer_if_any, card=card, **more)
     rows = [(name, f"{found[f'{name}_before']:.4f}", f"{found[f'{name}_after']:.4f}") for name in ("kl", "loss")]
     run.screen.table(("on the text for validation [nats per token]", "before", "after"), rows)
     run.screen.line(f"written: {output}")

@@ -1,9 +1,9 @@
-"""What every measuring command does around its own work: read the options, load, print, keep, and stop cleanly.
+"""What every command does around its own work: read the options, load, print, keep, and stop cleanly.
 
-    @measuring
-    def command(run: Session, method: MethodOption = Method.loss) -> dict[str, Any]: ...
+    @command
+    def score(run: Session, method: MethodOption = Method.loss) -> dict[str, Any]: ...
 
-is a command with its own options and those of `Common`; what it returns is printed under `--json`.
+is a typer command with its own options and those of `Session`; what it returns is printed under `--json`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,26 @@ import contextlib
 import functools
 import inspect
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints, overload
 
-from fxfusion.cli.options import Common, check_intact, check_output
-from fxfusion.cli.results_folder import ResultsFolder, digest, kind_of
+import typer
+from typer.models import ArgumentInfo
+
+from fxfusion.cli import options
+from fxfusion.cli.options import DType, check_folder
+from fxfusion.cli.results_folder import PLANS, ResultsFolder, digest, kind_of
 from fxfusion.cli.screen import Screen
-from fxfusion.errors import FxFusionError, OptionError
+from fxfusion.errors import FxFusionError, OptionError, PlanError
 from fxfusion.files import check_apart, check_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -36,7 +40,55 @@ if TYPE_CHECKING:
 
 
 _TRACED_TOKENS = 16
+Body = Callable[..., dict[str, Any]]
 Known = Literal["known", "begun", ""]
+
+
+# --- one run of a command -----------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The options of every command. `exit_code`: what it ends with when its result is printed."""
+
+    as_json: options.AsJson = False
+    overwrite: options.Overwrite = False
+    exit_code: int = field(default=0, init=False)
+
+    @cached_property
+    def screen(self) -> Screen:
+        return Screen(quiet=self.as_json, notes_on_stderr=True)
+
+    @property
+    def stopped(self) -> str:
+        """What is said after Ctrl-C."""
+        return "nothing was written"
+
+
+@dataclass(kw_only=True)
+class Conversion(Run):
+    """The options of a command that reads a model folder, and what it does with it."""
+
+    model_dir: options.ModelDir
+    device: options.Device = "cpu"
+    dtype: options.StoredDType = DType.auto
+    dry_run: options.DryRun = False
+
+    @property
+    def stopped(self) -> str:
+        return "no folder was changed"
+
+    def load(self, folder: Path | None = None, *, fused: bool = True) -> Any:
+        """The model of a folder; without `fused`, its plan drops attention and fuses nothing."""
+        path = folder or self.model_dir
+        check_folder(path)
+        with self.screen.busy(f"loading {path}"):
+            from fxfusion.checkpoints.api import from_pretrained
+            from fxfusion.cli.inputs import pick_device
+
+            dtype = None if self.dtype is DType.auto else self.dtype.value
+            device = pick_device(self.device)
+        return from_pretrained(path, dtype=dtype, device=device, fused=fused, progress=self.screen.notes.is_terminal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +104,42 @@ class Work:
     known: Known = ""
 
 
-class Session:
-    """One run of a command. What is slow to have is made when it is first asked for."""
+@dataclass(kw_only=True)
+class Session(Run):
+    """The options of a command that measures a model on text. What is slow to have is made when it is first asked for.
 
-    def __init__(self, common: Common) -> None:
-        self.common = common
-        self.screen = Screen(quiet=common.as_json, notes_on_stderr=True)
-        self.folder = ResultsFolder(common.results, common.overwrite)
-        self.facts: dict[str, Any] = {}  # of the model, every bit of it included; known once it is loaded
+    `facts`: of the model, every bit of it included; known once it is loaded.
+    """
+
+    model_dir: options.ModelDir
+    text: options.Text = None
+    suffix: options.Suffix = None
+    length: options.Length = 256
+    batch: options.Batch = 8
+    sequences: options.Sequences = 32
+    device: options.Device = "auto"
+    dtype: options.DTypeOption = DType.auto
+    seed: options.Seed = 0
+    results: options.Results = Path("fxfusion_results")
+    dry_run: options.DryRun = False
+    facts: dict[str, Any] = field(default_factory=dict, init=False)
+
+    @property
+    def stopped(self) -> str:
+        return f"what was measured is in {self.results}: the same command goes on from there"
 
     @cached_property
-    def device(self) -> torch.device:
+    def folder(self) -> ResultsFolder:
+        return ResultsFolder(self.results, self.overwrite)
+
+    @cached_property
+    def torch_device(self) -> torch.device:
         from fxfusion.cli import inputs
 
-        return inputs.pick_device(self.common.device)
+        return inputs.pick_device(self.device)
 
     @cached_property
-    def dtype(self) -> str:
+    def dtype_name(self) -> str:
         """`float32`, ...: what the model computes in."""
         return str(self.model.dtype).removeprefix("torch.")
 
@@ -76,38 +147,13 @@ class Session:
     def config(self) -> Any:
         from fxfusion.cli import inputs
 
-        return inputs.causal_config(self.common.model_dir)
+        return inputs.causal_config(self.model_dir)
 
     @cached_property
     def tokenizer(self) -> Any:
         from fxfusion.cli import inputs
 
-        return inputs.load_tokenizer(self.common.model_dir)
-
-    @cached_property
-    def batches(self) -> list[Tensor]:
-        """`int64 [batch, length]` each."""
-        return self.read_text(self.common.text or ())
-
-    def read_text(self, sources: Sequence[Path]) -> list[Tensor]:
-        """The same from other files."""
-        common = self.common
-        needs_tokenizer = any(source.suffix != ".safetensors" for source in sources)
-        with self.screen.busy("reading the text"):
-            from fxfusion.cli import inputs  # torch takes seconds: it is part of what is waited for
-
-            inputs.check_length(common.length, self.config)
-            found = inputs.read_batches(
-                sources,
-                self.tokenizer if needs_tokenizer else None,
-                length=common.length,
-                batch=common.batch,
-                sequences=common.sequences,
-                seed=common.seed,
-                suffixes=common.suffix or (),
-            )
-        inputs.check_ids(found, self.config)
-        return found
+        return inputs.load_tokenizer(self.model_dir)
 
     @cached_property
     def tokenizer_if_any(self) -> Any:
@@ -118,19 +164,43 @@ class Session:
             return None
 
     @cached_property
+    def batches(self) -> list[Tensor]:
+        """`int64 [batch, length]` each."""
+        return self.read_text(self.text or ())
+
+    def read_text(self, sources: Sequence[Path]) -> list[Tensor]:
+        """The same from other files."""
+        needs_tokenizer = any(source.suffix != ".safetensors" for source in sources)
+        with self.screen.busy("reading the text"):
+            from fxfusion.cli import inputs  # torch takes seconds: it is part of what is waited for
+
+            inputs.check_length(self.length, self.config)
+            found = inputs.read_batches(
+                sources,
+                self.tokenizer if needs_tokenizer else None,
+                length=self.length,
+                batch=self.batch,
+                sequences=self.sequences,
+                seed=self.seed,
+                suffixes=self.suffix or (),
+            )
+        inputs.check_ids(found, self.config)
+        return found
+
+    @cached_property
     def model(self) -> PreTrainedModel:
         """The intact model. The results folder is checked to be about it before anything is measured."""
-        check_intact(self.common.model_dir)
         with self.screen.busy("loading the model"):
             from fxfusion.cli import inputs
 
-            model = inputs.load_model(self.common.model_dir, self.device, self.common.dtype.value)
+            inputs.check_intact(self.model_dir)
+            model = inputs.load_model(self.model_dir, self.torch_device, self.dtype.value)
         self.folder.make()
         self._check_folder(model)
         return model
 
     def _check_folder(self, model: PreTrainedModel) -> None:
-        from fxfusion.cli.model_layers import describe
+        from fxfusion.cli.inputs import describe
         from fxfusion.models.fingerprint import facts_of
 
         def describe_model() -> dict[str, Any]:
@@ -143,18 +213,14 @@ class Session:
 
     @property
     def name(self) -> str:
-        return self.common.model_dir.resolve().name
+        return self.model_dir.resolve().name
 
     @cached_property
     def graph_without_weights(self) -> TracedGraph:
         """The model's graph from its config alone: which layers have attention, how wide FFNs are."""
-        import torch
+        from fxfusion.cli.inputs import graph_without_weights
 
-        from fxfusion.cli import inputs
-        from fxfusion.models.traced import TracedModel
-
-        ids = torch.zeros(1, _TRACED_TOKENS, dtype=torch.long, device="meta")
-        return TracedModel(inputs.build_without_weights(self.common.model_dir)).graph(ids)
+        return graph_without_weights(self.model_dir, _TRACED_TOKENS)[1]
 
     @cached_property
     def mixers(self) -> list[int]:
@@ -166,33 +232,34 @@ class Session:
         """What was read: where from, how much, and what tells it from other text."""
         rows = [row for batch in self.batches for row in batch.tolist()]
         return {
-            "sources": [str(path) for path in self.common.text or ()],
+            "sources": [str(path) for path in self.text or ()],
             "sequences": len(rows),
-            "length": self.common.length,
+            "length": self.length,
             "tokens": sum(map(len, rows)),
             "digest": digest(rows),
         }
 
-    def check_writes(self, *files: str | tuple[Path, str], reads: Sequence[Path | None] = ()) -> None:
-        """Raises `OptionError` where a file could not be written, before long work: over what is read, or not ours.
-        `files`: those in the results folder by name, others by path and kind. `reads`: beside model and text."""
-        known = [self.common.model_dir, *(self.common.text or ()), *(read for read in reads if read is not None)]
-        for file in files:
-            path, kind = (self.folder.file(file), kind_of(file)) if isinstance(file, str) else file
-            check_file(path, kind, overwrite=self.common.overwrite, reads=known)
+    def check(self, *writes: str | tuple[Path, str], output: Path | None = None, reads: Sequence[Path] = ()) -> None:
+        """Before long work: the model's folder and the text are there, and what is written may be.
 
-    def check_output(self, out: Path, *reads: Path | None) -> None:
-        """The same for a folder of a model."""
-        check_output(out, self.common.overwrite, self.common.model_dir, *(self.common.text or ()), *reads)
-        check_apart(out, [self.common.results])
-
-    def require_text(self) -> None:
-        """Raises `OptionError` where no text was named, or one that is not there."""
-        if not self.common.text:
+        `writes`: files in the results folder by name, others by path and kind. `output`: a model's folder. `reads`:
+        what is read beside model and text. Raises `OptionError`: over what is read, or over what is not ours.
+        """
+        check_folder(self.model_dir)
+        if not self.text:
             raise OptionError("--text: name a text file, a folder of text files, or token ids (.safetensors)")
-        for path in self.common.text:
+        for path in self.text:
             if not path.exists():
                 raise OptionError(f"--text: there is no file or folder {path}")
+        known = [self.model_dir, *self.text, *reads]
+        for file in writes:
+            path, kind = (self.folder.file(file), kind_of(file)) if isinstance(file, str) else file
+            check_file(path, kind, overwrite=self.overwrite, reads=known)
+        if output is not None:
+            options.check_output(output, self.overwrite, *known)
+            check_apart(output, [self.results])
+
+    # --- dry runs -----------------------------------------------------------------------------------------
 
     def plan_dry_run(self, work: Sequence[Work], writes: Sequence[str | Path]) -> dict[str, Any]:
         """Print what would be done, and return it; nothing is measured or written.
@@ -201,22 +268,27 @@ class Session:
         """
         found: dict[str, Any] = {
             "dry_run": True,
-            "model": str(self.common.model_dir),
+            "model": str(self.model_dir),
             "layers_with_attention": self.mixers,
-            "device": str(self.device),
-            "text": self.text_facts if self.common.text else None,
+            "device": str(self.torch_device),
+            "text": self.text_facts if self.text else None,
             "work": [{"what": part.what, "passes": part.passes, "known": part.known} for part in work],
             "writes": [str(self.folder.file(name) if isinstance(name, str) else name) for name in writes],
         }
         text = found["text"]
         line = self.screen.line
-        line(f"dry run: nothing is measured or written. {len(self.mixers)} layers with attention, on {self.device}")
+        line(f"dry run: nothing is measured or written. {len(self.mixers)} layers with attention, on {found['device']}")
         if text:
             line(f"text: {text['sequences']} sequences of {text['length']} tokens = {text['tokens']:,} tokens")
         rows = [(part.what, _passes(part), part.known) for part in work]
         self.screen.table(("what", "passes over the text", "in --results"), rows)
         line(f"would write: {', '.join(map(str, found['writes']))}")
         return found
+
+    def tried_work(self) -> Work:
+        """The measurements of whole plans."""
+        known = len((self.folder.read(PLANS) or {}).get("plans", {}))
+        return Work(f"quality of the plans that are tried ({known} are measured)", None, "begun" if known else "")
 
 
 def _passes(part: Work) -> str:
@@ -225,55 +297,108 @@ def _passes(part: Work) -> str:
     return "as needed" if part.passes is None else str(part.passes)
 
 
-def measuring_with(**defaults: Any) -> Callable[[Callable[..., dict[str, Any]]], Callable[..., None]]:
-    """`measuring`, where some options of `Common` have other defaults."""
-    return functools.partial(measuring, defaults=defaults)
+# --- a function as a command --------------------------------------------------------------------------
 
 
-def measuring(body: Callable[..., dict[str, Any]], defaults: Mapping[str, Any] | None = None) -> Callable[..., None]:
-    """A typer command out of `body(run, own options)`: with the options of `Common`, JSON, and a clean stop.
+@overload
+def command(body: Body) -> Callable[..., None]: ...
+@overload
+def command(**defaults: Any) -> Callable[[Body], Callable[..., None]]: ...
+def command(body: Body | None = None, **defaults: Any) -> Any:
+    """A typer command out of `body(run, own options)`: with the options of the run's class, JSON, and a clean stop.
 
-    An own option that is a dataclass stands for its fields.
+    A parameter whose type is a dataclass, such as the run itself, stands for its fields. `defaults`: where they are
+    others than the fields'.
     """
-    own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+    if body is None:
+        return functools.partial(command, **defaults)
+    first, *own = inspect.signature(body, eval_str=True).parameters.values()
     parts = {p.name: p.annotation for p in own if isinstance(p.annotation, type) and is_dataclass(p.annotation)}
+    kinds = [*parts.values(), first.annotation]
 
     @functools.wraps(body)
-    def command(**given: Any) -> None:
-        common = _filled(Common, given)
-        given |= {name: _filled(kind, given) for name, kind in parts.items()}
-        with stopping_cleanly(f"what was measured is in {common.results}: the same command goes on from there"):
-            run = Session(common)
-            with stdout_for_json(common.as_json):
-                result = body(run, **given)
-        if common.as_json:
+    def wrapped(**given: Any) -> None:
+        run = _filled(first.annotation, given)
+        with _stopping_cleanly(run.stopped), _stdout_for_json(run.as_json), _naming_options(names):
+            result = body(run, **{name: _filled(kind, given) for name, kind in parts.items()}, **given)
+        if run.as_json:
             print(json.dumps(result, indent=2, allow_nan=False))
+        if run.exit_code:
+            raise typer.Exit(run.exit_code)
 
-    plain = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name not in parts]
-    model_dir, *common = _parameters_of(Common, defaults)  # MODEL_DIR stands before other arguments
-    merged = [model_dir, *plain, *(p for kind in parts.values() for p in _parameters_of(kind)), *common]
-    command.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
-    return command
+    merged = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own if p.name not in parts]
+    merged += [p for kind in kinds for p in _parameters_of(kind, defaults)]
+    names = {p.name: _option_of(p) for p in merged}
+    wrapped.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
+    return wrapped
 
 
 def _filled(kind: type[Any], given: dict[str, Any]) -> Any:
     """A dataclass from the options that are its fields, which are taken out of what was given."""
-    return kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+    return kind(**{each.name: given.pop(each.name) for each in fields(kind) if each.init})
 
 
-def _parameters_of(kind: type[Any], defaults: Mapping[str, Any] | None = None) -> Iterator[inspect.Parameter]:
+def _parameters_of(kind: type[Any], defaults: Mapping[str, Any]) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(kind, include_extras=True)
-    for field in fields(kind):
-        default = (defaults or {}).get(field.name, field.default)
-        default = inspect.Parameter.empty if default is MISSING else default
-        yield inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
-        )
+    last = {each.name for each in fields(Run)}  # they stand last in the help of every command
+    for each in sorted(fields(kind), key=lambda each: each.name in last):
+        if each.init:
+            default = defaults.get(each.name, each.default)
+            yield inspect.Parameter(
+                each.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if default is MISSING else default,
+                annotation=hints[each.name],
+            )
+
+
+def _option_of(parameter: inspect.Parameter) -> str:
+    """`--drop-attention` of a parameter `drop_attention`, `MODEL_DIR` of an argument."""
+    found = next(iter(getattr(parameter.annotation, "__metadata__", ())), None)
+    if isinstance(found, ArgumentInfo):
+        return str(found.metavar)
+    declared = [name for name in getattr(found, "param_decls", None) or () if name.startswith("--")]
+    return declared[0].split("/")[0] if declared else f"--{parameter.name.replace('_', '-')}"
+
+
+_ALONE = r"(?<![\w/.-])"  # not part of a longer name, or of a path
+# Where the argument of a function has another name than the option.
+_OTHER_NAMES = {
+    "dropped_attention": "drop_attention",
+    "suffixes": "suffix",
+    "batches": "text",
+    "context": "length",
+    "cache": "results",
+    "max_new_tokens": "new_tokens",
+}
 
 
 @contextlib.contextmanager
-def stdout_for_json(as_json: bool) -> Iterator[None]:
+def _naming_options(names: Mapping[str, str]) -> Iterator[None]:
+    """Functions name their arguments in what they refuse; on a command line these are options."""
+    try:
+        yield
+    except (OptionError, PlanError) as error:
+        known = {**names} | {name: names[other] for name, other in _OTHER_NAMES.items() if other in names}
+        error.args = (in_options(str(error), known), *error.args[1:])
+        raise
+
+
+def in_options(text: str, names: Mapping[str, str]) -> str:
+    """`"max_kl: ... method='loss'"` -> `"--max-kl: ... --method loss"`; a plain word stays one inside of a sentence."""
+    for name, option in names.items():
+        text = re.sub(rf"{_ALONE}{name}=True\b", option, text)
+        text = re.sub(rf"{_ALONE}{name}=(['\"]?)([\w.]+)\1", rf"{option} \2", text)
+        text = re.sub(rf"{_ALONE}{name}=(?!\w)", option, text)
+        text = re.sub(rf"^{name}(?=:| and )", option, text)
+        if "_" in name:
+            text = re.sub(rf"{_ALONE}{name}\b(?!/)", option, text)
+    return text
+
+
+@contextlib.contextmanager
+def _stdout_for_json(as_json: bool) -> Iterator[None]:
     """Whatever prints on the way (debug lines, warnings) must not get between the lines of the JSON."""
     import rich
 
@@ -283,7 +408,7 @@ def stdout_for_json(as_json: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopping_cleanly(how_to_go_on: str) -> Iterator[None]:
+def _stopping_cleanly(how_to_go_on: str) -> Iterator[None]:
     """Warnings take one line; Ctrl-C is an error that says how to go on."""
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)

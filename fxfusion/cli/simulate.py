@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fxfusion.cli import road_options
-from fxfusion.cli.options import AsJson, Overwrite, PlanFile, read_layers
+import fxfusion
+from fxfusion.cli import options
+from fxfusion.cli.options import read_layers
 from fxfusion.cli.screen import Screen
-from fxfusion.cli.session import stdout_for_json, stopping_cleanly
-from fxfusion.cli.simulated import show, show_gains, show_hardware, show_placements
+from fxfusion.cli.session import Run, command
 from fxfusion.errors import OptionError
 from fxfusion.files import check_file
 
 if TYPE_CHECKING:
     from fxfusion.cost import LayerTable, Simulation, Step
+    from fxfusion.cost.gain import Gains
+    from fxfusion.cost.hardware import Hardware
+    from fxfusion.cost.placement import Placements
     from fxfusion.plan.fusion_plan import FusionPlan
 
 _HARDWARE = "h100"
@@ -46,89 +49,75 @@ KvPrecision = Annotated[
     str | None, typer.Option("--kv-precision", help="Of the key-value cache.", show_default="16 bits; 32 with fp32")
 ]
 Users = Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")]
-Context = Annotated[int, typer.Option("--context", min=0, help="Tokens of each: in the cache; to be read (prefill).")]
+Length = Annotated[int, typer.Option("--length", min=0, help="Tokens of each: in the cache; to be read (prefill).")]
 PhaseName = Annotated[Phase, typer.Option("--phase", help="One token of each sequence, or all of their prompts.")]
-Groups = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--group",
-        metavar="LAYERS",
-        help="FFNs to fuse, such as 66-73 (positions, padding included); may be repeated.",
-        show_default=False,
-    ),
-]
 Unfuse = Annotated[
     list[str] | None,
     typer.Option(
         "--unfuse",
-        metavar="LAYER:COUNT",
+        metavar="LAYERS:COUNT",
         help="Split the FFN of a layer into equal ones first, such as 125:8; may be repeated.",
         show_default=False,
     ),
 ]
 Price = Annotated[float | None, typer.Option("--price", help="Of one device for an hour.", show_default=False)]
-
-
 Output = Annotated[
     Path | None,
-    typer.Option("--output", help="Where --sweep goes: a .csv, or a plot as .png, .svg or .pdf.", show_default=False),
-]
-Calibrate = Annotated[
-    Path | None,
     typer.Option(
-        "--calibrate",
+        "--output",
         metavar="FILE",
-        help="Measure --device for half a minute and write a file for --hardware.",
+        help="Of --sweep: a .csv, or a plot as .png, .svg or .pdf. Of --calibrate: a .json.",
         show_default=False,
     ),
 ]
+Calibrate = Annotated[
+    bool,
+    typer.Option("--calibrate", help="Measure --device for half a minute, and write a file for --hardware (--output)."),
+]
 
 
-def command(
+@command
+def simulate(
+    run: Run,
     model: Model = None,
-    hardware: road_options.Hardware = None,
-    tp: road_options.Tp = 1,
+    hardware: options.Hardware = None,
+    tp: options.Tp = 1,
     precision: PrecisionName = "bf16",
     kv_precision: KvPrecision = None,
     batch: Users = 1,
-    context: Context = 1024,
+    length: Length = 1024,
     phase: PhaseName = Phase.decode,
-    group: Groups = None,
+    groups: options.Groups = None,
     unfuse: Unfuse = None,
-    plan: PlanFile = None,
+    plan: options.PlanFile = None,
     price: Price = None,
     placement: Annotated[bool, typer.Option("--placement", help="Compare sizes of --tp and ways to cut runs.")] = False,
     sweep: Annotated[bool, typer.Option("--sweep", help="Gain of fusing over tp, batch and scale.")] = False,
     output: Output = None,
-    calibrate: Calibrate = None,
+    calibrate: Calibrate = False,
     device: Annotated[str, typer.Option("--device", help="What --calibrate measures: cpu, cuda, cuda:1.")] = "cpu",
-    as_json: AsJson = False,
-    overwrite: Overwrite = False,
-) -> None:
+) -> dict[str, Any]:
     """Predict one step of a model: latency, tokens per second, memory, price; fused first where groups are named.
 
     Needs no weights and no device; the hardware is an H100 unless another is named. What was fitted, and how far
     predictions are off, is in docs/cost.md.
     """
-    with stopping_cleanly("nothing was written"), stdout_for_json(as_json):
-        screen = Screen(quiet=as_json, notes_on_stderr=True)
-        _check_modes(placement, sweep, output, calibrate, overwrite, (model, hardware, plan))
-        if calibrate is not None:
-            result = _calibrate(screen, calibrate, device, overwrite)
-        else:
-            work = {"tp": tp, "precision": precision, "batch": batch, "context": context, "phase": phase.value}
-            request = Request(
-                table=_model(model),
-                hardware=hardware or _HARDWARE,
-                work={**work, "kv_precision": kv_precision},
-                price=price,
-                unfuse=_unfuse(unfuse or []),
-                groups=[read_layers(text, "--group") for text in group or []],
-                plan=_plan(plan),
-            )
-            result = _answer(screen, request, placement, sweep, output, overwrite)
-    if as_json:
-        print(json.dumps(result, indent=2, allow_nan=False))
+    _check_modes(run, placement, sweep, output, calibrate, (model, hardware, plan))
+    if calibrate:
+        return _calibrate(run, output, device)
+    work = {"tp": tp, "precision": precision, "batch": batch, "context": length, "phase": phase.value}
+    request = Request(
+        table=_model(model),
+        hardware=hardware or _HARDWARE,
+        work={**work, "kv_precision": kv_precision},
+        price=price,
+        unfuse=_unfuse(unfuse or []),
+        groups=[read_layers(text, "--groups") for text in groups or []],
+        plan=None if plan is None else fxfusion.FusionPlan.load(plan),
+    )
+    if placement:
+        return _placement(run.screen, request)
+    return _sweep(run, request, output) if sweep else _simulate(run.screen, request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,36 +160,27 @@ class Request:
             return before, arrange(self.table)
         runs = fusable_runs(before, PRESETS["paper"])
         if not runs:
-            raise OptionError(f"--sweep: {self.table.name} has no FFNs in a row; name some with --group or --plan")
+            raise OptionError(f"--sweep: {self.table.name} has no FFNs in a row; name some with --groups or --plan")
         return before, fused(before, [(run,) for run in runs])
 
 
 def _check_modes(
+    run: Run,
     placement: bool,
     sweep: bool,
     output: Path | None,
-    calibrate: Path | None,
-    overwrite: bool,
+    calibrate: bool,
     reads: Sequence[str | Path | None],
 ) -> None:
-    modes = {"--placement": placement, "--sweep": sweep, "--calibrate": calibrate is not None}
+    modes = {"--placement": placement, "--sweep": sweep, "--calibrate": calibrate}
     chosen = [name for name, given in modes.items() if given]
     if len(chosen) > 1:
         raise OptionError(f"{chosen[0]} and {chosen[1]} were both given; give one of them")
-    if output is not None and not sweep:
-        raise OptionError("--output: only --sweep writes a file")
+    if output is not None and not (sweep or calibrate):
+        raise OptionError("--output: only --sweep and --calibrate write a file")
     known = [read for read in reads if read is not None and Path(read).exists()]
-    for path, kind in ((output, "gains"), (calibrate, "hardware file")):
-        if path is not None:
-            check_file(path, kind, overwrite=overwrite, reads=known)
-
-
-def _answer(
-    screen: Screen, request: Request, placement: bool, sweep: bool, output: Path | None, overwrite: bool
-) -> dict[str, Any]:
-    if placement:
-        return _placement(screen, request)
-    return _sweep(screen, request, output, overwrite) if sweep else _simulate(screen, request)
+    if output is not None:
+        check_file(output, "hardware file" if calibrate else "gains", overwrite=run.overwrite, reads=known)
 
 
 def _simulate(screen: Screen, request: Request) -> dict[str, Any]:
@@ -226,29 +206,31 @@ def _placement(screen: Screen, request: Request) -> dict[str, Any]:
     return {"model": step.name, "hardware": device.name, **found.to_dict()}
 
 
-def _sweep(screen: Screen, request: Request, output: Path | None, overwrite: bool) -> dict[str, Any]:
+def _sweep(run: Run, request: Request, output: Path | None) -> dict[str, Any]:
     from fxfusion.cost import Hardware, Workload
     from fxfusion.cost.gain import gains
 
     before, after = request.steps()
     found = gains(before, after, Workload(**request.work), Hardware.of(request.hardware))
-    show_gains(screen, found)
+    show_gains(run.screen, found)
     if output is not None:
-        found.save(output, overwrite=overwrite)
-        screen.line(f"written: {output}", "dim")
+        found.save(output, overwrite=run.overwrite)
+        run.screen.line(f"written: {output}", "dim")
     return found.to_dict()
 
 
-def _calibrate(screen: Screen, path: Path, device: str, overwrite: bool) -> dict[str, Any]:
-    if path.suffix.lower() != ".json":
-        raise OptionError(f"--calibrate {path}: expected a name that ends in .json")
+def _calibrate(run: Run, path: Path | None, device: str) -> dict[str, Any]:
+    if path is None or path.suffix.lower() != ".json":
+        raise OptionError(
+            f"--calibrate: --output names the file, which ends in .json{'' if path is None else f'; got {path}'}"
+        )
     from fxfusion.cost import calibrate
 
-    with screen.busy(f"measuring {device}"):
+    with run.screen.busy(f"measuring {device}"):
         found = calibrate(device)
-    found.save(path, overwrite=overwrite)
-    show_hardware(screen, found)
-    screen.line(f"written: {path}; use it as --hardware {path}", "dim")
+    found.save(path, overwrite=run.overwrite)
+    show_hardware(run.screen, found)
+    run.screen.line(f"written: {path}; use it as --hardware {path}", "dim")
     return found.to_dict()
 
 
@@ -268,33 +250,119 @@ def _model(model: str | None) -> LayerTable:
 
 def _built(folder: Path) -> LayerTable:
     """The table of a model whose config alone does not tell it: built without weights and looked at."""
-    import torch
-
-    from fxfusion.cli.inputs import build_without_weights
-    from fxfusion.models.traced import TracedModel
+    from fxfusion.cli.inputs import graph_without_weights
     from fxfusion.planning.latency import table_of_model
 
-    model = build_without_weights(folder)
-    graph = TracedModel(model).graph(torch.zeros(1, 8, dtype=torch.long, device="meta"))
-    return table_of_model(model, graph)
-
-
-def _plan(path: Path | None) -> FusionPlan | None:
-    if path is None:
-        return None
-    from fxfusion.plan.fusion_plan import FusionPlan
-
-    return FusionPlan.load(path)
+    return table_of_model(*graph_without_weights(folder, tokens=8))
 
 
 def _unfuse(texts: Sequence[str]) -> dict[int, int]:
-    """`["125:8"]` -> `{125: 8}`. Raises `OptionError` that names the text."""
+    """`["125:8"]` -> `{125: 8}`, `["3-4,9:2"]` -> `{3: 2, 4: 2, 9: 2}`. Raises `OptionError` that names the text."""
     found: dict[int, int] = {}
     for text in texts:
-        layer, colon, count = text.partition(":")
-        if not (colon and layer.isdecimal() and count.isdecimal()):
+        layers, colon, count = text.partition(":")
+        if not (colon and count.isdecimal()):
             raise OptionError(f"--unfuse: expected a layer and a number of members such as 125:8, got {text!r}")
-        if int(layer) in found:
-            raise OptionError(f"--unfuse: layer {layer} is named twice")
-        found[int(layer)] = int(count)
+        for layer in read_layers(layers, "--unfuse"):
+            if layer in found:
+                raise OptionError(f"--unfuse: layer {layer} is named twice")
+            found[layer] = int(count)
     return found
+
+
+# --- what is printed ----------------------------------------------------------------------------------
+
+
+def show(screen: Screen, found: Sequence[tuple[str, Simulation]]) -> None:
+    """Simulations side by side."""
+    first = found[0][1]
+    work = first.work
+    what = "prompts of" if work.phase == "prefill" else "cached tokens of each:"
+    device = f"{work.tp} x {first.hardware.name}"
+    screen.line(f"{first.name} on {device}, {work.precision}, batch {work.batch}, {what} {work.context}")
+    columns = [_rows(one) for _, one in found]
+    screen.table(("", *(name for name, _ in found)), [(name, *(each[name] for each in columns)) for name in columns[0]])
+    for window in found[-1][1].to_dict()["windows"]:
+        screen.line(_window_text(window))
+    if len(found) > 1:
+        screen.line(f"{first.latency_ms / found[-1][1].latency_ms:.3f}x as fast")
+
+
+def _window_text(window: Mapping[str, Any]) -> str:
+    """`window 4-5 (hoist): 3 sublayers instead of 4, 3 all-reduces instead of 4`"""
+    layers = window["layers"]
+    shown = f"window {layers[0]}-{layers[-1]} ({window['mixers']}): "
+    shown += f"{window['sublayers']} sublayers instead of {window['sublayers_before']}"
+    if window["all_reduces"]:
+        shown += f", {window['all_reduces']} all-reduces instead of {window['all_reduces_before']}"
+    return shown
+
+
+def _rows(one: Simulation) -> dict[str, str]:
+    rows = {
+        "latency [ms]": f"{one.latency_ms:.3f}",
+        **{f"  {name.replace('_', '-')}": f"{value:.3f}" for name, value in one.to_dict()["breakdown_ms"].items()},
+        "tokens per second": f"{one.tokens_per_second:.2f}",
+        "kernels, all-reduces": f"{one.kernels}, {one.all_reduces}",
+        "attentions, FFNs in a row": f"{one.attentions}, {one.ffns}",
+        "memory of a device [GB]": f"{one.bytes.total / 1e9:.2f}" + ("" if one.fits_in_memory else " (does not fit)"),
+    }
+    if one.cost_per_million_tokens is not None:
+        rows["cost of a million tokens"] = f"{one.cost_per_million_tokens:.3f}"
+    return rows
+
+
+def show_placements(screen: Screen, found: Placements) -> None:
+    """A row for each alternative."""
+    rows = []
+    for one in found.rows:
+        simulation, cost = one.simulation, one.simulation.cost_per_million_tokens
+        rows.append(
+            (
+                f"{simulation.work.tp}{' *' if one is found.quickest else ''}",
+                one.cut,
+                _sizes(one.groups),
+                f"{simulation.latency_ms:.3f}",
+                simulation.all_reduces,
+                f"{simulation.bytes.total / 1e9:.1f}{'' if one.fits else ' !'}",
+                f"{one.making / 1e9:.1f}{'' if one.can_fuse else ' !'}",
+                "" if cost is None else f"{cost:.2f}",
+            )
+        )
+    heads = ("tp", "cut", "groups of", "ms", "all-reduces", "GB", "GB fusing", "cost of 1M")
+    screen.table(heads, rows)
+    screen.line("! more than the usable memory of a device. * the quickest that fits, fusing included", "dim")
+    for tp, why in found.refused.items():
+        screen.line(f"tp {tp}: {why}", "dim")
+
+
+def _sizes(groups: Sequence[int]) -> str:
+    """`8, 12, 3 x 2`"""
+    counts = [(size, len(list(same))) for size, same in groupby(groups)]
+    return ", ".join(str(size) if count == 1 else f"{count} x {size}" for size, count in counts)
+
+
+def show_gains(screen: Screen, found: Gains) -> None:
+    """Batches across, sizes and scales down."""
+    batches = sorted({point.batch for point in found.points})
+    settings = dict.fromkeys((point.scale, point.hidden, point.tp) for point in found.points)
+    by_setting = {(point.scale, point.tp, point.batch): point for point in found.points}
+    rows = [
+        (f"{hidden}, tp {tp}", *(f"{by_setting[scale, tp, batch].gain:.3f}" for batch in batches))
+        for scale, hidden, tp in settings
+    ]
+    screen.line(f"latency before / after fusing, {found.name}, {found.hardware}, {found.precision}")
+    screen.table(("hidden size", *(f"batch {batch}" for batch in batches)), rows)
+    for why in found.refused:
+        screen.line(why, "dim")
+
+
+def show_hardware(screen: Screen, found: Hardware) -> None:
+    """What was measured."""
+    rows = [("memory bandwidth [GB/s]", f"{found.bandwidth / 1e9:.1f}")]
+    rows += [(f"GEMM, {kind} [GFLOP/s]", f"{found.rate(kind) / 1e9:.1f}") for kind in found.flops]
+    rows += [
+        ("a small kernel [us]", f"{found.kernel_latency * 1e6:.2f}"),
+        ("a small GEMM besides [us]", f"{found.gemm_floor * 1e6:.2f}"),
+    ]
+    screen.table((found.name, ""), rows)

@@ -1,4 +1,4 @@
-"""`fxfusion demo` as `make demo` runs it: the trained reference model, Inductor, the console's code path."""
+"""The demo as `make demo` runs it: the trained reference model, Inductor, the console's code path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.compile]
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     html = tmp_path_factory.mktemp("demo") / "report.html"
-    command = [sys.executable, "-m", "fxfusion.cli", "demo", "--json", "--html", str(html)]
+    command = [sys.executable, "-m", "examples.demo", "--json", "--output", str(html)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout)

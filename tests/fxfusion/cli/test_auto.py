@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import fxfusion
-from fxfusion.cli.auto_work import divided, over_budget
+from fxfusion.cli.auto import divided, over_budget
 from fxfusion.errors import OptionError
 from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.plan.fusion_plan import FusionPlan
@@ -95,9 +95,9 @@ def test_a_dry_run_measures_nothing(run: Run, args: list[object], tmp_path: Path
         ("auto", ["--output", "x", "--hardware", "abacus"], "abacus"),
         ("auto", ["--output", "x", "--tp", 3], "tp 3"),
         ("plan", ["--roads", "hoist"], "roads need a budget"),
-        ("plan", ["--automatic", "--drop", 2], "drop: over several roads"),
-        ("plan", ["--after-refit", "--target-depth", 3], "after_refit: goes with roads"),
-        ("plan", ["--roads", "hoist", "--max-latency", 1], "max_latency: name the hardware"),
+        ("plan", ["--automatic", "--drop", 2], "--drop: over several roads"),
+        ("plan", ["--after-refit", "--target-depth", 3], "--after-refit: it goes with --roads"),
+        ("plan", ["--roads", "hoist", "--max-latency", 1], "--max-latency: name the --hardware"),
         ("plan", ["--roads", "hoist", "--target-depth", 3, "--drop-attention", "1"], "--drop-attention: over several"),
         ("plan", ["--roads", "hoist", "--target-depth", 3, "--preset", "paper"], "--preset paper is a rule"),
         ("plan", ["--automatic", "--preset", "paper"], "--automatic and --preset paper"),

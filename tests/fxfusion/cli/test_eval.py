@@ -51,8 +51,8 @@ def test_a_plan_is_measured_against_the_intact_model_with_a_control(
     assert json.loads((results / "compiled.json").read_text())["summary"]["groups"] == 1
 
     # Everything is kept: the same command measures nothing again, and tells the same.
-    monkeypatch.setattr("fxfusion.cli.evaluation.evaluate", lambda *_, **__: pytest.fail("measured again"))
-    monkeypatch.setattr("fxfusion.cli.evaluation.greedy_agreement", lambda *_, **__: pytest.fail("written again"))
+    monkeypatch.setattr("fxfusion.analysis.quality.evaluate", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("fxfusion.analysis.generation.greedy_agreement", lambda *_, **__: pytest.fail("written again"))
     assert run(*args, "--plan", plan, "--json", "--generate", 2, "--new-tokens", 4).json == ran.json
     shown = run(*args, "--plan", plan, "--generate", 2, "--new-tokens", 4).out
     assert f"{control['perplexity']['value']:.2f}" in shown and "Greedy text" in shown
@@ -112,7 +112,7 @@ def test_groups_that_cannot_be_had_are_an_error_and_what_is_measured_stays(
 def test_a_loss_that_is_not_finite_is_an_error_and_what_is_measured_stays(
     run: Run, args: list[object], results: Path, plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fxfusion.cli import evaluation
+    from fxfusion.cli import timing
 
     def broken(model: torch.nn.Module, plan: FusionPlan, compiler: str) -> torch.nn.Module:
         class Broken(torch.nn.Module):
@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_what_is_measured_stays(
 
         return Broken()
 
-    monkeypatch.setattr(evaluation, "compiled", broken)
+    monkeypatch.setattr(timing, "compiled", broken)
     ran = run(*args, "--plan", plan)
     assert ran.code == 1 and f"the loss of {FUSED!r} is not finite" in ran.error and ran.out == ""
     kept = json.loads((results / "quality.json").read_text())

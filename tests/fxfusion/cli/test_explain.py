@@ -63,7 +63,7 @@ def groups_of(ran: Ran) -> list[list[str]]:
 
 
 def test_what_would_be_fused_is_printed(run: Any, hybrid: Path, tmp_path: Path) -> None:
-    ran = run("explain", hybrid, "--html", tmp_path / "r.html")
+    ran = run("explain", hybrid, "--output", tmp_path / "r.html")
     assert ran.code == 0
     assert ran.out.startswith("5 of 5 FFNs fused into 2")
     assert "model.layers.4-6" in ran.out and f"written: {tmp_path / 'r.html'}" in ran.out
@@ -78,7 +78,7 @@ def test_nothing_to_fuse_is_exit_code_3_with_reasons(run: Any, ordinary: Path) -
 
 def test_json_is_the_report_and_nothing_else(run: Any, hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXFUSION_DEBUG", "2")  # prints lines, which must not get in between
-    ran = run("explain", hybrid, "--json", "--seq", 4, "--batch", 2)
+    ran = run("explain", hybrid, "--json", "--length", 4, "--batch", 2)
     assert ran.code == 0 and "fxfusion: " in ran.err
     assert set(json.loads(ran.out)) == {"summary", "graphs", "notes"}
     assert groups_of(ran) == [["1", "2"], ["4", "5", "6"]]
@@ -89,8 +89,8 @@ def test_json_is_the_report_and_nothing_else(run: Any, hybrid: Path, monkeypatch
     [
         (["--policy", "paper"], [["4", "5"]]),
         (["--policy", '{"max_members": 2}'], [["1", "2"], ["4", "5"]]),
-        (["--plan-group", "1-2", "--plan-group", "5,6"], [["1", "2"], ["5", "6"]]),
-        (["--plan-group", "4-5"], [["4", "5"]]),
+        (["--groups", "1-2", "--groups", "5,6"], [["1", "2"], ["5", "6"]]),
+        (["--groups", "4-5"], [["4", "5"]]),
     ],
 )
 def test_policies_and_plans_choose(run: Any, hybrid: Path, options: list[str], groups: list[list[str]]) -> None:
@@ -104,12 +104,12 @@ def test_policies_and_plans_choose(run: Any, hybrid: Path, options: list[str], g
         (["--policy", "biggest"], "biggest"),
         (["--policy", '{"keep_last": '], "--policy"),
         (["--policy", '{"keep_lost": 1}'], "keep_lost"),
-        (["--plan-group", "4-x"], "4-x"),
-        (["--plan-group", "6-4"], "backwards"),
-        (["--plan-group", "4"], "at least two"),
-        (["--plan-group", "4-5", "--plan-group", "5-6"], "5"),
-        (["--plan-group", "4-5", "--policy", "paper"], "--plan-group"),
-        (["--seq", "0"], "--seq"),
+        (["--groups", "4-x"], "4-x"),
+        (["--groups", "6-4"], "backwards"),
+        (["--groups", "4"], "at least two"),
+        (["--groups", "4-5", "--groups", "5-6"], "5"),
+        (["--groups", "4-5", "--policy", "paper"], "--groups"),
+        (["--length", "0"], "--length"),
         (["--colour"], "--colour"),
     ],
 )

@@ -29,14 +29,14 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fused(model: Path, plan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A canonical folder: not to be changed."""
     folder = tmp_path_factory.mktemp("fused") / "model"
-    assert call("fuse", model, folder, "--plan", plan) == 0
+    assert call("fuse", model, "--output", folder, "--plan", plan) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def exported(fused: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "model"
-    assert call("export", fused, folder) == 0
+    assert call("export", fused, "--output", folder) == 0
     return folder
 
 
@@ -70,11 +70,11 @@ def test_plain_transformers_loads_it_as_the_unfused_model(model: Path, fused: Pa
 
 
 def test_unfuse_gives_the_weights_without_groups(run: Run, fused: Path, tmp_path: Path) -> None:
-    ran = run("unfuse", fused, tmp_path / "out", "--json")
+    ran = run("unfuse", fused, "--output", tmp_path / "out", "--json")
     assert ran.code == 0 and ran.json["after"]["groups"] == [] and ran.json["after"]["layers"] == 3
     before, after = weights(fused), weights(tmp_path / "out")
     assert all(torch.equal(after[name], before[name]) for name in before)
-    again = run("unfuse", tmp_path / "out", tmp_path / "more")
+    again = run("unfuse", tmp_path / "out", "--output", tmp_path / "more")
     assert again.code == 1 and "nothing is fused in it" in again.error
 
 
@@ -88,7 +88,7 @@ def test_export_writes_what_engines_load(run: Run, fused: Path, exported: Path) 
 def test_fuse_straight_into_the_engines_format(
     run: Run, model: Path, plan: Path, exported: Path, tmp_path: Path
 ) -> None:
-    ran = run("fuse", model, tmp_path / "out", "--plan", plan, "--format", "nemotron-nas", "--json")
+    ran = run("fuse", model, "--output", tmp_path / "out", "--plan", plan, "--format", "nemotron-nas", "--json")
     assert ran.code == 0 and (ran.json["before"]["layers"], ran.json["after"]["layers"]) == (3, 1)
     ours, theirs = weights(tmp_path / "out"), weights(exported)
     assert ours.keys() == theirs.keys() and all(torch.allclose(ours[name], theirs[name]) for name in ours)
@@ -96,7 +96,7 @@ def test_fuse_straight_into_the_engines_format(
 
 def test_a_dry_run_of_a_folder_for_engines(run: Run, exported: Path, tmp_path: Path) -> None:
     """It holds the fused form itself: its plan is not fused a second time."""
-    ran = run("export", exported, tmp_path / "out", "--dry-run", "--json")
+    ran = run("export", exported, "--output", tmp_path / "out", "--dry-run", "--json")
     assert ran.code == 0 and ran.json["before"]["layers"] == ran.json["after"]["layers"]
 
 
@@ -107,7 +107,7 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(model / "config.json", bare)
-    ran = run(command, bare, tmp_path / "out", "--plan", plan, "--dry-run", "--json")
+    ran = run(command, bare, "--output", tmp_path / "out", "--plan", plan, "--dry-run", "--json")
     assert ran.code == 0, ran.err
     assert (ran.json["before"]["layers"], ran.json["after"]["layers"]) == (3, 1)
     assert not (tmp_path / "out").exists()
@@ -124,7 +124,7 @@ def test_check_passes_on_good_folders(run: Run, model: Path, fused: Path, export
 
 
 def test_unfuse_takes_a_folder_for_engines_apart(run: Run, fused: Path, exported: Path, tmp_path: Path) -> None:
-    ran = run("unfuse", exported, tmp_path / "out", "--json")
+    ran = run("unfuse", exported, "--output", tmp_path / "out", "--json")
     assert ran.code == 0 and ran.json["after"]["layers"] == 3 and ran.json["after"]["groups"] == []
     before, after = weights(fused), weights(tmp_path / "out")
     assert all(torch.allclose(after[name], before[name], rtol=1e-6, atol=0) for name in before)
@@ -132,7 +132,7 @@ def test_unfuse_takes_a_folder_for_engines_apart(run: Run, fused: Path, exported
     (folder / "fxfusion_residue.st").write_bytes(b"other")
     ran = run("check", folder)
     assert ran.code == 1 and "fxfusion_residue.st is cut off or was changed" in ran.out
-    ran = run("unfuse", folder, tmp_path / "more")
+    ran = run("unfuse", folder, "--output", tmp_path / "more")
     assert ran.code == 1 and "fxfusion_residue.st is cut off or was changed" in ran.error
 
 
@@ -174,17 +174,17 @@ def test_generate_continues_prompts(run: Run, fused: Path, exported: Path, model
 @pytest.mark.parametrize(
     ("arguments", "code", "why"),
     [
-        (("fuse", "MODEL", "OUT"), 2, "--plan: give the plan file"),
-        (("fuse", "MODEL", "OUT", "--plan", "WRONG"), 2, "layer 7 does not exist"),
-        (("fuse", "OUT", "OUT", "--plan", "PLAN"), 1, "no such folder"),
-        (("export", "OUT", "OUT"), 1, "no such folder"),
+        (("fuse", "MODEL", "--output", "OUT"), 2, "Missing option '--plan'"),
+        (("fuse", "MODEL", "--output", "OUT", "--plan", "WRONG"), 2, "layer 7 does not exist"),
+        (("fuse", "OUT", "--output", "OUT", "--plan", "PLAN"), 1, "no such folder"),
+        (("export", "OUT", "--output", "OUT"), 1, "no such folder"),
         (("check", "OUT"), 1, "no such folder"),
-        (("unfuse", "MODEL", "OUT"), 1, "nothing says what was fused"),
-        (("fuse", "MODEL", "MODEL", "--plan", "PLAN"), 2, "which the same command reads: it would be lost"),
-        (("export", "MODEL", "MODEL"), 2, "which the same command reads: it would be lost"),
-        (("unfuse", "MODEL", "MODEL"), 2, "which the same command reads: it would be lost"),
+        (("unfuse", "MODEL", "--output", "OUT"), 1, "nothing says what was fused"),
+        (("fuse", "MODEL", "--output", "MODEL", "--plan", "PLAN"), 2, "which the same command reads: it would be lost"),
+        (("export", "MODEL", "--output", "MODEL"), 2, "which the same command reads: it would be lost"),
+        (("unfuse", "MODEL", "--output", "MODEL"), 2, "which the same command reads: it would be lost"),
         (("generate", "MODEL"), 2, "--prompt: give the text"),
-        (("generate", "MODEL", "--prompt", "3", "--cache", "paged"), 2, "expected dynamic or static"),
+        (("generate", "MODEL", "--prompt", "3", "--cache", "paged"), 2, "'dynamic', 'static'"),
     ],
 )
 def test_wrong_use_says_what_is_wrong(
@@ -195,14 +195,14 @@ def test_wrong_use_says_what_is_wrong(
     names = {"MODEL": model, "OUT": tmp_path / "out", "PLAN": plan, "WRONG": wrong}
     before = {file.name: file.read_bytes() for file in model.iterdir()}
     ran = run(*(names.get(argument, argument) for argument in arguments))
-    assert ran.code == code and why in ran.error
+    assert ran.code == code and why in ran.err
     assert not (tmp_path / "out").exists()
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
 
 
 def test_a_folder_that_is_no_checkpoint_is_not_replaced(run: Run, model: Path, plan: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("all my work")
-    ran = run("fuse", model, tmp_path, "--plan", plan)
+    ran = run("fuse", model, "--output", tmp_path, "--plan", plan)
     assert ran.code == 1 and "thesis.tex" in ran.error
     assert (tmp_path / "thesis.tex").read_text() == "all my work"
 
@@ -223,7 +223,7 @@ def measured(folder: Path, plan: dict[str, Any]) -> Path:
 
 def test_what_was_measured_goes_into_the_card(run: Run, fused: Path, tmp_path: Path) -> None:
     results = measured(tmp_path / "results", PLAN)
-    ran = run("export", fused, tmp_path / "out", "--results", results)
+    ran = run("export", fused, "--output", tmp_path / "out", "--results", results)
     assert ran.code == 0, ran.err
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| perplexity, fused | 21.29 [20.18, 22.47] |" in card and "4,096 tokens of held_out.txt" in card
@@ -231,9 +231,9 @@ def test_what_was_measured_goes_into_the_card(run: Run, fused: Path, tmp_path: P
 
 def test_measurements_of_another_plan_are_refused(run: Run, model: Path, plan: Path, tmp_path: Path) -> None:
     results = measured(tmp_path / "results", {"dropped_attention": [1], "groups": [[0, 1]]})
-    ran = run("fuse", model, tmp_path / "out", "--plan", plan, "--results", results)
+    ran = run("fuse", model, "--output", tmp_path / "out", "--plan", plan, "--results", results)
     assert ran.code == 2 and "another plan" in ran.error
     (tmp_path / "none").mkdir()
-    ran = run("fuse", model, tmp_path / "out", "--plan", plan, "--results", tmp_path / "none")
+    ran = run("fuse", model, "--output", tmp_path / "out", "--plan", plan, "--results", tmp_path / "none")
     assert ran.code == 2 and "run `fxfusion eval` with it first" in ran.error
     assert not (tmp_path / "out").exists()

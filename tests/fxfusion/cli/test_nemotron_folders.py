@@ -40,9 +40,9 @@ def text(tmp_path: Path) -> Path:
 def test_explain_and_its_plan(folder: Path, run: Run) -> None:
     found = run("explain", folder, "--json")
     assert found.code == 3, found.err  # one wide FFN in each run: nothing more to fuse
-    planned = run("explain", folder, "--plan-group", "1-2", "--json")
+    planned = run("explain", folder, "--groups", "1-2", "--json")
     assert planned.code == 3 and "code of the folder" not in planned.err
-    assert "layer 9 does not exist" in run("explain", folder, "--plan-group", "9,10").error
+    assert "layer 9 does not exist" in run("explain", folder, "--groups", "9,10").error
 
 
 def test_the_model_is_that_of_from_pretrained(folder: Path) -> None:
@@ -72,7 +72,7 @@ def test_refit_goes_from_such_a_folder_to_such_a_folder(tmp_path: Path, run: Run
     size = ("--length", own_text.LENGTH, "--batch", 16, "--sequences", 96)
     given = ("--plan", tmp_path / "plan.yaml", "--text", tmp_path / "ids.safetensors", *size)
     more = ("--results", tmp_path / "r", "--format", "nemotron-nas")
-    found = run("refit", tmp_path / "m", tmp_path / "out", *given, *more)
+    found = run("refit", tmp_path / "m", "--output", tmp_path / "out", *given, *more)
     assert found.code == 0, found.err
     assert len(fxfusion.from_pretrained(tmp_path / "out").model.layers) == 3
 

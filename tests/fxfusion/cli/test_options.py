@@ -2,8 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from fxfusion.cli.options import read_bytes, read_drop, read_layers, read_share, show_layers, show_members
+from fxfusion.cli.options import (
+    RoadOptions,
+    read_bytes,
+    read_drop,
+    read_layers,
+    read_roads,
+    read_share,
+    show_layers,
+    show_members,
+)
 from fxfusion.errors import OptionError
+from fxfusion.planning.roads.choose import RoadArguments
 
 
 @pytest.mark.parametrize(
@@ -48,12 +58,12 @@ def test_what_is_no_share_is_named(text: str) -> None:
 
 
 def test_a_drop_is_a_number_of_layers_or_a_part_of_them() -> None:
-    assert read_drop("5") == 5 and isinstance(read_drop("5"), int)
-    assert read_drop("1") == 1 and isinstance(read_drop("1"), int)
-    assert read_drop("1.0") == 1.0 and isinstance(read_drop("1.0"), float)
-    assert read_drop("40%") == read_drop("0.4") == 0.4
+    assert read_drop("5", "--drop") == 5 and isinstance(read_drop("5", "--drop"), int)
+    assert read_drop("1", "--drop") == 1 and isinstance(read_drop("1", "--drop"), int)
+    assert read_drop("1.0", "--drop") == 1.0 and isinstance(read_drop("1.0", "--drop"), float)
+    assert read_drop("40%", "--drop") == read_drop("0.4", "--drop") == 0.4
     with pytest.raises(OptionError, match=r"--drop.*'4\.5'"):
-        read_drop("4.5")
+        read_drop("4.5", "--drop")
 
 
 @pytest.mark.parametrize(
@@ -68,3 +78,17 @@ def test_bytes_may_have_a_unit(text: str, value: int) -> None:
 def test_what_are_no_bytes_is_named(text: str) -> None:
     with pytest.raises(OptionError, match=f"--x: .*{text!r}"):
         read_bytes(text, "--x")
+
+
+def test_roads_are_read() -> None:
+    assert read_roads("hoist, drop", "--roads") == ["hoist", "drop"]
+    for wrong in ("", "hoist,", "up"):
+        with pytest.raises(OptionError, match="--roads: expected some of drop, hoist, wide"):
+            read_roads(wrong, "--roads")
+
+
+def test_the_options_are_arguments_of_make_plan() -> None:
+    arguments = RoadOptions(roads="wide", hardware="h200", tp=8).arguments()
+    assert arguments["roads"] == ["wide"] and arguments["tp"] == 8 and arguments["max_latency"] is None
+    assert set(arguments) | {"after_refit"} == set(RoadArguments.__annotations__)
+    assert RoadOptions().arguments()["roads"] is None

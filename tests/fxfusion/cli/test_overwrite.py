@@ -45,10 +45,10 @@ def recover(place: Path, out: str) -> Words:
 
 
 FOLDERS: dict[str, Callable[[Path, str], Words]] = {
-    "fuse": lambda place, out: ["fuse", place / "model", place / out, "--plan", place / "plan.yaml"],
-    "export": lambda place, out: ["export", place / "model", place / out],
-    "unfuse": lambda place, out: ["unfuse", place / "fused", place / out],
-    "refit": lambda p, out: ["refit", p / "model", p / out, "--plan", p / "plan.yaml", *measuring(p)],
+    "fuse": lambda place, out: ["fuse", place / "model", "--output", place / out, "--plan", place / "plan.yaml"],
+    "export": lambda place, out: ["export", place / "model", "--output", place / out],
+    "unfuse": lambda place, out: ["unfuse", place / "fused", "--output", place / out],
+    "refit": lambda p, out: ["refit", p / "model", "--output", p / out, "--plan", p / "plan.yaml", *measuring(p)],
     "auto": lambda place, out: ["auto", place / "model", "--output", place / out, *measuring(place)],
     "recover": recover,
 }
@@ -92,15 +92,14 @@ def test_it_is_replaced_on_request_and_then_without(place: Path, run: Run) -> No
 
 
 FILES: dict[str, tuple[str, Callable[[Path, str], Words]]] = {
-    "explain": ("html", lambda place, out: ["explain", place / "model", "--html", place / out]),
-    "report": ("html", lambda place, out: ["report", "--results", place / "results", "--out", place / out]),
+    "explain": ("html", lambda place, out: ["explain", place / "model", "--output", place / out]),
+    "report": ("html", lambda place, out: ["report", "--results", place / "results", "--output", place / out]),
     "simulate": (
         "csv",
         lambda p, out: ["simulate", p / "model", "--plan", p / "plan.yaml", "--sweep", "--output", p / out],
     ),
-    "calibrate": ("json", lambda place, out: ["simulate", "--calibrate", place / out]),
-    "plan": ("yaml", lambda place, out: ["plan", place / "model", "--out", place / out, *measuring(place)]),
-    "demo": ("html", lambda place, out: ["demo", "--html", place / out]),
+    "calibrate": ("json", lambda place, out: ["simulate", "--calibrate", "--output", place / out]),
+    "plan": ("yaml", lambda place, out: ["plan", place / "model", "--output", place / out, *measuring(place)]),
 }
 
 
@@ -130,9 +129,9 @@ def test_files_are_replaced_on_request_and_then_without(command: str, place: Pat
 @pytest.mark.parametrize("name", ["text.txt", "model/config.json", "plan.yaml"])
 def test_a_file_that_is_read_is_kept_even_on_request(name: str, place: Path, run: Run) -> None:
     before = content(place)
-    words = ["explain", place / "model", "--plan", place / "plan.yaml", "--html", place / name, "--overwrite"]
+    words = ["explain", place / "model", "--plan", place / "plan.yaml", "--output", place / name, "--overwrite"]
     if name == "text.txt":
-        words = ["plan", place / "model", "--out", place / name, *measuring(place), "--overwrite"]
+        words = ["plan", place / "model", "--output", place / name, *measuring(place), "--overwrite"]
     found = run(*words)
     assert found.code == 2 and "same command" in found.error
     assert content(place) == before

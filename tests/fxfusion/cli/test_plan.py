@@ -19,7 +19,7 @@ def test_a_plan_is_written_with_what_it_costs_and_what_comes_next(
     run: Run, args: list[object], results: Path, tmp_path: Path, model: Path
 ) -> None:
     out = tmp_path / "mine.yaml"
-    ran = run(*args, "--drop-attention", "1-2", "--target-depth", 2, "--out", out, "--seed", 0)
+    ran = run(*args, "--drop-attention", "1-2", "--target-depth", 2, "--output", out, "--seed", 0)
     assert ran.code == 0, ran.err
     plan = FusionPlan.load(out)
     assert plan == FusionPlan.load(results / "plan.yaml")
@@ -65,11 +65,11 @@ def test_the_papers_rule_leaves_the_ends_out_and_drops_every_attention_with_a_wa
     ("more", "code", "named"),
     [
         (["--drop", "many"], 2, "--drop"),
-        (["--drop", "1", "--drop-attention", "1"], 2, "--drop and --drop-attention"),
-        (["--drop", "9"], 2, "9 attention layers are to go, the model has 3"),
+        (["--drop", "1", "--drop-attention", "1"], 2, "--drop-attention: --drop was given"),
+        (["--drop", "9"], 2, "--drop: 9 attention layers are to go, the model has 3"),
         (["--drop-attention", "7"], 2, "[7]"),
         (["--drop-attention", "4-2"], 2, "backwards"),
-        (["--splits", "2"], 2, "--splits goes with --preset paper"),
+        (["--splits", "2"], 2, "--splits: it goes with --preset paper"),
         (["--preset", "paper", "--max-kl", "1"], 2, "--max-kl"),
         (["--preset", "paper", "--norm", "fold"], 2, "--norm"),
         (["--preset", "magic"], 2, "--preset"),
@@ -97,3 +97,5 @@ def test_a_dry_run_says_what_is_known(run: Run, args: list[object], results: Pat
     assert [part["known"] for part in ran.json["work"]] == ["known", "begun", "", ""]
     assert [part["passes"] for part in ran.json["work"]] == [1 + 3, 1 + 3 + 2 + 2, None, None], "not the third step"
     assert ran.json["writes"][0] == str(results / "plan.yaml") and not (results / "plan.yaml").exists()
+    assert "--drop 2 is a count: 2 of 3 attention layers" in ran.err
+    assert "--drop 1.0 is a share: 3 of 3 attention layers" in run(*args, "--drop", "1.0", "--dry-run").err

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fxfusion.analysis.dependency import DependencyMatrix
-from fxfusion.cli.collect import collect
+from fxfusion.cli.report import collect
 from fxfusion.cli.results_folder import ResultsFolder
 from fxfusion.errors import FxFusionError
 from fxfusion.plan.fusion_plan import FusionPlan
@@ -46,7 +46,7 @@ def test_a_page_of_scores_alone_names_what_is_missing(run: Run, results: Path) -
 
 
 def test_json_holds_what_the_page_shows(run: Run, results: Path, tmp_path: Path) -> None:
-    ran = run("report", "--results", results, "--out", tmp_path / "p.html", "--json")
+    ran = run("report", "--results", results, "--output", tmp_path / "p.html", "--json")
     assert ran.json["page"] == str(tmp_path / "p.html") and (tmp_path / "p.html").is_file()
     kept = json.loads((results / "scores_loss.json").read_text())["scores"]
     layers = ran.json["results"]["layers"]
@@ -151,5 +151,5 @@ def test_a_broken_file_is_named_and_the_old_page_stays(run: Run, results: Path, 
 
 
 def test_a_page_that_cannot_be_written_is_an_error(run: Run, results: Path) -> None:
-    ran = run("report", "--results", results, "--out", "/dev/null/page.html")
+    ran = run("report", "--results", results, "--output", "/dev/null/page.html")
     assert ran.code == 1 and "/dev/null/page.html: cannot be written" in ran.error

@@ -26,7 +26,7 @@ def test_a_published_latency_as_json(run: Run) -> None:
 
 
 def test_groups_are_shown_beside_the_model_as_it_is(run: Run) -> None:
-    args = ["simulate", "nemotron-super-49b", *H100, "--group", "42-50", "--group", "53-69"]
+    args = ["simulate", "nemotron-super-49b", *H100, "--groups", "42-50", "--groups", "53-69"]
     ran = run(*args, "--json")
     assert ran.json["before"]["ffns"] - ran.json["ffns"] == 8 + 16
     assert ran.json["latency_ms"] < ran.json["before"]["latency_ms"]
@@ -83,7 +83,7 @@ def test_the_gain_over_sizes_and_batches(run: Run, tmp_path: Path) -> None:
     ran = run(*args)
     assert ran.code == 0 and "hidden size" in ran.out and f"written: {tmp_path / 'gain.csv'}" in ran.out
     assert (tmp_path / "gain.csv").read_text().startswith("tp,batch,scale,hidden,before_ms,after_ms,gain\n")
-    named = run("simulate", "nemotron-super-49b", "--sweep", "--group", "42-50", "--json").json["points"]
+    named = run("simulate", "nemotron-super-49b", "--sweep", "--groups", "42-50", "--json").json["points"]
     undone = run("simulate", "nemotron-ultra-253b", "--sweep", "--unfuse", "125:8", "--json").json["points"]
     assert all(point["gain"] > 1 for point in (*named, *undone))
 
@@ -92,7 +92,7 @@ def test_a_file_of_this_machine(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     import fxfusion.cost
 
     monkeypatch.setattr(fxfusion.cost, "calibrate", lambda device: Hardware.of("cpu"))
-    ran = run("simulate", "--calibrate", tmp_path / "here.json")
+    ran = run("simulate", "--calibrate", "--output", tmp_path / "here.json")
     assert ran.code == 0 and "memory bandwidth" in ran.out
     assert Hardware.of(tmp_path / "here.json") == Hardware.of("cpu")
 
@@ -103,20 +103,21 @@ def test_a_file_of_this_machine(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
         ([], "MODEL: name a layer table, a config.json, or a folder with one"),
         (["no-such-model"], "no-such-model: no such file or folder with a config.json, and no table of that name"),
         (["llama-3.3-70b", "--hardware", "h1000"], "no device 'h1000'"),
-        (["llama-3.3-70b", "--precision", "fp9"], "precision: expected one of fp4"),
+        (["llama-3.3-70b", "--precision", "fp9"], "--precision: expected one of fp4"),
         (["llama-3.3-70b", "--tp", "3"], "which tp 3 does not divide"),
         (["llama-3.3-70b", "--unfuse", "3"], "--unfuse: expected a layer and a number of members such as 125:8"),
         (["llama-3.3-70b", "--unfuse", "3:2", "--unfuse", "3:4"], "--unfuse: layer 3 is named twice"),
-        (["llama-3.3-70b", "--group", "3"], "group 3-3: it has 1 FFN"),
-        (["llama-3.3-70b", "--group", "3-4"], "the attention of layer 4 lies between its FFNs"),
-        (["llama-3.3-70b", "--group", "a-b"], "--group: expected layers such as 4-8"),
+        (["llama-3.3-70b", "--groups", "3"], "group 3-3: it has 1 FFN"),
+        (["llama-3.3-70b", "--groups", "3-4"], "the attention of layer 4 lies between its FFNs"),
+        (["llama-3.3-70b", "--groups", "a-b"], "--groups: expected layers such as 4-8"),
         (["llama-3.3-70b", "--plan", "gone.yaml"], "gone.yaml: cannot be read"),
-        (["llama-3.3-70b", "--price", "-1"], "price: expected a price above 0"),
+        (["llama-3.3-70b", "--price", "-1"], "--price: expected a price above 0"),
         (["llama-3.3-70b", "--sweep"], "Llama-3.3-70B-Instruct has no FFNs in a row"),
         (["llama-3.3-70b", "--sweep", "--placement"], "--placement and --sweep were both given"),
-        (["llama-3.3-70b", "--output", "x.csv"], "--output: only --sweep writes a file"),
+        (["llama-3.3-70b", "--output", "x.csv"], "--output: only --sweep and --calibrate write a file"),
         (["nemotron-super-49b", "--sweep", "--output", "x.txt"], "x.txt: expected a name that ends in"),
-        (["--calibrate", "x.txt"], "--calibrate x.txt: expected a name that ends in .json"),
+        (["--calibrate", "--output", "x.txt"], "--calibrate: --output names the file, which ends in .json; got x.txt"),
+        (["--calibrate"], "--calibrate: --output names the file, which ends in .json"),
     ],
 )
 def test_errors_are_one_line(run: Run, args: list[str], message: str) -> None:

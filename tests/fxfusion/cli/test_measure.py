@@ -1,30 +1,39 @@
-"""`fxfusion score`, and with it what all measuring commands share: errors, JSON, dry runs, going on after Ctrl-C."""
+"""`fxfusion score`, `matrix` and `sweep`, and what all measuring commands share: errors, JSON, dry runs, Ctrl-C."""
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fxfusion.cli.score import show
+from fxfusion.analysis.dependency import DependencyMatrix
+from fxfusion.cli.measure import show_scores
 from fxfusion.cli.screen import Screen
 from fxfusion.files import RECORD
-from tests.fxfusion.cli.conftest import LAYERS, SMALL, Run, make_model, make_text
+from tests.fxfusion.cli.conftest import LAYERS, SMALL, Run, make_model
 
 
 @pytest.fixture
 def args(model: Path, text: Path, results: Path) -> list[object]:
     """A command whose scores are there already."""
     return ["score", model, "--text", text, "--results", results, *SMALL]
+
+
+@pytest.fixture
+def matrix_args(args: list[object]) -> list[object]:
+    return ["matrix", *args[1:]]
+
+
+@pytest.fixture
+def sweep_args(args: list[object]) -> list[object]:
+    return ["sweep", *args[1:]]
 
 
 def test_scores_are_shown_by_layer_with_bars_and_kept(run: Run, args: list[object], results: Path) -> None:
@@ -47,7 +56,7 @@ def test_bars_are_as_long_as_scores_are_high(capsys: pytest.CaptureFixture[str])
 
     def lines(*values: float) -> list[str]:
         scores = tuple(LayerScore(n, "", Estimate(value, value, value), None) for n, value in enumerate(values))
-        show(AttentionScores("loss", scores, 100, 10), Screen())
+        show_scores(AttentionScores("loss", scores, 100, 10), Screen())
         return capsys.readouterr().out.splitlines()[1 : len(values) + 1]
 
     assert [line.count("█") for line in lines(1.0, 0.5, -0.2, 2.0)] == [12, 6, 0, 24]
@@ -174,42 +183,146 @@ def test_weights_that_give_no_finite_loss_are_an_error(run: Run, text: Path, tmp
     assert not (tmp_path / "results" / "scores_loss.json").exists()
 
 
-# --- Ctrl-C -------------------------------------------------------------------------------------------
+# --- matrix ------------------------------------------------------------------------------------------
 
 
-def child(args: list[object]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fxfusion.cli", *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def values_in(cache: Path) -> dict[str, Any]:
-    """What is measured so far; the file is whole at every moment."""
-    return dict(json.loads(cache.read_text())["values"]) if cache.exists() else {}
+def test_a_matrix_is_kept_with_its_heat_maps(run: Run, matrix_args: list[object], results: Path) -> None:
+    ran = run(*matrix_args, "--drop-attention", "1-2", "--json")
+    assert ran.code == 0, ran.err
+    folder = results / "matrix_1_2"
+    kept = DependencyMatrix.load(folder)
+    assert kept.values.tolist() == ran.json["values"] and kept.dropped_attention == (1, 2)
+    assert len(ran.json["layers"]) == LAYERS and ran.json["unit"] == "ffn"
+    assert (folder / "heat_map.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "heat_map.svg").read_text().startswith("<?xml")
 
 
 @pytest.mark.slow
-def test_after_ctrl_c_the_same_command_goes_on_to_the_same_numbers(run: Run, model: Path, tmp_path: Path) -> None:
+def test_blocks_have_a_folder_of_their_own_and_are_told_by_pairs(
+    run: Run, matrix_args: list[object], results: Path
+) -> None:
+    ran = run(*matrix_args, "--unit", "block")
+    values = DependencyMatrix.load(results / "matrix_block").values
+    assert f"{float(values.max()):.5f}" in ran.out and "dependency of" in ran.out
+    assert DependencyMatrix.load(results / "matrix_block").unit == "block"
+
+
+@pytest.mark.parametrize(
+    ("layers", "named"), [("7", r"no attention to drop in layers \[7\]"), ("2-1", "runs backwards"), ("x", "'x'")]
+)
+def test_layers_that_are_not_there_are_named(run: Run, matrix_args: list[object], layers: str, named: str) -> None:
+    ran = run(*matrix_args, "--drop-attention", layers)
+    assert ran.code == 2
+    with pytest.raises(AssertionError, match=named):
+        raise AssertionError(ran.error)
+
+
+def test_a_dry_run_of_a_matrix_makes_no_folder(run: Run, matrix_args: list[object], results: Path) -> None:
+    ran = run(*matrix_args, "--dry-run", "--json")
+    assert ran.json["work"] == [{"what": "dependency matrix (ffn)", "passes": LAYERS + 1, "known": ""}]
+    assert not (results / "matrix_").exists()
+
+
+# --- sweep -------------------------------------------------------------------------------------------
+
+
+def test_every_depth_is_in_the_table_the_plot_and_the_json(run: Run, sweep_args: list[object], results: Path) -> None:
+    ran = run(*sweep_args, "--drops", "0,3", "--json")
+    assert ran.code == 0, ran.err
+    points = ran.json["points"]
+    assert {len(point["dropped_attention"]) for point in points} == {0, 3}
+    assert {point["depth"] for point in points} == {1, 2, 3} and any(point["on_front"] for point in points)
+    with (results / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["depth"]) for row in rows] == [point["depth"] for point in points]
+    assert json.loads((results / "sweep.json").read_text())["points"] == points
+    assert "<svg" in (results / "sweep.svg").read_text()
+    assert [file.name for file in results.iterdir() if file.name.startswith(".")] == [RECORD]
+
+
+@pytest.mark.slow
+def test_a_second_sweep_measures_only_what_is_new_and_shows_the_front(
+    run: Run, sweep_args: list[object], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fxfusion.analysis import meter
+
+    first = run(*sweep_args, "--drops", "2")
+    assert first.code == 0 and " *" in first.out and "sweep.csv" in first.out
+    monkeypatch.setattr(meter, "evaluate", lambda *_, **__: pytest.fail("a plan was measured again"))
+    assert run(*sweep_args, "--drops", "2").out == first.out
+    with pytest.raises(pytest.fail.Exception):
+        run(*sweep_args, "--drops", "3")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_the_end_loses_no_measurement(
+    run: Run, sweep_args: list[object], results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("fxfusion.planning.sweep.csv.writer", full)
+    ran = run(*sweep_args, "--drops", "2")
+    assert ran.code == 1 and "sweep.csv: cannot be written" in ran.error and "No space left" in ran.error
+    assert json.loads((results / "plans.json").read_text())["plans"] and not (results / "sweep.csv").exists()
+    monkeypatch.undo()
+    assert run(*sweep_args, "--drops", "2").code == 0
+
+
+@pytest.mark.parametrize(("drops", "named"), [("two", "--drops"), ("9", "9 attention layers"), ("2-0", "backwards")])
+def test_wrong_numbers_are_named(run: Run, sweep_args: list[object], drops: str, named: str) -> None:
+    ran = run(*sweep_args, "--drops", drops)
+    assert ran.code == 2 and named in ran.error and ran.out == ""
+
+
+def test_a_setting_without_hardware_is_named(run: Run, sweep_args: list[object]) -> None:
+    ran = run(*sweep_args, "--tp", 8)
+    assert ran.code == 2 and "name the --hardware" in ran.error
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------
+
+# The command line, interrupted as by Ctrl-C right after it has written what is measured so far: at once, and only once.
+INTERRUPTED = """
+import os, signal, sys
+from fxfusion.analysis import score_cache
+from fxfusion.cli import main
+
+score_cache._SECONDS_BETWEEN_WRITES = score_cache._SHARE_OF_TIME = 0
+write = score_cache.write_json
+
+def written(path, data):
+    write(path, data)
+    score_cache.write_json = write
+    os.kill(os.getpid(), signal.SIGINT)
+
+score_cache.write_json = written
+main()
+"""
+
+
+def test_after_ctrl_c_the_same_command_goes_on_to_the_same_numbers(
+    run: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
     """A child process is interrupted in the middle of the measurement, twice."""
-    text = make_text(tmp_path / "text.txt", words=40_000)
-    args: list[object] = ["score", model, "--text", text, "--length", 128, "--batch", 4, "--sequences", 256, "--greedy"]
+    args: list[object] = ["score", model, "--text", text, *SMALL, "--greedy"]
     results = tmp_path / "results"
-    cache = results / "scores.json"
     sizes = []
     for _ in range(2):
-        started = child([*args, "--results", results])
-        deadline, before = time.monotonic() + 100, sum(map(len, values_in(cache).values()))
-        while sum(map(len, values_in(cache).values())) <= before and started.poll() is None:
-            assert time.monotonic() < deadline, "nothing was measured"
-            time.sleep(0.05)
-        started.send_signal(signal.SIGINT)
-        out, err = started.communicate(timeout=60)
-        assert started.returncode == 1 and out == "", err
-        last = err.strip().splitlines()[-1]
+        command = [sys.executable, "-c", INTERRUPTED, *map(str, args), "--results", str(results)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == "", done.stderr
+        last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("fxfusion: error: interrupted") and str(results) in last
-        assert "Traceback" not in err and not (results / "scores_loss_greedy.json").exists()
+        assert "Traceback" not in done.stderr and not (results / "scores_loss_greedy.json").exists()
         assert [name for name in os.listdir(results) if name.startswith(".")] == [RECORD]
-        sizes.append(sum(map(len, values_in(cache).values())))
+        sizes.append(measured(results))
     assert 0 < sizes[0] < sizes[1]
     resumed, anew = (run(*args, "--json", "--results", where).json for where in (results, tmp_path / "anew"))
-    assert sizes[1] < sum(map(len, values_in(cache).values()))
+    assert sizes[1] < measured(results)
     assert resumed == anew
+
+
+def measured(results: Path) -> int:
+    """How many numbers are kept."""
+    return sum(map(len, json.loads((results / "scores.json").read_text())["values"].values()))

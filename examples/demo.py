@@ -1,24 +1,35 @@
-"""The steps of the demo. Each reads and extends one `Subject`, and prints what it found."""
+"""The main job from end to end on the trained reference model: `make demo`, or `python -m examples.demo` in a clone.
+
+Attention is removed from some middle layers, the FFNs left there form a chain, the compiler fuses it,
+and the demo shows what was found, that the rewrite is exact, what it cost in quality and what it gained.
+"""
 
 from __future__ import annotations
 
 import copy
-import types
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor, nn
 
+from bench.reference import HELD_OUT_FILE, MODEL_FOLDER, heldout_batches, load_model
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.backend import ffn_fusion, last_reports
-from fxfusion.cli import reference, surgery
+from fxfusion.cli import main, new_app
+from fxfusion.cli.options import Compiler, CompilerOption
 from fxfusion.cli.screen import Screen
+from fxfusion.cli.session import Run, command
+from fxfusion.cli.timing import call_of
 from fxfusion.compiler.pipeline import explain as explain_model
 from fxfusion.cost import interleaved
+from fxfusion.errors import FxFusionError
+from fxfusion.files import check_file
 from fxfusion.models.drop_attention import drop_attention as drop
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.report import FusionReport
@@ -32,9 +43,44 @@ PLAN_LAST = FusionPlan(dropped_attention=DROPPED, groups=(GROUP,), norm="last")
 _LENGTH, _BATCH = 256, 8  # of the held-out rows
 _PREFILL, _DECODE = 128, 1  # tokens per call in the speed test
 _LIMIT = 1e-5  # relative, float32: the contract for the rewrite
-_serial = count()
+_NEEDED = ("config.json", "model.safetensors", HELD_OUT_FILE)
 
 Logits = Callable[[Tensor], Tensor]
+ModelDir = Annotated[Path, typer.Option("--model", help="Folder of the reference model.")]
+Output = Annotated[Path, typer.Option(help="Where to write the report.")]
+Sequences = Annotated[int, typer.Option(min=8, help="Held-out sequences of 256 tokens that quality is measured on.")]
+Rounds = Annotated[int, typer.Option(min=5, help="Timing rounds.")]
+
+
+@command
+def demo(
+    run: Run,
+    model: ModelDir = MODEL_FOLDER,
+    output: Output = Path("fxfusion_report.html"),
+    compiler: CompilerOption = Compiler.inductor,
+    sequences: Sequences = 48,
+    rounds: Rounds = 40,
+) -> dict[str, Any]:
+    """Take a trained model through the whole of fxfusion: find, fuse, prove, measure (under 3 minutes)."""
+    check_model(model)
+    check_file(output, "report", overwrite=run.overwrite, reads=[model])
+    started = time.perf_counter()
+    settings = Settings(
+        folder=model, html=output, overwrite=run.overwrite, compiler=compiler.value, sequences=sequences, rounds=rounds
+    )
+    with torch.no_grad():
+        result = all_steps(settings, run.screen)
+    result["seconds"] = time.perf_counter() - started
+    run.screen.line(f"\nDone in {result['seconds']:.0f} s.")
+    run.exit_code = 0 if result["exactness"]["passed"] else 1
+    return result
+
+
+def check_model(folder: Path) -> None:
+    """Raises `FxFusionError` that says what is missing."""
+    missing = next((name for name in _NEEDED if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise FxFusionError(f"--model {folder}: the folder has no {missing}; `make demo` runs in a whole clone")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +113,30 @@ class Subject:
         return found
 
 
+def all_steps(settings: Settings, screen: Screen) -> dict[str, Any]:
+    """In order; what they measured, ready for JSON."""
+    subject = load(settings, screen)
+    drop_attention(subject, screen)
+    explain(subject, screen)
+    compile_and_prove(subject, settings, screen)
+    measure_quality(subject, screen)
+    measure_speed(subject, settings, screen)
+    write_report(subject, settings, screen)
+    summarise(subject, screen)
+    return subject.result
+
+
 def load(settings: Settings, screen: Screen) -> Subject:
     screen.step(1, "A trained model", "A small language model, trained on Python source code.")
     with screen.busy("loading it and measuring its perplexity on held-out files"):
-        model = reference.load(settings.folder)
-        batches = reference.held_out(settings.folder, settings.sequences, _LENGTH, _BATCH)
+        model = load_model(folder=settings.folder)
+        model.config.use_cache = False
+        batches = heldout_batches(_BATCH, _LENGTH, settings.sequences // _BATCH, settings.folder)
         subject = Subject(intact=model, dropped=drop(copy.deepcopy(model), DROPPED), batches=batches)
         quality = subject.measure("intact", model)
     parameters = sum(weight.numel() for weight in model.parameters())
     subject.result["model"] = {"folder": str(settings.folder), "parameters": parameters, "tokens": quality.tokens}
-    screen.line(f"{len(surgery.layers_of(model))} layers, {parameters / 1e6:.1f} M parameters")
+    screen.line(f"{len(layers_of(model))} layers, {parameters / 1e6:.1f} M parameters")
     screen.line(f"perplexity {shown(quality)} (95 % interval) on {quality.tokens:,} held-out tokens")
     return subject
 
@@ -108,8 +168,8 @@ def compile_and_prove(subject: Subject, settings: Settings, screen: Screen) -> N
         subject.fused = compiled(subject.dropped, options)
         ours = subject.fused(ids)
         subject.report = last_reports()[-1]
-        witness = surgery.parallel_form(subject.dropped, [GROUP], PLAN.norm)
-        error = surgery.relative_error(call_of(witness)(ids), ours)
+        witness = parallel_form(subject.dropped, [GROUP], PLAN.norm)
+        error = relative_error(call_of(witness)(ids), ours)
         changed_error, restored_error = _perturb(subject, witness, ids)
     proofs = subject.report.verifications
     for proof in proofs:
@@ -138,9 +198,9 @@ def _perturb(subject: Subject, witness: nn.Module, ids: Tensor) -> tuple[float, 
     """
     assert subject.fused is not None
     expected = call_of(witness)(ids)
-    with surgery.one_weight_changed(subject.dropped, GROUP[0]):
-        changed = surgery.relative_error(expected, subject.fused(ids))
-    return changed, surgery.relative_error(expected, subject.fused(ids))
+    with one_weight_changed(subject.dropped, GROUP[0]):
+        changed = relative_error(expected, subject.fused(ids))
+    return changed, relative_error(expected, subject.fused(ids))
 
 
 def measure_quality(subject: Subject, screen: Screen) -> None:
@@ -230,24 +290,86 @@ def compiled(model: nn.Module, options: dict[str, Any]) -> Logits:
     return torch.compile(call_of(model), backend=ffn_fusion, options=options, dynamic=False)
 
 
-def call_of(model: nn.Module) -> Logits:
-    """A function from ids `[batch, seq]` to logits, with a code object of its own.
-
-    Dynamo keeps what it compiled by code object, and looks through all of it at each call: functions that
-    are compared in speed must not share one.
-    """
-
-    def call(ids: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=ids).logits
-        return logits
-
-    code = call.__code__.replace(co_name=f"model_{next(_serial)}")
-    return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-
-
 def shown(quality: Quality) -> str:
     return f"{float(quality.perplexity):.2f} {interval(quality)}"
 
 
 def interval(quality: Quality) -> str:
     return f"[{quality.perplexity.low:.2f}, {quality.perplexity.high:.2f}]"
+
+
+# --- the parallel form in plain modules ----------------------------------------------------------------
+# Tied to the module names of the reference model. Nothing here uses the compiler, so the parallel form is an
+# independent witness of what the compiler makes.
+
+
+class SumOfFfns(nn.Module):
+    """`F1(n1(x)) + F2(n2(x)) + ...`, every branch on the same input `x: [..., hidden]`."""
+
+    def __init__(self, norms: Sequence[nn.Module], ffns: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.norms, self.ffns = nn.ModuleList(norms), nn.ModuleList(ffns)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for norm, ffn in zip(self.norms, self.ffns, strict=True):
+            total = total + ffn(norm(x))
+        return total
+
+
+class Nothing(nn.Module):
+    """An FFN that is computed elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers."""
+    layers = model.get_submodule("model.layers")
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def parallel_form(model: nn.Module, groups: Sequence[Sequence[int]], norm: str) -> nn.Module:
+    """A copy of the model whose groups of layers read one input, in plain modules, for eager mode.
+
+    `norm`: `"fold"` gives every member its own norm, `"last"` the norm of the group's last member.
+    """
+    copied = copy.deepcopy(model)
+    layers = layers_of(copied)
+    for group in groups:
+        members = [layers[number] for number in group]
+        own = [member.get_submodule("post_attention_layernorm") for member in members]
+        norms = own if norm == "fold" else [own[-1]] * len(own)
+        together = SumOfFfns(norms, [member.get_submodule("mlp") for member in members])
+        for member in members:
+            member.post_attention_layernorm, member.mlp = nn.Identity(), Nothing()
+        members[0].mlp = together
+    return copied
+
+
+@contextmanager
+def one_weight_changed(model: nn.Module, layer: int) -> Iterator[None]:
+    """Inside, one single weight of one FFN is off by the largest weight of its matrix."""
+    weight = layers_of(model)[layer].get_parameter("mlp.down_proj.weight")
+    with torch.no_grad():
+        saved = weight[0, 0].clone()
+        weight[0, 0] += weight.abs().max()
+        try:
+            yield
+        finally:
+            weight[0, 0] = saved
+
+
+def relative_error(one: Tensor, other: Tensor) -> float:
+    """Largest difference, as a part of the largest value."""
+    first, second = one.detach().double(), other.detach().double()
+    return float((first - second).abs().max() / first.abs().max())
+
+
+app = new_app()
+app.command()(demo)
+
+if __name__ == "__main__":
+    main(app)

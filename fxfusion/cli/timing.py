@@ -1,4 +1,4 @@
-"""A plan on a model the way users run it: attention dropped, then compiled by fxfusion. Imported when it is used."""
+"""Models the way users run them: attention dropped, then compiled by fxfusion. Imported when it is used."""
 
 from __future__ import annotations
 
@@ -52,3 +52,14 @@ def call_of(model: nn.Module) -> Logits:
 
     code = call.__code__.replace(co_name=f"model_{next(_serial)}")
     return types.FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+
+
+def waited(model: Callable[[Tensor], Any], ids: Tensor) -> Callable[[], None]:
+    """One call on `ids: [batch, seq]`, until its result is there."""
+
+    def call() -> None:
+        model(ids)
+        if ids.device.type != "cpu":
+            torch.accelerator.synchronize(ids.device)
+
+    return call

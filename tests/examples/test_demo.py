@@ -1,4 +1,4 @@
-"""`fxfusion demo` on a small random model with the eager compiler, and the demo's own tools."""
+"""The demo on a small random model with the eager compiler, and the demo's own tools."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from bench.reference import HELD_OUT_FILE, load_model
+from examples import demo
 from fxfusion import cli
-from fxfusion.cli import reference, surgery
 from fxfusion.errors import FxFusionError
 from fxfusion.models.drop_attention import drop_attention
 
@@ -40,7 +41,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             weight.copy_(torch.rand_like(weight) + 0.5 if "norm" in name else 0.3 * torch.randn_like(weight))
     model.save_pretrained(folder)
     ids = torch.randint(0, VOCABULARY, (8, 1024)).to(torch.uint16)
-    save_file({"input_ids": ids}, folder / reference.HELD_OUT_FILE)
+    save_file({"input_ids": ids}, folder / HELD_OUT_FILE)
     return folder
 
 
@@ -48,14 +49,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, Path]:
     """Exit code, standard output and page of one run with --json."""
     html = tmp_path_factory.mktemp("out") / "demo.html"
-    args = ["fxfusion", "demo", "--json", "--model", model_folder, "--html", html]
+    args = ["demo", "--json", "--model", model_folder, "--output", html]
     args += ["--compiler", "eager", "--sequences", 8, "--rounds", 5]
     patch, lines = pytest.MonkeyPatch(), []
     patch.setattr(sys, "argv", list(map(str, args)))
     patch.setattr("builtins.print", lambda *words, **_: lines.append(" ".join(map(str, words))))
     try:
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            cli.main(demo.app)
     finally:
         patch.undo()
     return stopped.value.code or 0, "\n".join(lines), html
@@ -92,54 +93,30 @@ def test_it_measures_speed_with_a_control(ran: tuple[int, str, Path]) -> None:
             assert 0 < found[key]["low"] <= found[key]["value"] <= found[key]["high"]
 
 
-def test_the_steps_are_told_in_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
-    from fxfusion.cli.screen import Screen
-
-    screen = Screen()
-    screen.step(1, "A title [not markup]"[:7], "options={'plan': [4]}")
-    screen.verdict(False, "x")
-    with screen.busy("working"):
-        screen.table(("", "ms"), [("fused", 1.5)])
-    out = capsys.readouterr().out
-    assert "1. A title" in out and "options={'plan': [4]}" in out and "FAIL  x" in out
-    assert "(working ...)" in out and "fused" in out and "\x1b" not in out
-
-
 # --- tools --------------------------------------------------------------------------------------------
 
 
-def test_no_reference_model_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_reference_model_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(FxFusionError, match=r"--model .*no config\.json"):
-        reference.find_folder(tmp_path)
+        demo.check_model(tmp_path)
     (tmp_path / "config.json").touch()
-    with pytest.raises(FxFusionError, match=r"no model\.safetensors"):
-        reference.find_folder(tmp_path)
-    monkeypatch.setattr(reference, "_IN_THE_CLONE", Path("nowhere"))
-    with pytest.raises(FxFusionError, match="run this from a clone"):
-        reference.find_folder(None)
-
-
-def test_the_held_out_rows_are_those_that_were_asked_for(model_folder: Path) -> None:
-    batches = reference.held_out(model_folder, sequences=20, length=256, batch=8)
-    assert [tuple(batch.shape) for batch in batches] == [(8, 256)] * 2
-    assert len({tuple(row.tolist()) for batch in batches for row in batch}) == 16
-    with pytest.raises(FxFusionError, match="fewer than 64"):
-        reference.held_out(model_folder, sequences=64, length=256, batch=64)
+    with pytest.raises(FxFusionError, match=r"no model\.safetensors; `make demo` runs in a whole clone"):
+        demo.check_model(tmp_path)
 
 
 @pytest.mark.parametrize("norm", ["fold", "last"])
 def test_the_parallel_form_is_what_the_paper_says(model_folder: Path, norm: str) -> None:
     """Against the equation, written out over the layers."""
-    model = drop_attention(reference.load(model_folder).double(), (4, 5, 6))
-    layers, x = surgery.layers_of(model), torch.randn(2, 3, 32, dtype=torch.float64)
+    model = drop_attention(load_model(folder=model_folder).double(), (4, 5, 6))
+    layers, x = demo.layers_of(model), torch.randn(2, 3, 32, dtype=torch.float64)
     gains = [layers[6 if norm == "last" else i].post_attention_layernorm for i in (4, 5, 6)]
     expected = x + sum(layers[i].mlp(gain(x)) for i, gain in zip((4, 5, 6), gains, strict=True))
     sequential, actual = x, x
-    parallel = surgery.layers_of(surgery.parallel_form(model, [(4, 5, 6)], norm))
+    parallel = demo.layers_of(demo.parallel_form(model, [(4, 5, 6)], norm))
     for i in (4, 5, 6):
         sequential, actual = through(layers[i], sequential), through(parallel[i], actual)
-    assert surgery.relative_error(expected, actual) < 1e-12
-    assert surgery.relative_error(expected, sequential) > 1e-2
+    assert demo.relative_error(expected, actual) < 1e-12
+    assert demo.relative_error(expected, sequential) > 1e-2
 
 
 def through(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -148,10 +125,10 @@ def through(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_changed_weight_is_restored_even_after_an_error(model_folder: Path) -> None:
-    model = reference.load(model_folder)
+    model = load_model(folder=model_folder)
     weight = model.get_parameter("model.layers.4.mlp.down_proj.weight")
     before = weight.detach().clone()
-    with pytest.raises(ZeroDivisionError), surgery.one_weight_changed(model, 4):
+    with pytest.raises(ZeroDivisionError), demo.one_weight_changed(model, 4):
         assert int((weight != before).sum()) == 1
         raise ZeroDivisionError
     assert torch.equal(weight, before)

@@ -1,5 +1,0 @@
-"""`python -m fxfusion.cli`: the same as the `fxfusion` command."""
-
-from fxfusion.cli import main
-
-main()
