@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxfusion.analysis.batches import Model, logits_of, measuring, model_device, run_model
 from fxfusion.analysis.intervals import FRACTION, Estimate, mean_estimate, ratio_estimates
-from fxfusion.progress import each
+from fxfusion.report.progress import each
 
 Prompt = str | Tensor | Sequence[int] | Mapping[str, Any]
 Ids = tuple[int, ...]

@@ -30,7 +30,7 @@ from fxfusion.analysis.batches import (
 )
 from fxfusion.analysis.intervals import FRACTION, POSITIVE, UNBOUNDED, Bounds, Estimate, ratio_estimates
 from fxfusion.analysis.measures import LOSS_ONLY, WITH_REFERENCE, token_measures
-from fxfusion.progress import each
+from fxfusion.report.progress import each
 
 __all__ = ["Batch", "Estimate", "Quality", "evaluate", "record_logits"]
 

@@ -29,7 +29,7 @@ from fxfusion.analysis.store import Store, check_batches, model_key
 from fxfusion.errors import OptionError
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import Run, TracedModel
-from fxfusion.progress import reporting
+from fxfusion.report.progress import reporting
 
 Layers = tuple[int, ...]
 Address = tuple[str, Layers, int | None]

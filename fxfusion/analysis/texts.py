@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxfusion.errors import OptionError
-from fxfusion.progress import each
+from fxfusion.report.progress import each
 
 _STORED_IDS = ".safetensors"
 # What the tokenizer gets at once: enough to use its threads, little enough to stop soon when there are enough tokens.

@@ -29,7 +29,7 @@ from fxfusion.models.ffn_surgery.record import FusedState, fused_state
 from fxfusion.models.ffn_surgery.residue import residue_of
 from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.progress import reporting
+from fxfusion.report.progress import reporting
 
 CONFIG, GENERATION_CONFIG, PLAN = "config.json", "generation_config.json", "fxfusion_plan.yaml"
 

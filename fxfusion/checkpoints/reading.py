@@ -32,7 +32,7 @@ from fxfusion.checkpoints.folder import existing
 from fxfusion.checkpoints.shards import INDEX, SINGLE, TensorFacts, stored_dtypes
 from fxfusion.errors import CheckpointError
 from fxfusion.models.ffn_surgery.widen import set_parameter
-from fxfusion.progress import reporting
+from fxfusion.report.progress import reporting
 
 _MAX_CONFIG, _MAX_INDEX = 2**22, 2**26  # bytes; the largest known ones have a tenth of that
 _ADAPTER = "adapter_config.json"

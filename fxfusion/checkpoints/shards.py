@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxfusion.checkpoints.folder import write_file, write_tensors
 from fxfusion.errors import CheckpointError
-from fxfusion.progress import reporting
+from fxfusion.report.progress import reporting
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DEFAULT_SHARD_SIZE = "2GB"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxfusion.cost.hardware import Hardware, Precision
 from fxfusion.errors import OptionError
-from fxfusion.progress import each
+from fxfusion.report.progress import each
 
 if TYPE_CHECKING:
     import torch

@@ -31,7 +31,7 @@ from fxfusion.planning.planner import Planner
 from fxfusion.planning.roads.choose import RoadOptions, search_for
 from fxfusion.planning.roads.screen import Road
 from fxfusion.planning.roads.search import RoadSearch
-from fxfusion.progress import each
+from fxfusion.report.progress import each
 
 _KIND = "sweep"
 _MOST_DROPS = 6  # numbers of dropped attentions that a sweep tries by itself

@@ -27,10 +27,10 @@ from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import NAME
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.traced import TracedModel
-from fxfusion.progress import reporting
 from fxfusion.recovery.distil import Distillation, Listener, Step
 from fxfusion.recovery.student import Precision, Student, Training
 from fxfusion.recovery.texts import Texts, check_loss
+from fxfusion.report.progress import reporting
 
 RECORD = "recovered"
 

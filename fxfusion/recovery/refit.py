@@ -36,12 +36,12 @@ from fxfusion.models.fingerprint import check_fits, facts_of
 from fxfusion.models.traced import TracedModel
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.record import LayerFit, Refit
-from fxfusion.progress import reporting
 from fxfusion.recovery.fit import PENALTIES, Fitted, Fitter, Listener, check_penalties
 from fxfusion.recovery.gram import limit_or_half
 from fxfusion.recovery.projections import Projection, choose, find_projections
 from fxfusion.recovery.streams import Streams
 from fxfusion.recovery.texts import Texts
+from fxfusion.report.progress import reporting
 
 Model = TypeVar("Model", bound=nn.Module)
 REFERENCES, LATER = ("unfused", "intact"), ("none", "ffn", "all")

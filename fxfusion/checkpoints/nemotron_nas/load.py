@@ -19,7 +19,7 @@ from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder, finish, give_
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
 from fxfusion.checkpoints.shards import TensorFacts
 from fxfusion.errors import CheckpointError
-from fxfusion.progress import reporting
+from fxfusion.report.progress import reporting
 
 MODEL_TYPE = "nemotron-nas"
 # Settings that name code or devices of the machine where the folder was written.

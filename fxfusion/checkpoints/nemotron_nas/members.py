@@ -43,7 +43,7 @@ from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.intact_config import intact_config
 from fxfusion.plan.fusion_plan import FusionPlan, ResidueFile
-from fxfusion.progress import reporting
+from fxfusion.report.progress import reporting
 
 RESIDUE = "fxfusion_residue.st"
 _CONFIG, _SHARDS, _FUSED = "config", "shards", "fused"

@@ -30,8 +30,8 @@ from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.plan.groups import PlannedGroup
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Limits
-from fxfusion.progress import reporting
 from fxfusion.recovery.refit import refit
+from fxfusion.report.progress import reporting
 
 Road = Literal["drop", "hoist", "wide"]
 ROADS: tuple[Road, ...] = get_args(Road)

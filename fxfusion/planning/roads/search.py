@@ -28,7 +28,7 @@ from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.budget import Budget, Measured
 from fxfusion.planning.latency import Price, merged
 from fxfusion.planning.roads.screen import RefitMeter, Road, Screen, Segment, increase, is_on_one_road, plan_of
-from fxfusion.progress import reporting
+from fxfusion.report.progress import reporting
 
 _KEPT = 4  # proposals for each price
 _TRIED, _JUDGED = 8, 3  # whole plans that are measured for one price on the text of the screen, and by the judge

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fxfusion import progress
-from fxfusion.progress import each, reporting
+from fxfusion.report.progress import each, reporting
 
 
 class Terminal(io.StringIO):
