@@ -54,7 +54,7 @@ def _break_between(before: FfnNode, after: FfnNode, facts: GraphFacts) -> Break 
         if reader not in own:
             return RefusalCode.STREAM_READ, f"{reader.name} also reads the stream after {before.name}"
     if facts.mode[before.add] != facts.mode[after.add]:
-        return RefusalCode.MODE_CHANGE, f"autocast or grad mode changes after {before.name}"
+        return RefusalCode.MODE_CHANGE, f"{facts.mode_change(before.add, after.add)} after {before.name}"
     return None
 
 

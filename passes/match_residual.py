@@ -143,7 +143,8 @@ def _check_branch(
     _check_readers(add, branch, found, facts)
     _check_effects(add, found, facts)
     if len({facts.mode[node] for node in (*found.nodes, add)}) > 1:
-        raise Refused(RefusalCode.MODE_CHANGE, "autocast or grad mode changes inside the branch", add)
+        words = facts.mode_change(min(found.nodes, key=facts.order.__getitem__), add)
+        raise Refused(RefusalCode.MODE_CHANGE, f"{words} inside the branch", add)
     for node in found.nodes:
         for source in node.all_input_nodes:
             for weight in weight_leaves(source, facts) if source in facts.constants else ():

@@ -115,7 +115,8 @@ class WindowMatcher:
             if self.facts.is_written(block.add):
                 raise Refused(RefusalCode.MUTATION, f"the stream after {_where(block)} is written in place")
             if self.facts.mode[block.add] != self.facts.mode[after.add]:
-                raise Refused(RefusalCode.MODE_CHANGE, f"autocast or grad mode changes after {_where(block)}")
+                words = self.facts.mode_change(block.add, after.add)
+                raise Refused(RefusalCode.MODE_CHANGE, f"{words} after {_where(block)}")
 
     def _check_mixer(self, mixer: Mixer, first: FfnNode) -> None:
         """It may move before the first FFN if nothing it reads, but for the stream, depends on that."""

@@ -105,6 +105,13 @@ class GraphFacts:
         early = node.op == "placeholder" or self.order[node] < self.order[stop]
         return early or all(self._is_known_with(source, stop) for source in node.all_input_nodes)
 
+    def mode_change(self, one: fx.Node, other: fx.Node) -> str:
+        """What changes a mode between two nodes, or may, in words."""
+        first, last = sorted((self.order[one], self.order[other]))
+        switches = (node for node, effect in self.effects.of.items() if effect.switches)
+        switch = next(node for node in switches if first < self.order[node] <= last)
+        return f"{switch} changes autocast, grad mode or a level of functorch, or may,"
+
     def readers(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """Users of a node that read its values, not only its shape."""
         return tuple(user for user in node.users if not (ops.is_shape_value(user) and user.op != "output"))

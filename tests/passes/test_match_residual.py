@@ -445,7 +445,7 @@ def test_grad_mode_that_changes_inside_a_branch_is_refused() -> None:
             y = x + F.linear(F.silu(h), self.a.w2)
             return y + f2(self, y)
 
-    assert_not_fused(Frozen(lambda m, x: x), [tokens()], RefusalCode.MODE_CHANGE, "changes inside", how="dynamo")
+    assert_not_fused(Frozen(lambda m, x: x), [tokens()], RefusalCode.MODE_CHANGE, "inside the branch", how="dynamo")
 
 
 def test_activation_checkpointing_is_refused_and_named() -> None:
