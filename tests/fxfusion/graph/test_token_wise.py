@@ -116,6 +116,15 @@ def test_values_of_other_widths_do_not_meet_where_channels_stay_apart() -> None:
     assert caught.value.code is RefusalCode.NOT_POINTWISE
 
 
+def test_a_module_that_was_not_opened_cannot_be_judged() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.rand(2, 3, 4)
+    called = graph.call_module("closed", (x,))
+    with pytest.raises(Refused, match="the module closed could not be opened"):
+        check_token_wise([called], {x: True})
+
+
 def reversed_by_numpy(x: Tensor) -> Tensor:
     return torch.from_numpy(x.numpy()[::-1].copy())
 
