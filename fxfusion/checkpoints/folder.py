@@ -24,12 +24,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
-
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any
 
 from fxfusion.errors import CheckpointError
 from fxfusion.files import RECORD, PathLike, check_apart, mark, read_record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import fcntl

@@ -284,19 +284,20 @@ def test_a_setting_without_hardware_is_named(run: Run, sweep_args: list[object])
 
 # The command line, interrupted as by Ctrl-C right after it has written what is measured so far: at once, and only once.
 INTERRUPTED = """
-import os, signal, sys
-from fxfusion.analysis import score_cache
+import os, signal
+from fxfusion.analysis import store
 from fxfusion.cli import main
 
-score_cache._SECONDS_BETWEEN_WRITES = score_cache._SHARE_OF_TIME = 0
-write = score_cache.write_json
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+store._SECONDS_BETWEEN_WRITES = store._SHARE_OF_TIME = 0
+save = store.Store.save
 
-def written(path, data):
-    write(path, data)
-    score_cache.write_json = write
+def saved(self):
+    save(self)
+    store.Store.save = save
     os.kill(os.getpid(), signal.SIGINT)
 
-score_cache.write_json = written
+store.Store.save = saved
 main()
 """
 
