@@ -65,9 +65,9 @@ def cached(family: Family, kind: str, wide: bool) -> Any:
     return pytest.param(family, kind, wide, id=f"{family.id}-{kind}-{'wide' if wide else 'hoist'}", marks=marks)
 
 
-CACHED_CASES = itertools.starmap(
-    cached, itertools.product((*OUTPUT_NORM, *OUTPUT_NORM_SLOW), ("dynamic", "static"), (False, True))
-)
+CACHED_CASES = [
+    cached(*case) for case in itertools.product((*OUTPUT_NORM, *OUTPUT_NORM_SLOW), ("dynamic", "static"), (False, True))
+]
 
 
 @pytest.mark.parametrize(("family", "kind", "wide"), CACHED_CASES)

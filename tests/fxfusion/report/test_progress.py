@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fxfusion import progress
+from fxfusion.report import progress
 from fxfusion.report.progress import each, reporting
 
 
