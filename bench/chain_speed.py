@@ -5,12 +5,12 @@
 
 18 cells: hidden x ffn in {256 x 704, 1024 x 2816, 2048 x 1024}, float32 and bfloat16, 1, 16 and 128 tokens. Goals:
 geometric mean over unfused at least 1.20x, at least 0.97x of the hand-written module, no cell whose interval lies
-below 0.97x (issue 5). `unfused_frozen` is the unfused chain under Inductor's freezing, which packs weights too but
+below 0.97x. `unfused_frozen` is the unfused chain under Inductor's freezing, which packs weights too but
 can never see them change: what the default form of a group gains over it is what fusing alone gains. `one_linear`
 is a single plain product with as many weights in eager mode, at one token a GEMV: the limit of this machine and dtype.
 
 With norms on the outputs: 8 cells of the two smaller shapes, 1 and 32 tokens, against the parallel form member by
-member too. Goal: faster than unfused, or the group is better left member by member (issue 7).
+member too. Goal: faster than unfused, or the group is better left member by member.
 """
 
 from __future__ import annotations

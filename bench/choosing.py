@@ -5,7 +5,7 @@
 Choices are made on calibration text, every number is measured on held-out text, against the intact model on the same
 tokens. Writes bench/results/choosing.json, its section of docs/results.md (bench/pages/choosing.md.j2, in which every
 sentence that compares numbers is made from the numbers) and docs/figures/. Measurements are kept in .fxfusion_results,
-so a run that was stopped goes on where it was. Source: issue 3; arXiv 2503.18908.
+so a run that was stopped goes on where it was. Source: arXiv 2503.18908.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ a 405B, under CUDA graphs, against unfused max-autotune; whole models, and windo
 tokens; then the whole grid in Inductor's default mode. Every form is checked against the form that it must equal before
 it is timed. The file is written after each part, and says what was left out.
 
-Goals (issue 5), at 1 to 16 tokens under CUDA graphs: at least 1.10x over unfused max-autotune on the 70B slice, 1.5x
+Goals, at 1 to 16 tokens under CUDA graphs: at least 1.10x over unfused max-autotune on the 70B slice, 1.5x
 on Super-49B's narrow FFNs, 0.90 of the bandwidth's limit on the 405B slice.
 
 The fit: four published decode latencies (arXiv 2503.18908, table 2) and their three ratios against three constants of

@@ -2,7 +2,7 @@
 
     python -m bench.memory
 
-Goals (issue 5): the backend at most the weights of the fused groups, recompiles nothing, `fuse` at most one group.
+Goals: the backend at most the weights of the fused groups, recompiles nothing, `fuse` at most one group.
 Each route is a process of its own, with a model of 0.6 GB. What the compiler needs for itself is not counted: graphs
 run uncompiled, after a small model that has loaded what loads.
 """

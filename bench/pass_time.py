@@ -3,12 +3,12 @@
     python -m bench.pass_time
     python -m bench.pass_time --dependency      what reuse saves in a dependency matrix: dependency_speed.json
 
-Goals (issue 2): matching and rewriting at most 5 % of the compile time of a 32-layer model; 128 layers
+Goals: matching and rewriting at most 5 % of the compile time of a 32-layer model; 128 layers
 at most 4.5x the pass time of 32; with nothing to fuse at most 2 %, and outputs identical to Inductor's;
 the never-stale check at most 100 us per call for 32 fused layers, no concat of parameters in the
 compiled graph, one set of packed buffers per group however many graphs were compiled.
 
-The dependency matrix of the reference model: at most 0.6x the time of brute force, in one run (issue 3). All run the
+The dependency matrix of the reference model: at most 0.6x the time of brute force, in one run. All run the
 same captured graph on the same batch and measure the same distances; the matrices must agree bit by bit:
 
     brute force   each row runs the whole model, embedding to logits

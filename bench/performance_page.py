@@ -19,7 +19,7 @@ from bench.record import RESULTS, Interval, Measurement, Record
 NAMES = "chain_speed grouped_speed grid whole_models window_speed gpu scale memory check".split()
 FORMS = ("unfused", "fused", "surgery")
 LEAST = "{:.2f}x at least"
-# What issue 5 asks of chains: figure, goal, name in the file, how it is written.
+# Goals for chains: figure, goal, name in the file, how it is written.
 GOALS = (
     ("over unfused, geometric mean", "1.20x", "geomean_over_unfused", "{:.2f}x"),
     ("over unfused, frozen", "1.35x", "geomean_over_unfused_frozen", "{:.2f}x"),

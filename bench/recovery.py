@@ -5,7 +5,7 @@
 
 Refitted on calibration text, measured on held-out text against the intact model on the same tokens. Every cell is kept
 in .fxfusion_results, so a run that was stopped goes on. `--only PART` measures one part, `--known` nothing: it writes
-page and record from what is known, and the record names what is not. Source: issue 6.
+page and record from what is known, and the record names what is not.
 """
 
 from __future__ import annotations

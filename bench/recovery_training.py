@@ -5,7 +5,7 @@
 Half of the attention is dropped, its FFNs are one. Both starts learn from the same batches in the same order, by
 `recover`: KL to the intact model, all weights, at two learning rates, as the better start wants the lower one.
 Measured on held-out text. Each run is kept in .fxfusion_results, so what was stopped goes on. The section of
-docs/results.md is bench/pages/recovery_training.md.j2. Source: issue 6.
+docs/results.md is bench/pages/recovery_training.md.j2.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 Windows are chosen on calibration text; every loss is measured on held-out text, against the intact model on the same
 tokens, as it is and after a refit. Writes bench/results/roads.json, a section of docs/results.md
 (bench/pages/roads.md.j2, whose sentences that compare are made from the numbers), docs/figures/. Measurements are kept
-in .fxfusion_results. Source: issue 7; arXiv 2503.18908, appendix B (the greedy pick of windows) and table 7.
+in .fxfusion_results. Source: arXiv 2503.18908, appendix B (the greedy pick of windows) and table 7.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def parallel_blocks(model: nn.Module, windows: Sequence[Sequence[int]]) -> Calla
 # --- the section of docs/results.md -------------------------------------------------------------------
 
 FORMS = ("block", "wide", "hoist")
-BOUNDS = {7: 0.015, 9: 0.005}  # nats after refit at these FFN depths, which issue 7 asks for
+BOUNDS = {7: 0.015, 9: 0.005}  # nats after refit at these FFN depths, the goals
 
 
 def plan_words(row: Row | None) -> str:

@@ -8,7 +8,7 @@ Each measurement is a process of its own, on one thread. Models are on the `meta
     growth    decoders of 16 to 256 layers, five of each eight without attention
     compile   a decoder of 16 layers with small weights, compiled by Inductor from nothing: unfused and fused
 
-Goals (issues 4 and 5): whole under 60 s and 4 GB each; growth linear in layers; fused compiles faster than unfused.
+Goals: whole under 60 s and 4 GB each; growth linear in layers; fused compiles faster than unfused.
 """
 
 from __future__ import annotations

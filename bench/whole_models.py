@@ -10,7 +10,7 @@ on a GPU. Random weights, but for the reference model; the vocabulary of the lar
 Windows: a decoder of 8 layers that keeps all its attention, with windows of 2 and of 4 layers: intact, hoisted, wide.
 Decoding one token with a static cache and reading a prompt of 128, float32 and bfloat16, on one thread; random weights.
 The second compile of the intact model is the control. What the windowed forms give is compared, before they are timed,
-with the same layers rearranged by hand and run in eager. What windows cost in quality is no matter here (issue 7).
+with the same layers rearranged by hand and run in eager. What windows cost in quality is no matter here.
 """
 
 from __future__ import annotations

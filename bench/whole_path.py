@@ -4,7 +4,7 @@
     python -m bench.whole_path --assisted       the fused model as the draft of the intact one: assisted.json
 
 Each command runs in a process of its own, as from a shell: score -> plan -> explain -> eval (drops the attention,
-compiles with the plan, evaluates and writes text) -> report. Goal (issue 3): under 5 minutes on 2 cores.
+compiles with the plan, evaluates and writes text) -> report. Goal: under 5 minutes on 2 cores.
 Choices are made on calibration text, quality is measured on held-out text.
 
 As a draft: how many of its tokens are accepted, and is it faster? Greedy assisted decoding of `transformers` on

@@ -12,7 +12,7 @@ After:
     h = act(packed_linear(n, pack_weight(Wg, tokens))) * ...      same shape, other order of bytes
 
 Exact; see `concatenate`, which builds on it. Edits, searches nothing.
-Source: arXiv 2503.18908, theorem 3.1; issue 7 (inner norms); issue 5 (the fastest form, `python -m bench.chain_speed`).
+Source: arXiv 2503.18908, theorem 3.1; the fastest form: `python -m bench.chain_speed`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Matches (no edit):
     same operations, literals and dtypes from stream to branch; widths and weights may differ
     norm="fold": constants that differ between members are proved gains or shifts, or per channel
     no weight stands at two places of the group or is read outside the FFNs of the graph
-Source: issue 2; arXiv 2503.18908, theorem 3.1 (the sum of FFNs that read one input).
+Source: arXiv 2503.18908, theorem 3.1 (the sum of FFNs that read one input).
 """
 
 from __future__ import annotations

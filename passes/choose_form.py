@@ -10,7 +10,7 @@ All are the parallel form up to rounding, so no result depends on the machine. M
 While gradients are recorded a group is computed by "members", on the user's own parameters: nothing is packed, so
 nothing can go stale and gradients are native. Who asks for "concatenated" gets the concatenation at each call.
 Made from kernel timings and `python -m bench.chain_speed` and its `--norms` on AVX-512 processors, one thread;
-what was not measured keeps "concatenated" or "grouped", and its reason says so. Source: issues 5 and 7.
+what was not measured keeps "concatenated" or "grouped", and its reason says so. Source: `python -m bench.chain_speed`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ After:
 Exact: gains are folded into weights, and a sum of linear layers is one linear layer on the concatenated inputs.
 The attentions between stay one operation for each layer: each reads and writes its own layer's cache, and to join
 their heads would copy the caches at every step. So heads, rotary angles, masks and q/k norms may differ.
-Source: issue 7 (wide block).
+Source: arXiv 2503.18908, appendix B (layers in parallel).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ norms (norm="fold") and scales after the down projections are folded into the we
 of norms, so behind the activation of grouped members nothing is joined but the addition: the same sum in the same
 order, each with its own norm and down projection (with norm="last" too). Weights of prepacked groups are read in
 oneDNN's layout. Groups of form "members" stay as they are.
-Source: arXiv 2503.18908, theorem 3.1; issue 7 for norms on outputs.
+Source: arXiv 2503.18908, theorem 3.1.
 """
 
 from __future__ import annotations

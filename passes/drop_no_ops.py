@@ -9,7 +9,7 @@ After:
 
 Exact: each dropped node returns the very tensor it was given (or an equal view of it), so results
 keep every bit. Metadata assertions of `torch.export` go too: they were proved at capture.
-Source: issue 2; two captures of one model differ by exactly these nodes, and a cast of the stream
+Source: two captures of one model differ by exactly these nodes, and a cast of the stream
 (`aten.to` in exported graphs) would hide it from the matcher.
 """
 

@@ -10,7 +10,7 @@ Exact: x + 0 = x for every value but -0.0, whose sign an addition of zero clears
 when it is a literal, a tensor made of zeros, or such a tensor times a constant or moved by views.
 An addition goes only if shape and dtype stay and neither side is written in place, since removing
 a copy creates an alias.
-Source: issue 2; no capture folds these.
+Source: no capture folds these.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ with a norm on the FFN's output: ... middle ─ down ─ output (norm) ─ b
 
 x, y, b: `[..., hidden]`; pieces and middle: `[..., width]`. Records hold node references and no
 logic beyond properties; they are stale once the graph has been edited.
-Source: issue 2; arXiv 2503.18908, equations 1 to 5.
+Source: arXiv 2503.18908, equations 1 to 5.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Matches (no edit):
     y1 = x + F1(x);  y2 = y1 + F2(y1);  y3 = y2 + F3(y2)         one chain of three
 A chain breaks where a mixer, another reader of the stream, a norm on the stream or a change of
 autocast or grad mode stands between two FFNs. An FFN that stays alone gets a refusal that says which.
-Source: issue 2; arXiv 2503.18908, section 3.
+Source: arXiv 2503.18908, section 3.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ After:
 Exact: the memory that was written was made inside the graph, no view or alias of it is read behind the write, and only
 understood operations touch it, so only the result is observable. What the caller or a later reader can see (an input, a
 view) is written in place as before, and FFNs around it are refused.
-Source: issue 2; several model families write their residual addition in place.
+Source: several model families write their residual addition in place.
 """
 
 from __future__ import annotations

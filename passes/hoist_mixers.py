@@ -8,7 +8,7 @@ After:
 Approximate: A5 no longer sees F4. Runs only on windows that a plan or policy names. The mixers stay where they
 stand in the graph, cache writes with them, and so keep their order; it is the FFNs, which have no effects, that
 go behind the last of them.
-Source: issue 7 (hoist); arXiv 2503.18908, appendix B.
+Source: arXiv 2503.18908, appendix B.
 """
 
 from __future__ import annotations

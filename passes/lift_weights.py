@@ -8,7 +8,7 @@ After:
 
 Exact: the same nodes on the same weights, elsewhere. The original weights keep their places in the
 calling convention.
-Source: issue 2; a parameter concat per call cost 20 % of inference elsewhere (pytorch#93420).
+Source: a parameter concat per call cost 20 % of inference elsewhere (pytorch#93420).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Matches (no edit):
     y = x + b                         x, y: [..., hidden]; h: [..., width]
 Everything the branch computes is read inside it only. A branch that does not fit is refused with a
 code; nothing is guessed from names of modules.
-Source: issue 2; arXiv 2503.18908, equations 3 and 4.
+Source: arXiv 2503.18908, equations 3 and 4.
 """
 
 from __future__ import annotations

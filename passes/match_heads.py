@@ -5,7 +5,7 @@ Matches (no edit):
     q, k, v = linear(n, Wqkv).split([h, kv, kv], -1), each viewed so    three pieces of one projection
     linear(context.reshape(batch, seq, heads * d), Wo)                  the heads that the mixer ends with
 Then several mixers that read one stream are one mixer with more heads: their pieces one after the other.
-Source: issue 7 (wide block).
+Source: arXiv 2503.18908, appendix B (layers in parallel).
 """
 
 from __future__ import annotations

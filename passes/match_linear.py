@@ -6,7 +6,7 @@ Matches (no edit):
     x @ W.T                      W: [out, in]
 where W and b are constants (parameters, or computed from parameters alone) and W stands on the right.
 A constant on the left, `W @ x`, mixes tokens and is no linear layer.
-Source: issue 2.
+Source: the spellings that Dynamo, torch.export and symbolic traces record.
 """
 
 from __future__ import annotations

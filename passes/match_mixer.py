@@ -5,7 +5,7 @@ Matches (no edit):
     b = attention(q, k, v, ...) Wo^T + bo               out: the linear layer that ends the branch
     b = scale * (... Wo^T)                              tail, where it is asked for; views of [tokens, hidden] likewise
 What lies between is opaque: heads, rotary angles, q/k norms, caches, masks.
-Source: issue 7 (wide block).
+Source: arXiv 2503.18908, appendix B (layers in parallel).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Matches (no edit):
     b = scale * N(s * (h Wd^T + bd))  scales and shifts before and after it belong to it
 The norm of a sum is not the sum of norms, so each member of a group keeps its own. Views that only regroup
 tokens are looked through: `concatenate` makes them anew, from the stream's shape or as `[tokens, hidden]`.
-Source: issue 7; class G of model families with a norm behind the FFN.
+Source: norms behind the FFN, as in arXiv 2408.00118, section 2.
 """
 
 from __future__ import annotations

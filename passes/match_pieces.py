@@ -6,7 +6,7 @@ Matches (no edit):
     gate, up = h[..., :width], h[..., width:]             packed, one behind the other
     gate, up = h[..., ::2], h[..., 1::2]                  packed, interleaved
 Views that keep the channel axis are looked through.
-Source: issue 2; packed gate/up as several model families store it.
+Source: packed gate/up as several model families store it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Matches (no edit):
 Result: FFN nodes, token mixers, and one refusal for each other candidate. A mixer is whatever branch is not known
 to treat each token by itself, with or without a linear layer that can be seen; it is a candidate too, so it is refused
 (with `token_mixing` where that can be told) and reported as a mixer.
-Source: issue 2; arXiv 2503.18908, equation 4.
+Source: arXiv 2503.18908, equation 4.
 """
 
 from __future__ import annotations

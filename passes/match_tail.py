@@ -5,7 +5,7 @@ Matches (no edit):
     b = (h Wd^T) + bias
     casts and views that keep the channel axis, in any order
 All of it can be folded into the down projection. A norm in this place cannot: see `match_output`.
-Source: issue 2; DESIGN's definition of an FFN node.
+Source: arXiv 2503.18908, equation 4; LayerScale: arXiv 2103.17239, section 2.
 """
 
 from __future__ import annotations

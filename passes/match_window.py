@@ -5,7 +5,7 @@ Matches (no edit):
 The mixers before the first member stay where they are. A mixer between the members may move when it reads the
 stream at one place only and nothing else that depends on the FFNs it passes, and nobody else reads the stream inside
 the window. Everything else is refused, with the layers.
-Source: issue 7 (hoist); arXiv 2503.18908, appendix B.
+Source: arXiv 2503.18908, appendix B.
 """
 
 from __future__ import annotations

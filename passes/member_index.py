@@ -2,7 +2,7 @@
 
 Matches (no edit):
     4, "model.layers.4.mlp"    ->    the FFN node of layer 4
-Source: issue 2; issue 7 (windows).
+Source: arXiv 2503.18908, section 3.
 """
 
 from __future__ import annotations

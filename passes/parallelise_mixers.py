@@ -7,7 +7,7 @@ After:
 
 Approximate: A5 no longer sees A4. Runs only on windows whose mixers a plan or policy makes wide, after they moved.
 A mixer in the layer of the window's first FFN, which stands before that already, belongs to them.
-Source: issue 7 (wide block); arXiv 2503.18908, appendix B.
+Source: arXiv 2503.18908, appendix B.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Matches (no edit):
     chain F0 F1 F2 F3 F4, plan groups [[1, 2]]                         ->    group (F1 F2)
     chain F0 F1 F2 F3 F4, window [1, 2] hoisted, default policy        ->    groups (F1 F2), (F3 F4)
 Every member of a chain that ends up in no group gets a refusal that names the rule or the difference.
-Source: issue 2; arXiv 2503.18908, section 3 (which FFNs of a run are fused).
+Source: arXiv 2503.18908, section 3 (which FFNs of a run are fused).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ constant is then the sum), and by structure: between a gain and the end of the n
 products, casts and views, so that no threshold (a clamp) can hide from the random numbers. Casts are
 left out and views are skipped, so the proof is of the formula, not of its rounding. Needs no weights,
 so it works on `meta` models.
-Source: issue 2; arXiv 2503.18908, section 5.5 (the norm's diagonal can be pushed into the next layer).
+Source: arXiv 2503.18908, section 5.5 (the norm's diagonal can be pushed into the next layer).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ Exact: only what is known of two tensors before they are computed is exchanged. 
 and export guard on them) equal sizes are equal expressions; in any other graph a sum has the size of its operand and a
 view the size that it was given. Values that the graph writes in place are left alone: a write may resize them. What
 reads only a size is then no reader of the stream, and sizes of one expression are one value.
-Source: issue 13; https://github.com/pytorch/pytorch/issues/111190.
+Source: https://github.com/pytorch/pytorch/issues/111190.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ differ. Dynamo does so under `dynamic=True`, and once it saw a second value; num
 variables are as those of modules. Whether FFNs fuse depends on what the numbers are now, so they are guarded where two
 FFNs are, or could be under other numbers, fused or not. Numbers that the caller passes stay inputs. Graphs are left as
 they are outside of a Dynamo compile, where nobody would look at a guard.
-Source: issue 7 (grouped under `torch.compile(dynamic=True)`).
+Source: `torch.compile(dynamic=True)` makes numbers of modules inputs of the graph.
 """
 
 from __future__ import annotations

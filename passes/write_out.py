@@ -14,7 +14,7 @@ After:
 
 Exact up to rounding: the operations are defined so. What they do in training, a slope for each place of another axis
 than the last, and encoder layers with a mask, norms on the stream or a symbolic width stay (layers are refused).
-Source: issue 13; https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html (eval mode);
+Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html (eval mode);
 torch.nn.TransformerEncoderLayer, "fast path".
 """
 

@@ -289,6 +289,10 @@ def test_a_loaded_package_is_found() -> None:
     assert loaded_by("import jinja2", after="import jinja2") == set()
 
 
+def test_the_top_level_holds_folders_and_at_most_five_files() -> None:
+    assert len(list((ROOT / "fxfusion").glob("*.py"))) <= 5
+
+
 def test_passes_is_one_folder_with_one_import_name() -> None:
     """The link serves tools that read the tree; where links are not supported it is a text file."""
     link = ROOT / "fxfusion/passes"

@@ -5,7 +5,7 @@
 
 Scores propose which attention to drop, the dependency matrix proposes how to group, and every proposal is then
 measured on the same batches by graph (`PlanMeter`): what is chosen is the best that was measured.
-Source: issue 3; arXiv 2503.18908, sections 3 and 4, where both choices were made by eye.
+Source: arXiv 2503.18908, sections 3 and 4, where both choices were made by eye.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Before:  KL(intact || fused) as it is after dropping, fusing and, as a rule, `refit`
 After:   smaller on text that decided nothing else; the same modules, names and shapes
 
-`refit` first: it repairs most of the damage in closed form, and training then starts from there. Source: issue 6;
+`refit` first: it repairs most of the damage in closed form, and training then starts from there. Source:
 arXiv 2503.18908, section 4 (knowledge distillation with KL on the logits).
 """
 

@@ -8,7 +8,7 @@ After:   the down projection of each group (of a wide block, the output projecti
     W = argmin ||H W^T - D||^2 + penalty ||W - W0||^2
     H: inputs of the projection; D: the reference's stream after the group less what stands before it now
 
-An approximation: its quality is measured on held-out text, layer by layer. Source: issue 6.
+An approximation: its quality is measured on held-out text, layer by layer.
 """
 
 from __future__ import annotations

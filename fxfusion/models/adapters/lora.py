@@ -5,7 +5,7 @@ down:      B_i [hidden, r_i],  A_i [r_i, width_i]   ->   B = all columns of scal
 
 Exact: each member's part of the wide update is its own, with the gain of its norm folded in like into its weight. The
 rank is the sum of ranks; a scaling that differs from the first member's goes into B.
-Source: Hu et al., arXiv 2106.09685, equation 3; issue 4.
+Source: Hu et al., arXiv 2106.09685, equation 3.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ After:   Wg = rows of all Wg_i * g_i;  Wd = columns of all scale_i * Wd_i       
          its gain 1 (norm="fold"), or the last member's (norm="last")
 
 Exact: the same fold as `fxfusion.passes.pack_weights`, for parameters instead of graph nodes.
-Source: arXiv 2503.18908, theorem 3.1 and section 5.5; issue 4.
+Source: arXiv 2503.18908, theorem 3.1 and section 5.5.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ its FFNs already: no road needs to move or drop it. Hopeless windows are left ou
 
     size 2: all; size 3: those whose two windows of size 2 cost no more than a ceiling; ...
 
-Source: issue 7.
+Source: arXiv 2503.18908, appendix B (windows of layers, picked greedily).
 """
 
 from __future__ import annotations

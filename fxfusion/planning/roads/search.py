@@ -11,7 +11,7 @@ Proposals come by dynamic programming over layers:
     best[p] = best[p - 1], and best[s.first] joined with every segment s that ends at layer p - 1
 
 Costs and prices of segments are taken to add up. For prices that is true; for costs (losses) it is a guess that makes
-proposals, which are then measured as a whole. Source: issue 7.
+proposals, which are then measured as a whole. Source: arXiv 2503.18908, appendix B.
 """
 
 from __future__ import annotations
