@@ -277,7 +277,7 @@ def summarise(subject: Subject, screen: Screen) -> None:
     screen.line("\nSummary", "bold cyan")
     counts = result["report"]["summary"]
     rows = [
-        ("residual blocks in a row", f"{counts['blocks_before']} -> {counts['blocks_after']}"),
+        ("residual blocks", f"{counts['blocks_before']} -> {counts['blocks_after']}"),
         ("rewrite exact", "yes" if result["exactness"]["passed"] else "NO"),
         ("perplexity, unfused -> fused", f"{shown(quality['attention_removed'])} -> {shown(quality['fused_fold'])}"),
         *((f"speed, {name}", f"{interleaved.Ratio(**found['fused'])}") for name, found in result["speed"].items()),

@@ -226,10 +226,10 @@ def _show_sweep(run: Session, found: Sweep) -> None:
         )
         if point.latency_ms is not None:
             rows[-1] += (f"{point.latency_ms:.3f}{' *' if point.on_latency_front else ''}",)
-    heads = ["FFNs in a row", "attention dropped", "groups", "fused MiB", "perplexity", "loss increase"]
+    heads = ["FFN depth", "attention dropped", "groups", "fused MiB", "perplexity", "loss increase"]
     heads += ["predicted ms"] * (found.points[0].latency_ms is not None)
     run.screen.table(heads, rows)
-    run.screen.line(f"* on the front. The intact model has {found.intact} FFNs in a row.", "dim")
+    run.screen.line(f"* on the front. The intact model has FFN depth {found.intact}.", "dim")
     if found.predicted_for is not None:
         run.screen.line(f"predicted for {found.predicted_for}", "dim")
     files = ", ".join(str(run.folder.file(name)) for name in (SWEEP, SWEEP_TABLE, SWEEP_PLOT))

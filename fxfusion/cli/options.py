@@ -137,7 +137,8 @@ MaxPerplexityIncrease = Annotated[
     str | None, typer.Option(metavar="SHARE", help="Against the intact model, such as 5%.", show_default=False)
 ]
 TargetDepth = Annotated[
-    int | None, typer.Option(min=1, help="FFNs one behind the other that remain.", show_default=False)
+    int | None,
+    typer.Option(min=1, help="FFN depth that remains: FFNs that are computed one after another.", show_default=False),
 ]
 MaxMembers = Annotated[int | None, typer.Option(min=1, help="FFNs in one group at most.", show_default=False)]
 MaxWidth = Annotated[

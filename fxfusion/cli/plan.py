@@ -77,7 +77,7 @@ def plan(
 ) -> dict[str, Any]:
     """Choose which attention to drop or move and which FFNs to fuse, by measurement, and write a plan file.
 
-    Of all plans within the budget, the one with the fewest FFNs one behind the other (over several roads, with
+    Of all plans within the budget, the one with the least FFN depth (over several roads, with
     --hardware: with the least predicted latency), and among those the one with the least loss. What was scored or
     measured before with the same --results is not measured again.
     """
@@ -254,7 +254,7 @@ def _show(run: Session, plan: FusionPlan, report: FusionReport, result: dict[str
 
     line, dropped = run.screen.line, plan.dropped_attention
     line(f"attention dropped in {len(dropped)} layers{': ' if dropped else ''}{show_layers(dropped)}")
-    line(f"FFNs one behind the other: {result['depth']['intact']} -> {result['depth']['plan']}\n")
+    line(f"FFN depth: {result['depth']['intact']} -> {result['depth']['plan']}\n")
     line((groups(report.main) or "no FFNs are fused: a group takes two FFNs with no attention in between") + "\n")
     show_quality(result["quality"], run.screen)
 
@@ -335,7 +335,7 @@ def show_windows(run: Session, result: dict[str, Any]) -> None:
         line("nothing is fused: no window of layers is within the budget")
     if plan.dropped_attention:
         line(f"attention dropped: layers {show_layers(plan.dropped_attention)}")
-    line(f"FFNs one behind the other: {result['depth']['intact']} -> {result['depth']['plan']}")
+    line(f"FFN depth: {result['depth']['intact']} -> {result['depth']['plan']}")
     latency = result["latency_ms"]
     if latency is not None:
         gain = latency["intact"] / latency["plan"]

@@ -266,7 +266,7 @@ def _text(sample: Found, part: str) -> str:
 
 
 def _sweep(found: Found, folder: ResultsFolder) -> tuple[SweepPoint, ...]:
-    """The page counts residual blocks in a row: FFNs and the attention that is left."""
+    """The page counts residual blocks: FFNs and the attention that is left."""
     from fxfusion.report.results import SweepPoint
 
     mixers = len(folder.attention_layers())

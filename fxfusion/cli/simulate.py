@@ -160,7 +160,7 @@ class Request:
             return before, arrange(self.table)
         runs = fusable_runs(before, PRESETS["paper"])
         if not runs:
-            raise OptionError(f"--sweep: {self.table.name} has no FFNs in a row; name some with --groups or --plan")
+            raise OptionError(f"--sweep: {self.table.name} has no run of FFNs; name some with --groups or --plan")
         return before, fused(before, [(run,) for run in runs])
 
 
@@ -304,7 +304,7 @@ def _rows(one: Simulation) -> dict[str, str]:
         **{f"  {name.replace('_', '-')}": f"{value:.3f}" for name, value in one.to_dict()["breakdown_ms"].items()},
         "tokens per second": f"{one.tokens_per_second:.2f}",
         "kernels, all-reduces": f"{one.kernels}, {one.all_reduces}",
-        "attentions, FFNs in a row": f"{one.attentions}, {one.ffns}",
+        "attentions, FFN depth": f"{one.attentions}, {one.ffns}",
         "memory of a device [GB]": f"{one.bytes.total / 1e9:.2f}" + ("" if one.fits_in_memory else " (does not fit)"),
     }
     if one.cost_per_million_tokens is not None:

@@ -16,7 +16,7 @@ class Budget:
 
     `drop`: attention layers to drop, a number or (a float below 1) a fraction of those there are.
     `max_perplexity_increase`: relative, 0.05 for 5 %. `max_kl`: nats per token to the intact model.
-    `target_depth`: FFNs one behind the other that remain.
+    `target_depth`: the FFN depth that remains.
     """
 
     drop: int | float | None = None
@@ -91,7 +91,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A plan, how many FFNs it leaves one behind the other, the memory of its wide weights, and what it costs (where a
+    """A plan, the FFN depth that it leaves, the memory of its wide weights, and what it costs (where a
     refit follows: after it)."""
 
     plan: FusionPlan

@@ -1,4 +1,4 @@
-"""What is to be low: how many FFNs stand one behind the other, or the latency that the cost model predicts."""
+"""What is to be low: the FFN depth, or the latency that the cost model predicts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def latency_price(latency: Callable[[FusionPlan], float]) -> Price:
 
 
 def merged(plan: FusionPlan) -> int:
-    """How many FFNs fewer there are one behind the other."""
+    """How much the FFN depth falls."""
     return sum(len(group) - 1 for group in plan.groups)
 
 

@@ -55,7 +55,8 @@ def make_plan(
         dropped_attention: exactly these instead.
         max_perplexity_increase: relative to the intact model on these batches (0.05: 5 %).
         max_kl: largest KL divergence from the intact model, in nats per token.
-        target_depth: how many FFNs one behind the other may remain; at least that much attention is dropped.
+        target_depth: the FFN depth (FFNs that are computed one after another) that may remain; at least as much
+            attention is dropped.
         max_members, max_width [intermediate channels], max_bytes: of one fused FFN.
         max_dependency: largest entry of the dependency matrix inside a group.
         norm: see `FusionPlan`; None measures both and keeps the paper's, `"last"`, on the paper's groups unless

@@ -47,7 +47,7 @@ class Partition:
 
     @property
     def depth(self) -> int:
-        """How many FFNs remain, one behind the other."""
+        """The FFN depth that remains."""
         return len(self.groups)
 
     @property
@@ -283,7 +283,7 @@ class DroppedModel:
         return FusionPlan(dropped_attention=self.dropped, groups=tuple(map(tuple, groups)), norm=norm)
 
     def depth(self, groups: Sequence[Sequence[Member]]) -> int:
-        """FFNs one behind the other when these groups are fused."""
+        """The FFN depth when these groups are fused."""
         return self.ffns - sum(len(group) - 1 for group in groups)
 
     def bytes_of(self, groups: Sequence[Sequence[Member]]) -> int:

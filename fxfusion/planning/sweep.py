@@ -107,7 +107,7 @@ class Sweep:
         from matplotlib.figure import Figure
 
         panels: list[tuple[str, Callable[[SweepPoint], float], Callable[[SweepPoint], bool]]] = [
-            ("FFNs one behind the other", lambda point: point.measured.depth, lambda point: point.on_front)
+            ("FFN depth", lambda point: point.measured.depth, lambda point: point.on_front)
         ]
         if all(point.latency_ms is not None for point in self.points):
             label = "predicted latency [ms]" + (f": {self.predicted_for}" if self.predicted_for else "")

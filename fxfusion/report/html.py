@@ -107,7 +107,7 @@ def _tiles(report: FusionReport) -> list[tuple[str, str]]:
     tiles = [
         (f"{counts['fused']} of {counts['ffns']}", "FFNs fused"),
         (str(counts["groups"]), "wide FFNs made of them"),
-        (f"{counts['blocks_before']} → {counts['blocks_after']}", "residual blocks in a row"),
+        (f"{counts['blocks_before']} → {counts['blocks_after']}", "residual blocks"),
         (f"{nodes[0]} → {nodes[1]}", "graph nodes"),
         (f"{counts['packed_bytes'] / 2**20:.1f} MiB", "packed weights"),
     ]

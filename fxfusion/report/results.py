@@ -132,7 +132,7 @@ class SpeedRow(_Part):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPoint(_Part):
-    """One plan of a sweep. `depth`: FFNs one behind the other; `front`: no other plan is both shallower and better."""
+    """One plan of a sweep. `depth`: the FFN depth; `front`: no other plan is both shallower and better."""
 
     label: str
     depth: int

@@ -140,7 +140,7 @@ def _plan_tiles(results: Results, plan: PlanFacts) -> list[tuple[str, str]]:
     if results.layers:
         before = had + sum(bool(layer.width) for layer in results.layers)
         after = before - len(plan.dropped_attention) - fused + len(plan.groups)
-        tiles.append((f"{before} → {after}", "residual blocks in a row"))
+        tiles.append((f"{before} → {after}", "residual blocks"))
     return tiles
 
 

@@ -36,7 +36,7 @@ def headline(report: FusionReport) -> str:
         return f"Nothing to fuse: {_count(counts['ffns'], 'FFN')} found, {counts['in_chains']} of them in chains"
     return (
         f"{counts['fused']} of {_count(counts['ffns'], 'FFN')} fused into {counts['groups']}; "
-        f"residual blocks in a row: {counts['blocks_before']} -> {counts['blocks_after']}"
+        f"residual blocks: {counts['blocks_before']} -> {counts['blocks_after']}"
     )
 
 

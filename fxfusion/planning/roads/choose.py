@@ -31,8 +31,8 @@ REFITTED: tuple[Road, ...] = ("drop", "hoist")
 class RoadOptions:
     """`roads`: which may be taken. `after_refit`: judge plans after their refit. `max_window`: layers of a window.
 
-    `hardware`, `tp`, `precision`: for which device the latency is predicted; without hardware, FFNs in a row are
-    counted instead. `max_latency` [ms]: of one decoded token.
+    `hardware`, `tp`, `precision`: for which device the latency is predicted; without hardware, the FFN depth
+    counts instead. `max_latency` [ms]: of one decoded token.
     """
 
     roads: Sequence[Road]

@@ -50,7 +50,7 @@ def panels(sweep: Sequence[SweepPoint]) -> list[Panel]:
     largest = max((point.fused_bytes or 0 for point in sweep), default=0)
     size, unit = next(((size, unit) for size, unit in _UNITS if largest >= size), _UNITS[-1])
     weights = [None if point.fused_bytes is None else point.fused_bytes / size for point in sweep]
-    found = [_panel(sweep, measures, [point.depth for point in sweep], "depth (FFNs one behind the other)", name)]
+    found = [_panel(sweep, measures, [point.depth for point in sweep], "FFN depth", name)]
     if largest:
         found.append(_panel(sweep, measures, weights, f"fused weights ({unit})", name))
     return [panel for panel in found if panel is not None]

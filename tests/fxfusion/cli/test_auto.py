@@ -55,7 +55,7 @@ def test_one_command_gives_a_plan_a_checkpoint_its_loss_and_its_speed(
     assert len(held_out) == 1
     again = run("auto", *args, "--output", out, *more)
     assert again.code == 0 and "times faster" in again.out and f"written: {out}" in again.out
-    assert "hoist" in again.out and "FFNs one behind the other: 4 -> 3" in again.out
+    assert "hoist" in again.out and "FFN depth: 4 -> 3" in again.out
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_a_plan_over_roads_is_written_with_what_it_costs(run: Run, args: list[ob
     assert ran.code == 0, ran.err
     plan = FusionPlan.load(tmp_path / "results" / "plan.yaml")
     assert len(plan.groups) == 1 and plan.model is not None and plan.made_by is not None
-    assert "FFNs one behind the other: 4 -> 3" in ran.out and "fxfusion fuse" in ran.out
+    assert "FFN depth: 4 -> 3" in ran.out and "fxfusion fuse" in ran.out
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_a_plan_is_written_with_what_it_costs_and_what_comes_next(
     assert plan.model is not None and plan.model.layers == LAYERS
     assert plan.made_by is not None and plan.made_by.seed == 0
     assert str(plan.made_by.command).startswith(f"fxfusion plan {model}")
-    assert f"FFNs one behind the other: {LAYERS} -> 2" in ran.out and "attention dropped in 2 layers: 1-2" in ran.out
+    assert f"FFN depth: {LAYERS} -> 2" in ran.out and "attention dropped in 2 layers: 1-2" in ran.out
     assert f"fxfusion eval {model} --plan {out} --results {results}" in ran.out
     assert json.loads((results / "compiled.json").read_text())["summary"]["groups"] == 1
     assert DependencyMatrix.load(results / "matrix_1_2").dropped_attention == (1, 2)

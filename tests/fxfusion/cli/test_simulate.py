@@ -112,7 +112,7 @@ def test_a_file_of_this_machine(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
         (["llama-3.3-70b", "--groups", "a-b"], "--groups: expected layers such as 4-8"),
         (["llama-3.3-70b", "--plan", "gone.yaml"], "gone.yaml: cannot be read"),
         (["llama-3.3-70b", "--price", "-1"], "--price: expected a price above 0"),
-        (["llama-3.3-70b", "--sweep"], "Llama-3.3-70B-Instruct has no FFNs in a row"),
+        (["llama-3.3-70b", "--sweep"], "Llama-3.3-70B-Instruct has no run of FFNs"),
         (["llama-3.3-70b", "--sweep", "--placement"], "--placement and --sweep were both given"),
         (["llama-3.3-70b", "--output", "x.csv"], "--output: only --sweep and --calibrate write a file"),
         (["nemotron-super-49b", "--sweep", "--output", "x.txt"], "x.txt: expected a name that ends in"),

@@ -206,7 +206,7 @@ def test_the_front_goes_through_its_points_from_left_to_right() -> None:
 
 def test_bytes_get_a_plot_of_their_own_in_a_readable_unit() -> None:
     first, second = panels([point(12, 20.0, True, 0), point(10, 25.0, True, 3 * 2**30)])
-    assert (first.across, second.across) == ("depth (FFNs one behind the other)", "fused weights (GiB)")
+    assert (first.across, second.across) == ("FFN depth", "fused weights (GiB)")
     assert second.front == ""  # more bytes at a higher perplexity: no front
 
 
