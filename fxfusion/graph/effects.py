@@ -563,7 +563,7 @@ def _has_plain_receiver(node: fx.Node) -> bool:
 
 def _is_number(node: fx.Node) -> bool:
     """Whether the capture recorded a result without tensors: a size, a number, a dtype."""
-    return ops.example(node) is not None and ops.is_shape_value(node)
+    return ops.is_shape_value(node) and ops.example(node) is not None
 
 
 def _first_values(node: fx.Node) -> Iterator[fx.Node]:

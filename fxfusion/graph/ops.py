@@ -95,7 +95,7 @@ def plain_example(node: fx.Node) -> Any:
 
 def tensor_value(node: Any) -> torch.Tensor | None:
     """The example (fake) tensor of a node; None for anything else."""
-    value = example(node) if isinstance(node, fx.Node) else None
+    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
 
 
@@ -125,7 +125,7 @@ def device_of(node: fx.Node) -> torch.device | None:
 
 def is_shape_value(node: fx.Node) -> bool:
     """Whether the node is a size, a number or a tuple of sizes rather than a tensor."""
-    value = example(node)
+    value = node.meta.get("example_value", node.meta.get("val"))  # as `example`; this is asked the most
     if value is None:
         return op_name(node) in ("size", "sym_size", "shape", "dim", "numel", "getattr")
     if isinstance(value, (list, tuple)):
