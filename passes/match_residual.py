@@ -45,6 +45,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[str, str]) -> Matc
     ffns: list[FfnNode] = []
     mixers: list[Mixer] = []
     refusals = [_hidden(node) for node in facts.graph.nodes if is_higher_order(node) or ops.op_name(node) == LAYER]
+    refusals += _constant_streams(facts)
     for add in facts.graph.nodes:
         operands = _residual_operands(add, facts)
         if operands is None:
@@ -309,6 +310,27 @@ def linear_layers(found: Slice, facts: GraphFacts) -> tuple[fx.Node, ...]:
     a product with a constant on the left, which is no linear layer."""
     linears = [node for node in found.nodes if ops.op_name(node) in ops.LINEARS and provenance.has_provenance(node)]
     return tuple(node for node in linears if not mixes_tokens(node, facts))
+
+
+def _constant_streams(facts: GraphFacts) -> list[Refusal]:
+    """Residual branches on a stream that depends on weights alone, such as latents that a module owns."""
+    found = []
+    for add in facts.graph.nodes:
+        if add not in facts.constants or ops.op_name(add) != "add" or len(add.all_input_nodes) != 2:
+            continue
+        stream, branch = sorted(add.all_input_nodes, key=facts.order.__getitem__)
+        inside = ops.reached([branch], lambda node, stop=stream: () if node is stop else node.all_input_nodes)
+        if stream in inside and any(ops.op_name(node) in ops.LINEARS for node in inside):
+            found.append(
+                Refusal(
+                    code=RefusalCode.STRUCTURE,
+                    message="its stream depends on no input, on weights alone; only branches on an activation fuse",
+                    node=str(add),
+                    layer=provenance.common_path((add,)),
+                    source=provenance.source_line(add),
+                )
+            )
+    return found
 
 
 def _hidden(node: fx.Node) -> Refusal:

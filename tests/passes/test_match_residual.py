@@ -612,3 +612,23 @@ def test_what_mixes_tokens_by_its_name_is_not_run(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("fxfusion.passes.match_residual.check_token_wise", lambda *_: pytest.fail("it was run"))
     (mixer,) = match(Wired(lambda m, x: x + F.scaled_dot_product_attention(x, x, x)), tokens()).mixers
     assert "attention" in mixer.op
+
+
+class Latents(nn.Module):
+    """A stream that the module owns: no input reaches it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(tokens())
+        self.inner = stack(count=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.inner(self.start)
+
+
+@pytest.mark.parametrize("how", ["symbolic", "dynamo"])
+def test_a_stream_of_weights_alone_is_refused(how: Any) -> None:
+    found = match(Latents(), tokens(), how=how)
+    assert not found.ffns
+    assert [refusal.code for refusal in found.refusals] == [RefusalCode.STRUCTURE] * 2
+    refusal_with(found.refusals, RefusalCode.STRUCTURE, "depends on no input")
