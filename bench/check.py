@@ -24,7 +24,7 @@ from bench.record import Record, arguments, record, versions
 from bench.show import table
 from fxfusion.compiler.capture import CapturedGraph, capture_dynamo
 from fxfusion.compiler.packing import live_packs
-from fxfusion.compiler.pipeline import Fused, fuse_captured
+from fxfusion.compiler.pipeline import FusedGraph, fuse_captured
 from fxfusion.plan.policy import FusionPolicy
 
 LAYERS = 8
@@ -69,7 +69,7 @@ def captured(layers: int) -> CapturedGraph:
     return seen[0]
 
 
-def fused_with_calls(layers: int) -> tuple[int, Fused]:
+def fused_with_calls(layers: int) -> tuple[int, FusedGraph]:
     """Calls of fxfusion's Python functions from the captured graph to the rewritten one."""
     graph, called = captured(layers), 0
 

@@ -35,7 +35,7 @@ from torch import Tensor, fx
 from bench.graphnet_samples import NotRebuilt, rebuild, samples
 from bench.record import Record
 from fxfusion.compiler.capture import CapturedGraph
-from fxfusion.compiler.pipeline import Analysis, analyse, fuse_captured, normalising_passes
+from fxfusion.compiler.pipeline import GraphAnalysis, analyse, fuse_captured, normalising_passes
 from fxfusion.errors import FxFusionError
 from fxfusion.graph import ops
 from fxfusion.graph.editor import erase_dead_code
@@ -117,7 +117,7 @@ def _one_form(captured: CapturedGraph, into: dict[str, Any], name: str) -> None:
                 into[kind].append({"graph": name, "group": number, "why": words})
 
 
-def analysed(captured: CapturedGraph) -> Analysis:
+def analysed(captured: CapturedGraph) -> GraphAnalysis:
     """What is found in a normalised copy of the graph."""
     work = captured.copy()
     run_passes(work.module, normalising_passes(work.weights), History())

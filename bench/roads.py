@@ -181,7 +181,7 @@ def cpu_latency(study: Study, rows: dict[str, list[dict[str, Any]]]) -> list[dic
 
 
 def second_family(folder: Path, refit_batches: int, heldout: int) -> list[dict[str, Any]]:
-    """Hoisted windows of a model of another family."""
+    """NamedWindows windows of a model of another family."""
     study = Study(folder, "second", refit_batches, heldout)
     search = study.search(("hoist",), depth_price(study.judge.ffns))
     return [study.row(search.best_at(depth).plan) for depth in (10, 9, 7)]

@@ -25,7 +25,7 @@ from fxfusion.compiler.capture import CapturedGraph, capture_dynamo
 from fxfusion.compiler.options import BackendOptions
 from fxfusion.compiler.packing import FusedCallable, GraphPacks, PackBinding, forget_looks
 from fxfusion.compiler.paranoid import ParanoidCallable, why_not_compared
-from fxfusion.compiler.pipeline import Fused, fuse_captured
+from fxfusion.compiler.pipeline import FusedGraph, fuse_captured
 from fxfusion.errors import (
     FxFusionError,
     MissingWeightsError,
@@ -47,7 +47,7 @@ from fxfusion.graph.torch_private import (
     inductor_draws_as_eager,
     mark_static_weight,
 )
-from fxfusion.passes.choose_form import Setting
+from fxfusion.passes.choose_form import Target
 from fxfusion.passes.lift_weights import Pack
 from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.report import FusionReport, GraphReport
@@ -173,17 +173,17 @@ def _out_of_sight_of_hooks(graph: fx.Graph) -> Iterator[None]:
         yield
 
 
-def _compiled_for(captured: CapturedGraph, settings: BackendOptions) -> Setting:
+def _compiled_for(captured: CapturedGraph, settings: BackendOptions) -> Target:
     """Dynamo guards on all that is read here: grad mode, what requires gradients, autocast."""
     differentiable = any(isinstance(value, torch.Tensor) and value.requires_grad for value in captured.inputs)
-    return Setting(
+    return Target(
         request=settings.form,
         training=(torch.is_grad_enabled() and differentiable) or records_gradients(captured.module.graph),
         autocast=torch.is_autocast_enabled("cpu"),
     )
 
 
-def _why_not_compared(fused: Fused, settings: BackendOptions) -> str:
+def _why_not_compared(fused: FusedGraph, settings: BackendOptions) -> str:
     """A note on why the first calls cannot be compared, where that was asked for."""
     if settings.verify != "paranoid" or fused.parallel is None:
         return ""
@@ -192,7 +192,7 @@ def _why_not_compared(fused: Fused, settings: BackendOptions) -> str:
     return f"paranoid: calls are not compared, because {why}" if why else ""
 
 
-def _comparison(fused: Fused, captured: CapturedGraph, settings: BackendOptions) -> _Wrapper:
+def _comparison(fused: FusedGraph, captured: CapturedGraph, settings: BackendOptions) -> _Wrapper:
     assert fused.parallel is not None
     attributes = {node.name for node in fused.parallel.module.graph.nodes if node.op == "get_attr"}
     constants = {name: value for name, value in captured.values.items() if name in attributes}
@@ -210,7 +210,7 @@ def _report(report: GraphReport, notes: tuple[str, ...]) -> None:
     del _reports[:-_KEPT_REPORTS]
 
 
-def _report_unmatched(fused: Fused, settings: BackendOptions, more_follows: bool) -> None:
+def _report_unmatched(fused: FusedGraph, settings: BackendOptions, more_follows: bool) -> None:
     """A planned group, or a policy's window, that was not fused is a warning, and an error when strict.
 
     Where graph breaks cut a model into several graphs, a group that is wholly absent from one of them
@@ -233,7 +233,7 @@ def _report_unmatched(fused: Fused, settings: BackendOptions, more_follows: bool
     log.warning("fxfusion: %d planned groups were not fused: %s", len(unmatched), words)
 
 
-def _make_ready(fused: Fused, captured: CapturedGraph, compared: _Wrapper | None) -> _Ready:
+def _make_ready(fused: FusedGraph, captured: CapturedGraph, compared: _Wrapper | None) -> _Ready:
     """Compute the packed weights. Raises `MissingWeightsError` where they are on the meta device."""
     packs = GraphPacks([_bind(pack, captured) for pack in fused.packs])
     packed = packs.tensors(captured.inputs) if fused.packs else []
@@ -251,7 +251,7 @@ def _bind(pack: Pack, captured: CapturedGraph) -> PackBinding:
     return PackBinding(pack, positions)
 
 
-def _dress(fused: Fused, packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _dress(fused: FusedGraph, packed: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Mark the new inputs as weights and fake them for AOTAutograd."""
     names = [name for pack in fused.packs for name in pack.values]
     by_name = {node.name: node for node in fused.module.graph.nodes if node.op == "placeholder"}

@@ -39,7 +39,7 @@ FEW = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
+class Target:
     """What a graph is compiled for. `request`: a form, or `"auto"`; `training`: gradients are recorded, around the
     graph or inside it (`effects.records_gradients`); `autocast`: it is on, on the CPU, where the graph is called."""
 
@@ -54,17 +54,17 @@ _GROUPED: dict[Form, Form] = {"concatenated": "grouped", "prepacked": "grouped_p
 
 
 def choose_forms(
-    groups: Sequence[Group], setting: Setting, profitable_only: bool
+    groups: Sequence[Group], target: Target, profitable_only: bool
 ) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
     """Every group with its form; with `profitable_only`, those that inference would compute by "members" are refused
     instead (with gradients as without, so that both compute the same function)."""
-    chosen = [_with_form(group, setting) for group in groups if not _is_left_alone(group, setting, profitable_only)]
-    left = [group for group in groups if _is_left_alone(group, setting, profitable_only)]
+    chosen = [_with_form(group, target) for group in groups if not _is_left_alone(group, target, profitable_only)]
+    left = [group for group in groups if _is_left_alone(group, target, profitable_only)]
     refusals = [
         refusal_of(
             ffn,
             RefusalCode.NOT_PROFITABLE,
-            f"one wide FFN would not be faster ({_inference_rule(group, setting)[1]}); profitable_only is True",
+            f"one wide FFN would not be faster ({_inference_rule(group, target)[1]}); profitable_only is True",
         )
         for group in left
         for ffn in group.members
@@ -108,28 +108,28 @@ def member_bytes(ffn: FfnNode, with_down: bool = True) -> int:
     return sum(size_hint(value.numel()) * value.element_size() for value in values if value is not None)
 
 
-def _is_left_alone(group: Group, setting: Setting, profitable_only: bool) -> bool:
+def _is_left_alone(group: Group, target: Target, profitable_only: bool) -> bool:
     """The mixers of a window have moved by now, so its group stays."""
-    return profitable_only and group.window is None and _inference_rule(group, setting)[0] == "members"
+    return profitable_only and group.window is None and _inference_rule(group, target)[0] == "members"
 
 
-def _inference_rule(group: Group, setting: Setting) -> tuple[Form, str]:
-    return _rule(group, replace(setting, training=False))
+def _inference_rule(group: Group, target: Target) -> tuple[Form, str]:
+    return _rule(group, replace(target, training=False))
 
 
-def _with_form(group: Group, setting: Setting) -> Group:
-    form, why = _rule(group, setting)
+def _with_form(group: Group, target: Target) -> Group:
+    form, why = _rule(group, target)
     return replace(group, form=_GROUPED[form] if group.is_grouped else form, why=why)
 
 
-def _rule(group: Group, setting: Setting) -> tuple[Form, str]:
-    if setting.training:
-        return _training_rule(setting.request)
-    no_layout = _why_no_layout(group, setting)
-    if setting.request != "auto":
-        if setting.request == "prepacked" and no_layout:
+def _rule(group: Group, target: Target) -> tuple[Form, str]:
+    if target.training:
+        return _training_rule(target.request)
+    no_layout = _why_no_layout(group, target)
+    if target.request != "auto":
+        if target.request == "prepacked" and no_layout:
             return "concatenated", f"prepacked was asked for, but {no_layout}"
-        return setting.request, "asked for"
+        return target.request, "asked for"
     if _device(group).type != "cpu":
         return "concatenated", f"the default; not measured on {_device(group).type}"
     if weight_bytes(group) < SMALL:
@@ -148,7 +148,7 @@ def _training_rule(request: FormRequest) -> tuple[Form, str]:
     return "members", f"{asked}gradients are recorded: computed from the model's own parameters"
 
 
-def _why_no_layout(group: Group, setting: Setting) -> str:
+def _why_no_layout(group: Group, target: Target) -> str:
     """Why the weights cannot be in oneDNN's layout; empty where they can."""
     if _device(group).type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return "oneDNN's layouts were measured on x86 processors only"
@@ -157,7 +157,7 @@ def _why_no_layout(group: Group, setting: Setting) -> str:
     first = group.members[0]
     if is_batched(ops.tensor_value(first.stream)):
         return "the group is inside torch.vmap"
-    return "autocast is on" if autocasts(first.add, "cpu", setting.autocast) else ""
+    return "autocast is on" if autocasts(first.add, "cpu", target.autocast) else ""
 
 
 def _dtype(group: Group) -> torch.dtype:

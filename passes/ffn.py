@@ -200,7 +200,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Hoisted:
+class NamedWindows:
     """What becomes of the windows that a plan or policy names: they can be had, or are refused."""
 
     windows: tuple[Window, ...] = ()

@@ -10,7 +10,7 @@ Source: arXiv 2503.18908, equation 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import fx
 
@@ -319,7 +319,7 @@ def _constant_streams(facts: GraphFacts) -> list[Refusal]:
         if add not in facts.constants or ops.op_name(add) != "add" or len(add.all_input_nodes) != 2:
             continue
         stream, branch = sorted(add.all_input_nodes, key=facts.order.__getitem__)
-        inside = ops.reached([branch], lambda node, stop=stream: () if node is stop else node.all_input_nodes)
+        inside = _back_to(stream, branch)
         if stream in inside and any(ops.op_name(node) in ops.LINEARS for node in inside):
             found.append(
                 Refusal(
@@ -331,6 +331,10 @@ def _constant_streams(facts: GraphFacts) -> list[Refusal]:
                 )
             )
     return found
+
+
+def _back_to(stream: fx.Node, branch: fx.Node) -> Collection[fx.Node]:
+    return ops.reached([branch], lambda node: () if node is stream else node.all_input_nodes)
 
 
 def _hidden(node: fx.Node) -> Refusal:

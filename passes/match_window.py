@@ -18,7 +18,7 @@ from fxfusion.errors import Refusal, RefusalCode, Refused
 from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.passes.check_group import GroupChecker
-from fxfusion.passes.ffn import FfnNode, Hoisted, Matches, Mixer, Window
+from fxfusion.passes.ffn import FfnNode, Matches, Mixer, NamedWindows, Window
 from fxfusion.passes.match_pieces import behind_views, views_behind
 from fxfusion.passes.member_index import MemberIndex
 from fxfusion.plan.fusion_plan import PlannedGroup
@@ -41,7 +41,7 @@ class WindowMatcher:
         self.blocks |= {mixer.add: mixer for mixer in matches.mixers}
         self.refused = {refusal.node: refusal for refusal in matches.refusals}
 
-    def match(self, wanted: Sequence[PlannedGroup]) -> Hoisted:
+    def match(self, wanted: Sequence[PlannedGroup]) -> NamedWindows:
         """The windows that can be had, and why the others cannot. `wanted`: the groups whose mixers move."""
         windows: list[Window] = []
         refusals: dict[PlannedGroup, Refusal] = {}
@@ -56,7 +56,7 @@ class WindowMatcher:
             except Refused as error:
                 message = f"{what}: {error.message}"
                 refusals[names] = Refusal(code=RefusalCode.PLAN_UNMATCHED, message=message)
-        return Hoisted(tuple(windows), refusals)
+        return NamedWindows(tuple(windows), refusals)
 
     def _window(self, names: PlannedGroup) -> Window:
         members = sorted((self.index.one(name) for name in names), key=lambda ffn: self.facts.order[ffn.add])

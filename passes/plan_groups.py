@@ -18,7 +18,7 @@ from torch import fx
 
 from fxfusion.errors import PassError, Refusal, RefusalCode, Refused
 from fxfusion.passes.check_group import GroupChecker
-from fxfusion.passes.ffn import Chain, FfnNode, Group, Hoisted, Window, refusal_of
+from fxfusion.passes.ffn import Chain, FfnNode, Group, NamedWindows, Window, refusal_of
 from fxfusion.passes.member_index import MemberIndex
 from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.plan.policy import FusionPolicy, NormMode
@@ -28,7 +28,7 @@ Planned = tuple[tuple[Group, ...], tuple[Refusal, ...]]
 _HOIST_WOULD = "where only attention lies between them, mixers: hoist (FusionPlan(..., hoist=True)) would move it"
 
 
-NOTHING_HOISTED = Hoisted()
+NO_WINDOWS = NamedWindows()
 
 
 def plan_by_policy(
@@ -36,11 +36,11 @@ def plan_by_policy(
     ffns: Sequence[FfnNode],
     policy: FusionPolicy,
     checker: GroupChecker,
-    hoisted: Hoisted = NOTHING_HOISTED,
+    named: NamedWindows = NO_WINDOWS,
 ) -> Planned:
     """Groups of every chain under the policy: its windows, and what the rules make of all other FFNs."""
-    groups = [_window_group(window, ffns, checker, policy.norm) for window in hoisted.windows]
-    refusals = list(hoisted.refusals.values())
+    groups = [_window_group(window, ffns, checker, policy.norm) for window in named.windows]
+    refusals = list(named.refusals.values())
     taken = {ffn.add for group in groups for ffn in group.members}
     for chain in (part for whole in chains for part in _around(whole, taken)):
         members, left_out = _eligible(chain, policy)
@@ -132,18 +132,18 @@ def plan_by_plan(
     refused: Sequence[Refusal],
     plan: FusionPlan,
     checker: GroupChecker,
-    hoisted: Hoisted = NOTHING_HOISTED,
+    named: NamedWindows = NO_WINDOWS,
 ) -> Planned:
     """Exactly the plan's groups; a group that cannot be had is refused, with the member at fault."""
     if not ffns:
-        return (), tuple(hoisted.refusals.values())
+        return (), tuple(named.refusals.values())
     index = MemberIndex(ffns, refused)
     groups: list[Group] = []
     refusals: list[Refusal] = []
     for number, names in enumerate(plan.groups):
-        window = hoisted.window(names)
-        if names in hoisted.refusals:
-            refusals.append(hoisted.refusals[names])
+        window = named.window(names)
+        if names in named.refusals:
+            refusals.append(named.refusals[names])
         elif window is not None:
             groups.append(_window_group(window, ffns, checker, plan.norm))
         elif not index.holds_any(names):

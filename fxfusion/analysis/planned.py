@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxfusion.compiler.capture import CapturedGraph
-from fxfusion.compiler.pipeline import Analysis, analyse, fuse_captured, normalising_passes
+from fxfusion.compiler.pipeline import GraphAnalysis, analyse, fuse_captured, normalising_passes
 from fxfusion.errors import NotFusedError, PlanError, RefusalCode
 from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.pass_base import History
@@ -99,6 +99,6 @@ def without_mixers(graph: TracedGraph, layers: Iterable[int]) -> CapturedGraph:
     return work
 
 
-def analyse_without(graph: TracedGraph, layers: Iterable[int]) -> Analysis:
+def analyse_without(graph: TracedGraph, layers: Iterable[int]) -> GraphAnalysis:
     """FFNs and chains of the model without the mixers of some layers."""
     return analyse(without_mixers(graph, layers), FusionPolicy())

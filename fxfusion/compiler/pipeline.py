@@ -32,12 +32,12 @@ from fxfusion.graph.inline import drop_unused_state
 from fxfusion.graph.pass_base import History, Pass
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.passes.check_group import GroupChecker
-from fxfusion.passes.choose_form import Setting, choose_forms
+from fxfusion.passes.choose_form import Target, choose_forms
 from fxfusion.passes.concat_parallel_mixers import ConcatParallelMixers
 from fxfusion.passes.concatenate import Concatenate
 from fxfusion.passes.drop_no_ops import DropNoOps
 from fxfusion.passes.drop_zero_branches import DropZeroBranches
-from fxfusion.passes.ffn import Chain, FfnNode, Group, Hoisted, Matches, Mixer
+from fxfusion.passes.ffn import Chain, FfnNode, Group, Matches, Mixer, NamedWindows
 from fxfusion.passes.find_chains import find_chains
 from fxfusion.passes.functionalise_adds import FunctionaliseAdds
 from fxfusion.passes.hoist_constants import HoistConstants
@@ -62,15 +62,15 @@ _BY_NUMBERS = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Analysis:
+class GraphAnalysis:
     """What was found in one graph and chosen from it; references into the graph it was made from."""
 
     matches: Matches
     chains: tuple[Chain, ...]
     groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
-    hoisted: Hoisted
-    beside: tuple[tuple[Mixer, ...], ...] = ()  # mixers that were made to read one stream, by window
+    named: NamedWindows
+    wide_mixers: tuple[tuple[Mixer, ...], ...] = ()  # mixers that were made to read one stream, by window
 
     @property
     def depends_on_numbers(self) -> bool:
@@ -81,7 +81,7 @@ class Analysis:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fused:
+class FusedGraph:
     """One graph after the rewrite. `packs` say how the packed weights that it reads are computed. `notes`: what its
     proof did not see. `parallel`: its parallel form, where something fused and is proved in numbers."""
 
@@ -98,8 +98,8 @@ def fuse_captured(
     *,
     verify: VerifyMode = "structure",
     lift_into: Into | None = "placeholder",
-    compiled_for: Setting | None = None,
-) -> Fused:
+    compiled_for: Target | None = None,
+) -> FusedGraph:
     """Normalise, match, group, plan, rewrite and verify one captured graph.
 
     `compiled_for`: each group gets the form that is fastest there. Without it the graph stays portable
@@ -112,7 +112,7 @@ def fuse_captured(
     run_passes(work.module, (numbers, *normalising_passes(work.weights)), history)
     cleaned = work.copy().module if verify in ("numeric", "paranoid") else None
     order = {node.name: place for place, node in enumerate(work.module.graph.nodes)}  # before anything moves
-    found = with_forms(hoist_and_analyse(work, choice, history), choice, compiled_for or Setting())
+    found = with_forms(hoist_and_analyse(work, choice, history), choice, compiled_for or Target())
     blocks = blocks_before(found.matches, found.groups, order)
     groups = tuple(map(summarise_group, found.groups))
     after, fused_blocks = captured.module, blocks
@@ -137,7 +137,7 @@ def fuse_captured(
         nodes_before=len(captured.module.graph.nodes),
         nodes_after=len(after.graph.nodes),
     )
-    return Fused(module=after, packs=made.packs, report=report, notes=made.proof.notes, parallel=made.parallel)
+    return FusedGraph(module=after, packs=made.packs, report=report, notes=made.proof.notes, parallel=made.parallel)
 
 
 def normalising_passes(weights: frozenset[str]) -> tuple[Pass, ...]:
@@ -153,47 +153,49 @@ def normalising_passes(weights: frozenset[str]) -> tuple[Pass, ...]:
     )
 
 
-def hoist_and_analyse(captured: CapturedGraph, choice: Choice, history: History) -> Analysis:
+def hoist_and_analyse(captured: CapturedGraph, choice: Choice, history: History) -> GraphAnalysis:
     """Hoist the windows that the choice names, in the graph, then match again, group and plan."""
     found = analyse(captured, choice)
-    windows = found.hoisted.windows
+    windows = found.named.windows
     if not windows:
         return found
-    beside = ParalleliseMixers(windows, found.matches)
-    run_passes(captured.module, [HoistMixers(windows), beside], history)
-    return replace(analyse(captured, choice, found.hoisted), beside=tuple(tuple(block) for block in beside.blocks))
+    wide_mixers = ParalleliseMixers(windows, found.matches)
+    run_passes(captured.module, [HoistMixers(windows), wide_mixers], history)
+    return replace(
+        analyse(captured, choice, found.named), wide_mixers=tuple(tuple(block) for block in wide_mixers.blocks)
+    )
 
 
-def analyse(captured: CapturedGraph, choice: Choice, hoisted: Hoisted | None = None) -> Analysis:
+def analyse(captured: CapturedGraph, choice: Choice, named: NamedWindows | None = None) -> GraphAnalysis:
     """Match, group and plan. Edits nothing.
 
     Before its mixers moved, the FFNs of a window are already a group, but in no chain.
 
-    `hoisted`: what became of the windows that the choice names; None: nothing was moved, see which could be.
+    `named`: what became of the windows that the choice names; None: nothing was moved, see which could be.
     """
     facts = GraphFacts(captured.module.graph, captured.weights)
     matches = match_residual(facts, captured.opaque)
-    if hoisted is None:
-        hoisted = WindowMatcher(matches, facts, choice.norm).match(choice.windows) if choice.windows else Hoisted()
+    if named is None:
+        named = WindowMatcher(matches, facts, choice.norm).match(choice.windows) if choice.windows else NamedWindows()
     chains, alone = find_chains(matches, facts)
     checker = GroupChecker(facts, matches.ffns)
     if isinstance(choice, FusionPlan):
         refused = (*matches.refusals, *alone)
-        groups, left = plan_by_plan(chains, matches.ffns, refused, choice, checker, hoisted)
+        groups, left = plan_by_plan(chains, matches.ffns, refused, choice, checker, named)
     else:
-        groups, left = plan_by_policy(chains, matches.ffns, choice, checker, hoisted)
+        groups, left = plan_by_policy(chains, matches.ffns, choice, checker, named)
     refusals = (*matches.refusals, *alone, *left)
-    return Analysis(matches=matches, chains=chains, groups=groups, refusals=refusals, hoisted=hoisted)
+    return GraphAnalysis(matches=matches, chains=chains, groups=groups, refusals=refusals, named=named)
 
 
-def with_forms(found: Analysis, choice: Choice, setting: Setting) -> Analysis:
+def with_forms(found: GraphAnalysis, choice: Choice, target: Target) -> GraphAnalysis:
     """The same with a form for each group; what a policy with `profitable_only` leaves alone becomes a refusal."""
     profitable_only = isinstance(choice, FusionPolicy) and choice.profitable_only
-    groups, left = choose_forms(found.groups, setting, profitable_only)
+    groups, left = choose_forms(found.groups, target, profitable_only)
     return replace(found, groups=groups, refusals=(*found.refusals, *left))
 
 
-def _portable(found: Analysis) -> Analysis:
+def _portable(found: GraphAnalysis) -> GraphAnalysis:
     """The same with wide weights of the plain kind, which any compiler and device takes."""
     return replace(found, groups=tuple(replace(group, form="concatenated") for group in found.groups))
 
@@ -209,7 +211,7 @@ def _rewrite(
     captured: CapturedGraph,
     cleaned: fx.GraphModule | None,
     work: CapturedGraph,
-    found: Analysis,
+    found: GraphAnalysis,
     history: History,
     lift_into: Into | None,
 ) -> _Rewritten:
@@ -224,7 +226,7 @@ def _rewrite(
     steps = (
         Parallelise(groups),
         Concatenate(groups),
-        ConcatParallelMixers(found.beside, work.weights, work.opaque, len(groups)),
+        ConcatParallelMixers(found.wide_mixers, work.weights, work.opaque, len(groups)),
         lift,
     )
     run_passes(work.module, steps, history)
@@ -248,7 +250,7 @@ def _parallel_reads(groups: Sequence[Group]) -> Reads:
     return reads
 
 
-def _parts(found: Analysis) -> tuple[Part, ...]:
+def _parts(found: GraphAnalysis) -> tuple[Part, ...]:
     """What of the parallel form one node may stand for: groups, and blocks of mixers that read one stream."""
 
     def part(label: str, run: Sequence[FfnNode | Mixer], group: int | None = None) -> Part:
@@ -256,11 +258,11 @@ def _parts(found: Analysis) -> tuple[Part, ...]:
         return Part(label=label, end=run[-1].add.name, nodes=nodes, group=group)
 
     groups = (part(f"group {index}", group.members, index) for index, group in enumerate(found.groups))
-    blocks = (part(f"mixers {index}", block) for index, block in enumerate(found.beside))
+    blocks = (part(f"mixers {index}", block) for index, block in enumerate(found.wide_mixers))
     return (*groups, *blocks)
 
 
-def _log(found: Analysis) -> None:
+def _log(found: GraphAnalysis) -> None:
     fused = sum(len(group.members) for group in found.groups)
     debug.show(1, f"{len(found.matches.ffns)} FFNs, {len(found.chains)} chains, {fused} fused into {len(found.groups)}")
     for refusal in found.refusals:
@@ -306,7 +308,7 @@ def fuse_graph(
         )
     choice = choose(policy, plan)
     captured = captured_from_graph(gm, example_inputs)
-    portable = Setting(request="concatenated")
+    portable = Target(request="concatenated")
     fused = fuse_captured(captured, choice, verify=verify, lift_into="get_attr", compiled_for=portable)
     if fused.packs:
         _register_packs(fused, captured.values)
@@ -314,7 +316,7 @@ def fuse_graph(
     return fused.module, report
 
 
-def _register_packs(fused: Fused, values: Mapping[str, torch.Tensor]) -> None:
+def _register_packs(fused: FusedGraph, values: Mapping[str, torch.Tensor]) -> None:
     """Compute the packed weights as parameters of the module, group by group, and drop what nobody reads."""
     module = fused.module
     for pack in fused.packs:

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxfusion.compiler.pipeline import Fused, fuse_captured
+from fxfusion.compiler.pipeline import FusedGraph, fuse_captured
 from fxfusion.errors import RefusalCode
 from fxfusion.graph import ops
 from fxfusion.passes import choose_form
-from fxfusion.passes.choose_form import Setting
+from fxfusion.passes.choose_form import Target
 from fxfusion.plan.policy import FusionPolicy
 from tests.helpers import (
     Block,
@@ -157,15 +157,15 @@ def test_learned_activations_lie_side_by_side(per_channel: bool) -> None:
 PACKED = torch.ops.fxfusion.packed_linear.default
 
 
-def compiled_for(model: nn.Module, x: Tensor, form: Any) -> tuple[Fused, Tensor]:
+def compiled_for(model: nn.Module, x: Tensor, form: Any) -> tuple[FusedGraph, Tensor]:
     """The fused graph, proved, and what it computes."""
     captured = capture(model, x)
-    found = fuse_captured(captured, FusionPolicy(), verify="numeric", compiled_for=Setting(request=form))
+    found = fuse_captured(captured, FusionPolicy(), verify="numeric", compiled_for=Target(request=form))
     packed = [value for pack in found.packs for value in pack.module(*[captured.values[name] for name in pack.sources])]
     return found, found.module(*captured.inputs, *packed)[0]
 
 
-def linears(found: Fused) -> list[object]:
+def linears(found: FusedGraph) -> list[object]:
     return [node.target for node in found.module.graph.nodes if node.target in (F.linear, PACKED)]
 
 

@@ -16,7 +16,7 @@ from fxfusion.errors import RefusalCode
 from fxfusion.graph.effects import records_gradients
 from fxfusion.passes import choose_form
 from fxfusion.passes.choose_form import (
-    Setting,
+    Target,
     choose_forms,
     packs_downs,
     tokens_to_pack_for,
@@ -35,7 +35,7 @@ def group_of(dtype: torch.dtype = torch.float32, seq: int = 4) -> Group:
 
 
 def chosen(group: Group, **setting: Any) -> tuple[str, str]:
-    ((found,), _) = choose_forms([group], Setting(**setting), profitable_only=False)
+    ((found,), _) = choose_forms([group], Target(**setting), profitable_only=False)
     return found.form, found.why
 
 
@@ -218,10 +218,10 @@ def test_graphs_that_record_gradients_themselves(record: Callable[..., Any], wan
 @pytest.mark.parametrize("training", [True, False])
 def test_profitable_only_does_not_depend_on_gradients(training: bool) -> None:
     """Otherwise a model would train another function than it computes later."""
-    groups, _ = choose_forms([group_of(torch.float32)], Setting(training=training), profitable_only=True)
+    groups, _ = choose_forms([group_of(torch.float32)], Target(training=training), profitable_only=True)
     assert len(groups) == 1
     groups, refusals = choose_forms(
-        [group_of(torch.float32, seq=64)], Setting(training=training, autocast=True), profitable_only=True
+        [group_of(torch.float32, seq=64)], Target(training=training, autocast=True), profitable_only=True
     )
     assert groups == () and "autocast is on" in refusals[0].message
 
@@ -236,17 +236,17 @@ def test_the_layout_does_not_depend_on_tokens(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("group", [group_of, grouped_of])
 def test_profitable_only_leaves_a_group_sequential(group: Callable[..., Group]) -> None:
-    groups, refusals = choose_forms([group()], Setting(request="members"), profitable_only=True)
+    groups, refusals = choose_forms([group()], Target(request="members"), profitable_only=True)
     assert groups == () and {refusal.code for refusal in refusals} == {RefusalCode.NOT_PROFITABLE}
     assert len(refusals) == len(group().members)
-    groups, refusals = choose_forms([group()], Setting(request="concatenated"), profitable_only=True)
+    groups, refusals = choose_forms([group()], Target(request="concatenated"), profitable_only=True)
     assert len(groups) == 1 and refusals == ()
 
 
 def test_the_group_of_a_window_stays_since_its_mixers_have_moved() -> None:
     window = Window(names=PlannedGroup([0, 1], "hoist"), members=(), mixers=(), entry=())
     group = replace(group_of(), window=window)
-    groups, refusals = choose_forms([group, group_of()], Setting(request="members"), profitable_only=True)
+    groups, refusals = choose_forms([group, group_of()], Target(request="members"), profitable_only=True)
     assert [one.window for one in groups] == [window] and len(refusals) == len(group.members)
 
 

@@ -12,24 +12,24 @@ from torch import Tensor, fx, nn
 import fxfusion
 from fxfusion.compiler.capture import CapturedGraph
 from fxfusion.compiler.observe import Seen
-from fxfusion.compiler.pipeline import Fused, fuse_captured
+from fxfusion.compiler.pipeline import FusedGraph, fuse_captured
 from fxfusion.compiler.verify import Comparison, Form, Proof, lowest_bits, made_up_inputs, prove
 from fxfusion.errors import VerificationError
 from fxfusion.graph import ops
-from fxfusion.passes.choose_form import Setting
+from fxfusion.passes.choose_form import Target
 from fxfusion.plan.policy import FusionPolicy
 from tests.helpers import Float32Rms, Gated, Plain, Rms, Stack, capture, fuse, randomise, stack, tokens
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def proved(model: Callable[..., Any], *inputs: Any, **policy: Any) -> Fused:
+def proved(model: Callable[..., Any], *inputs: Any, **policy: Any) -> FusedGraph:
     """The model's only graph, fused with wide weights and proved."""
-    setting = Setting(request="concatenated")
+    setting = Target(request="concatenated")
     return fuse_captured(capture(model, *inputs), FusionPolicy(**policy), verify="numeric", compiled_for=setting)
 
 
-def rows(fused: Fused) -> dict[str, dict[str, Any]]:
+def rows(fused: FusedGraph) -> dict[str, dict[str, Any]]:
     return {row["part"]: row for row in fused.report.verifications}
 
 
@@ -93,8 +93,8 @@ def test_a_pass_that_does_not_make_groups_parallel_is_caught(
     """What the parallel form is, is not taken from the pass."""
     from fxfusion.passes import parallelise
 
-    def by_members() -> Fused:
-        setting = Setting(request="members")
+    def by_members() -> FusedGraph:
+        setting = Target(request="members")
         return fuse_captured(captured, FusionPolicy(norm=norm), verify="numeric", compiled_for=setting)
 
     captured = capture(stack(), tokens())
@@ -127,8 +127,8 @@ def test_mixers_that_read_one_stream_are_proved(monkeypatch: pytest.MonkeyPatch)
     policy = {"windows": [{"members": [0, 1, 2], "mixers": "wide"}]}
     captured = capture(decoder(), tokens())
 
-    def run() -> Fused:
-        setting = Setting(request="concatenated")
+    def run() -> FusedGraph:
+        setting = Target(request="concatenated")
         return fuse_captured(captured, FusionPolicy.resolve(policy), verify="numeric", compiled_for=setting)
 
     found = rows(run())
