@@ -61,7 +61,13 @@ MATCHERS = (
     "passes/plan_groups.py",
     "fxfusion/graph/token_wise.py",
 )
-NORMALISERS = ("passes/drop_no_ops.py", "passes/drop_zero_branches.py", "passes/functionalise_adds.py")
+NORMALISERS = (
+    "passes/drop_no_ops.py",
+    "passes/drop_zero_branches.py",
+    "passes/functionalise_adds.py",
+    "passes/read_sizes_early.py",
+    "passes/write_out.py",
+)
 EFFECTS = "fxfusion/graph/effects.py"
 TESTS = (
     "tests/test_look_alikes.py",
@@ -198,7 +204,7 @@ def copy_tree(into: Path) -> Path:
             ROOT / name,
             into / name,
             symlinks=True,
-            ignore=shutil.ignore_patterns("__pycache__", "results", "*.safetensors"),
+            ignore=shutil.ignore_patterns("__pycache__", "results", "*.safetensors", "seconds.json"),
         )
     shutil.copy(ROOT / "pyproject.toml", into)
     return into

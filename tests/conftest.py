@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -86,6 +87,13 @@ def _processor_seconds() -> float:
 def own_reports() -> None:
     """Each test sees only the reports of its own compiles (the backend keeps the last 64)."""
     forget_reports()
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a library sets in a test (peft's BOFT leaves CXX=gcc behind, which cannot link C++) ends with the test."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture
