@@ -287,7 +287,8 @@ class Region:
         return int(value.numel() // value.shape[-1])
 
     def random_values(self) -> list[Tensor]:
-        """The stream, `[..., hidden]`, and the weights, small enough that no activation saturates; float64."""
+        """The stream, `[..., hidden]`, and the weights, small enough that no activation saturates, and variances, which
+        are positive; float64."""
         generator = torch.Generator().manual_seed(0)
         values = []
         for node in self.leaves:
@@ -297,6 +298,8 @@ class Region:
                 values.append(torch.zeros(shape, dtype=example.dtype))
                 continue
             value = torch.randn(shape, generator=generator, dtype=torch.float64)
+            if _is_under_root(node):
+                value = value.abs()
             values.append(value / shape[-1] ** 0.5 if len(shape) > 1 and node is not self.leaves[0] else value)
         return values
 
@@ -369,6 +372,12 @@ def _wide(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return torch.float64 if value.is_floating_point else value
     return tuple(map(_wide, value)) if isinstance(value, tuple) else value
+
+
+def _is_under_root(node: fx.Node) -> bool:
+    """Whether it is a variance: what is added to it goes under a root."""
+    readers = {ops.op_name(reader) for user in node.users for reader in (user, *user.users)}
+    return ops.tensor_value(node) is not None and not readers.isdisjoint(("rsqrt", "sqrt"))
 
 
 def _needed(end: fx.Node, stream: fx.Node) -> list[fx.Node]:
