@@ -193,6 +193,8 @@ def test_what_acts_without_a_result() -> None:
         (call(ATEN.bernoulli.default, "x"), True),
         (call(F.rrelu, "x"), False),
         (call(F.rrelu, "x", training=True), True),
+        (call(ATEN.rrelu_with_noise_functional.default, "x", "noise", 0.1, 0.3, False), False),
+        (call(ATEN.rrelu_with_noise_functional.default, "x", "noise", 0.1, 0.3, True), True),
         (call(F.gelu, "x"), False),
     ],
     ids=str,
