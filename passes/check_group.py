@@ -74,30 +74,7 @@ class GroupChecker:
                     RefusalCode.NORM_UNPROVED,
                     f"{members[-1].prologue_constants[index]} of its norm is not proved to be a gain or a shift",
                 )
-        if members[0].segmented:
-            return None  # each member's own activation reads its own constants
-        for index in range(len(members[0].middle_constants)):
-            misfit = self._middle_constant(members, index)
-            if misfit is not None:
-                return misfit
-        return None
-
-    def _middle_constant(self, members: Sequence[FfnNode], index: int) -> Refused | None:
-        """A constant of the activation is one number or size that all share, or becomes one value per channel."""
-        shared = len({member.middle_constants[index] for member in members}) == 1
-        for member in members:
-            constant = member.middle_constants[index]
-            value = ops.tensor_value(constant)
-            if shared and (value is None or value.numel() == 1):
-                continue
-            if value is None or value.numel() not in (1, member.width):
-                words = f"{constant} is not one number or one per intermediate channel"
-                return Refused(RefusalCode.NOT_POINTWISE, words)
-            if value.dim() == 0 and value.dtype != ops.tensor_of(member.down.input).dtype:
-                # A vector of them would take part in type promotion, the number does not.
-                words = f"{constant} is a {value.dtype} number in a middle of another dtype"
-                return Refused(RefusalCode.DIFFERENT_DTYPE, words)
-        return None
+        return members[0].middle_kind.misfit_of(members)
 
     def _shared_within(self, members: Sequence[FfnNode]) -> Refused | None:
         seen: dict[fx.Node, FfnNode] = {}

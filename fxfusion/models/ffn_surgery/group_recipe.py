@@ -4,7 +4,7 @@ Before:  Wg_i [width_i, hidden], g_i [hidden], Wd_i [hidden, width_i], scale_i [
 After:   Wg = rows of all Wg_i * g_i;  Wd = columns of all scale_i * Wd_i                    in the first member's layer
          its gain 1 (norm="fold"), or the last member's (norm="last")
 
-Exact: the same fold as `fxfusion.passes.pack_weights`, for parameters instead of graph nodes.
+Exact: the same fold as `fxfusion.passes.build_wide`, for parameters instead of graph nodes.
 Source: arXiv 2503.18908, theorem 3.1 and section 5.5.
 """
 

@@ -77,7 +77,7 @@ def attention_recipe(reader: LayoutReader, mixers: Mapping[int, Mixer]) -> Group
         ),
     )
     reader.check_biases(recipe)
-    steps = (step for _, step in home.tail if isinstance(step, fx.Node))
+    steps = (step for _, step in home.end.steps if isinstance(step, fx.Node))
     reader.check_readers(home, [*home.prologue_constants, *heads[0].constants, *steps], recipe)
     return recipe
 
@@ -111,7 +111,7 @@ def _member(
         prologue=tuple(reader.constant(ends, node) for node in ends.prologue_constants),
         roles=roles,
         middle=(),
-        tail=reader.tail(ends, ends.tail),
+        tail=reader.tail(ends, ends.end.steps),
         per_head=tuple(
             _per_head(reader, one, node)
             for index, node in enumerate(one.constants)

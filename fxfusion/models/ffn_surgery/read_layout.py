@@ -58,7 +58,11 @@ class LayoutReader:
 
     def recipe(self, group: Group, layers: Sequence[int]) -> GroupRecipe:
         """How the group's parameters become wide ones. `layers`: the decoder layer of each member."""
-        _check_one_module(group)
+        words = group.end.no_module or group.middle.no_module
+        if words:
+            raise SurgeryError(
+                f"{group.members[0].name}: {words}, so no wider module computes this group; {BY_THE_BACKEND}"
+            )
         shared = [
             len({ffn.middle_constants[index] for ffn in group.members}) == 1
             for index in range(len(group.members[0].middle_constants))
@@ -83,7 +87,7 @@ class LayoutReader:
             ),
         )
         self.check_biases(recipe)
-        constants = (*home.prologue_constants, *home.middle_constants, *(step for _, step in home.tail))
+        constants = (*home.prologue_constants, *home.middle_constants, *(step for _, step in home.end.steps))
         self.check_readers(home, [node for node in constants if isinstance(node, fx.Node)], recipe)
         return recipe
 
@@ -96,7 +100,7 @@ class LayoutReader:
         for constant in middle:
             if constant is not None and len(constant.names) != 1:
                 raise SurgeryError(f"{ffn.name}: a constant of its activation is computed from {len(constant.names)}")
-        own = ffn.tail[1:] if biases[ffn.down.node] is not None else ffn.tail
+        own = ffn.end.steps[1:] if biases[ffn.down.node] is not None else ffn.end.steps
         return Member(
             layer=layer,
             name=ffn.name,
@@ -226,15 +230,3 @@ class LayoutReader:
                 elif user not in own:
                     return user
         return None
-
-
-def _check_one_module(group: Group) -> None:
-    """Raise `SurgeryError` where no wider module of the same class computes the group."""
-    first = group.members[0]
-    if group.is_grouped:
-        words = "a norm stands on the FFN's output, and the norm of a sum is not the sum of norms"
-    elif first.segmented:
-        words = "a norm stands inside of the FFN, and one over the channels of all members is another norm"
-    else:
-        return
-    raise SurgeryError(f"{first.name}: {words}, so no wider module computes this group; {BY_THE_BACKEND}")
