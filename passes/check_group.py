@@ -9,7 +9,7 @@ Source: arXiv 2503.18908, theorem 3.1 (the sum of FFNs that read one input).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from torch import fx
 
@@ -36,7 +36,8 @@ class GroupChecker:
 
         `run` and the FFN are of one chain, so all of them read and write one stream.
         """
-        outside = self._outside_reader(ffn)
+        leaves = (leaf for weight in ffn.weights for leaf in weight_leaves(weight, self.facts))
+        outside = reader_outside(leaves, self._inside, self.facts)
         if outside is not None:
             return Refused(RefusalCode.SHARED_WEIGHT, f"a weight of it is also read by {outside}, outside the FFNs")
         if not run:
@@ -66,38 +67,12 @@ class GroupChecker:
         return fold_roles(members, self.prover)
 
     def _constants(self, members: Sequence[FfnNode], norm: NormMode) -> Refused | None:
-        """Constants that differ between members must be foldable, or one per intermediate channel."""
-        for index, role in enumerate(self._roles(members, norm)):
-            nodes = {member.prologue_constants[index] for member in members}
-            if norm == "fold" and role == "fixed" and len(nodes) > 1:
-                return Refused(
-                    RefusalCode.NORM_UNPROVED,
-                    f"{members[-1].prologue_constants[index]} of its norm is not proved to be a gain or a shift",
-                )
-        if members[0].segmented:
-            return None  # each member's own activation reads its own constants
-        for index in range(len(members[0].middle_constants)):
-            misfit = self._middle_constant(members, index)
-            if misfit is not None:
-                return misfit
-        return None
-
-    def _middle_constant(self, members: Sequence[FfnNode], index: int) -> Refused | None:
-        """A constant of the activation is one number or size that all share, or becomes one value per channel."""
-        shared = len({member.middle_constants[index] for member in members}) == 1
-        for member in members:
-            constant = member.middle_constants[index]
-            value = ops.tensor_value(constant)
-            if shared and (value is None or value.numel() == 1):
-                continue
-            if value is None or value.numel() not in (1, member.width):
-                words = f"{constant} is not one number or one per intermediate channel"
-                return Refused(RefusalCode.NOT_POINTWISE, words)
-            if value.dim() == 0 and value.dtype != ops.tensor_of(member.down.input).dtype:
-                # A vector of them would take part in type promotion, the number does not.
-                words = f"{constant} is a {value.dtype} number in a middle of another dtype"
-                return Refused(RefusalCode.DIFFERENT_DTYPE, words)
-        return None
+        """Constants that differ between members must be foldable, or lie side by side."""
+        try:
+            self._roles(members, norm)
+        except Refused as refused:
+            return refused
+        return members[0].middle_kind.misfit_of(members)
 
     def _shared_within(self, members: Sequence[FfnNode]) -> Refused | None:
         seen: dict[fx.Node, FfnNode] = {}
@@ -111,20 +86,20 @@ class GroupChecker:
                     seen[leaf] = ffn
         return None
 
-    def _outside_reader(self, ffn: FfnNode) -> str | None:
-        """A node outside every FFN that reads one of the weights, also through views and casts of it."""
 
-        def constant_users(node: fx.Node) -> list[fx.Node]:
-            return [user for user in node.users if user in self.facts.constants]
-
-        leaves = (leaf for weight in ffn.weights for leaf in weight_leaves(weight, self.facts))
-        users = (user for node in ops.reached(leaves, constant_users) for user in node.users)
-        known = self.facts.constants
-        return next((user.name for user in users if user not in known and user not in self._inside), None)
+def reader_outside(leaves: Iterable[fx.Node], inside: Container[fx.Node], facts: GraphFacts) -> fx.Node | None:
+    """A node that is not inside and reads one of the weights, also through views and casts of it."""
+    constants = facts.constants
+    reached = ops.reached(leaves, lambda node: [user for user in node.users if user in constants])
+    users = (user for node in reached for user in node.users)
+    return next((user for user in users if user not in constants and user not in inside), None)
 
 
 def fold_roles(members: Sequence[Branch], prover: NormProver) -> tuple[Role, ...]:
-    """What happens to each constant of the norms when they are folded: kept as it is ("fixed") where all share it."""
+    """What happens to each constant of the norms when they are folded: kept as it is ("fixed") where all share it.
+
+    Raises `Refused` where another one is neither a proved gain nor a proved shift.
+    """
     proved = prover.roles(members[0])
     shared = [
         all(member.prologue_constants[index] is constant for member in members)
@@ -134,6 +109,9 @@ def fold_roles(members: Sequence[Branch], prover: NormProver) -> tuple[Role, ...
     gain_goes = any(role == "gain" and not same for role, same in zip(proved, shared, strict=True))
     roles: list[Role] = []
     for role, same in zip(proved, shared, strict=True):
+        if role == "fixed" and not same:
+            words = f"{members[-1].prologue_constants[len(roles)]} of its norm is not proved to be a gain or a shift"
+            raise Refused(RefusalCode.NORM_UNPROVED, words)
         stays = same and not (role == "shift" and gain_goes)
         roles.append("fixed" if stays else role)
     return tuple(roles)

@@ -1,16 +1,16 @@
 """Choose the form in which a group's sum is computed: the one place with the rule, made from measurements.
 
-    concatenated       wide weights, F.linear                                memory: the group's weights again
-    prepacked          wide weights in oneDNN's layout, on huge pages        memory: the group's weights again
-    members            one by one on the original weights, in parallel form  memory: none
-    grouped            norms on the members' outputs: gate and up are wide   memory: gate and up again
-    grouped_prepacked  the same in that layout, mostly their downs too       memory: the group's weights again
+    concatenated    wide weights, F.linear                                memory: the group's weights again
+    prepacked       wide weights in oneDNN's layout, on huge pages        memory: the group's weights again
+    members         one by one on the original weights, in parallel form  memory: none
 
 All are the parallel form up to rounding, so no result depends on the machine. Matches (no edit).
 While gradients are recorded a group is computed by "members", on the user's own parameters: nothing is packed, so
 nothing can go stale and gradients are native. Who asks for "concatenated" gets the concatenation at each call.
 Made from kernel timings and `python -m bench.chain_speed` and its `--norms` on AVX-512 processors, one thread;
-what was not measured keeps "concatenated" or "grouped", and its reason says so. Source: `python -m bench.chain_speed`.
+what was not measured keeps "concatenated", and its reason says so. One rule serves all kinds: gates and ups before
+norms on outputs are wide as others' are, and GEMMs of the same shapes (256 x 704 and 1024 x 2816, 1 to 128 tokens) were
+measured to gain and lose in the same places. Source: `python -m bench.chain_speed`.
 """
 
 from __future__ import annotations
@@ -48,11 +48,6 @@ class Target:
     autocast: bool = False
 
 
-# One rule serves groups with norms on their outputs: their gates and ups are wide as others' are, and GEMMs of the same
-# shapes (256 x 704 and 1024 x 2816, 1 to 128 tokens) were measured to gain and lose in the same places.
-_GROUPED: dict[Form, Form] = {"concatenated": "grouped", "prepacked": "grouped_prepacked", "members": "members"}
-
-
 def choose_forms(
     groups: Sequence[Group], target: Target, profitable_only: bool
 ) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
@@ -78,24 +73,17 @@ def tokens_to_pack_for(group: Group) -> int:
     float32: blocks of 64 channels are best in cache and for many tokens, plain rows for one token from memory.
     bfloat16: blocks of pairs are best everywhere.
     """
-    from_memory = _dtype(group) == torch.float32 and weight_bytes(group) > CACHE
-    return 1 if from_memory else 16
+    return 1 if _dtype(group) == torch.float32 and not is_float32_in_cache(group) else 16
 
 
-def packs_downs(group: Group) -> bool:
-    """Whether the members' own down projections are in oneDNN's layout too, where a group's gate and up are.
-
-    Not in float32 from cache: 8 of them, 256 x 704, took 0.28 ms for one token instead of 0.13 (32 tokens: 1.03 instead
-    of 1.13). In bfloat16 and from memory they took 0.6 to 0.95 of the time.
-    """
-    in_cache = _dtype(group) == torch.float32 and weight_bytes(group) <= CACHE
-    return group.form == "grouped_prepacked" and not in_cache
+def is_float32_in_cache(group: Group) -> bool:
+    return _dtype(group) == torch.float32 and weight_bytes(group) <= CACHE
 
 
 def packed_bytes(group: Group) -> int:
-    """Memory of a group's packed weights. Down projections before a norm are read in place, unless they are packed."""
-    in_place = group.is_grouped and not packs_downs(group)
-    return 0 if group.form == "members" else sum(member_bytes(member, not in_place) for member in group.members)
+    """Memory of a group's packed weights."""
+    with_down = group.end.packs_down(group)
+    return 0 if group.form == "members" else sum(member_bytes(member, with_down) for member in group.members)
 
 
 def weight_bytes(group: Group) -> int:
@@ -119,7 +107,7 @@ def _inference_rule(group: Group, target: Target) -> tuple[Form, str]:
 
 def _with_form(group: Group, target: Target) -> Group:
     form, why = _rule(group, target)
-    return replace(group, form=_GROUPED[form] if group.is_grouped else form, why=why)
+    return replace(group, form=form, why=why)
 
 
 def _rule(group: Group, target: Target) -> tuple[Form, str]:

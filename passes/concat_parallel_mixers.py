@@ -27,11 +27,10 @@ from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
-from fxfusion.passes.build_wide import plain_norm
+from fxfusion.passes.build_wide import PACK_TAG, out_in, plain_norm
 from fxfusion.passes.concatenate import STANDS_FOR
 from fxfusion.passes.ffn import Branch, Linear, Mixer, Role
 from fxfusion.passes.match_mixer import match_mixer
-from fxfusion.passes.pack_weights import PACK_TAG, out_in
 from fxfusion.passes.parallelise_mixers import stream_of
 from fxfusion.passes.prove_norm import NormProver
 

@@ -7,14 +7,10 @@ After:
     n = norm(x) without gain;  h = act(Wg n) * (Wu n)                 h: [..., width_1 + width_2]
     y2 = x + Wd h
         Wg = cat(Wg1 g1, Wg2 g2), Wu likewise: [width_1 + width_2, hidden];  Wd = cat(Wd1, Wd2, dim=1)
-    where each member has a norm Ni on its output, whatever its spelling (a grouped group):
-    y1 = x + N1(Wd1 h[..., :width_1]);  y2 = y1 + N2(Wd2 h[..., width_1:])
 
 Exact: the sum of FFNs that read one input is one FFN with concatenated intermediate channels. Gains and shifts of the
-norms (norm="fold") and scales after the down projections are folded into the weights. The norm of a sum is not the sum
-of norms, so behind the activation of grouped members nothing is joined but the addition: the same sum in the same
-order, each with its own norm and down projection (with norm="last" too). Weights of prepacked groups are read in
-oneDNN's layout. Groups of form "members" stay as they are.
+norms (norm="fold") are folded into the weights. What differs from kind to kind, `kinds` has. Weights of prepacked
+groups are read in oneDNN's layout. Groups of form "members" stay as they are.
 Source: arXiv 2503.18908, theorem 3.1.
 """
 
@@ -29,9 +25,8 @@ from torch import fx
 from fxfusion.graph import ops
 from fxfusion.graph.editor import GraphEditor
 from fxfusion.graph.pass_base import Pass, PassResult
-from fxfusion.passes.build_wide import WideBuilder, clone_region, regrouped
+from fxfusion.passes.build_wide import PACK_TAG, WideBuilder
 from fxfusion.passes.ffn import FfnNode, Group
-from fxfusion.passes.pack_weights import PACK_TAG, WeightPacker
 
 STANDS_FOR = "fxfusion_stands_for"
 """Marks a node with the name of the one whose place it took: they compute the same."""
@@ -80,27 +75,13 @@ def _fuse(group: Group, index: int, stream: fx.Node, made_by: str) -> fx.Node:
     """Build the group on `stream`, its input as it is now; returns the addition that ends it."""
     last = group.members[-1]
     editor = GraphEditor(last.add, made_by, [member.name for member in group.members])
-    packer = WeightPacker(editor, group, index)
-    wide = WideBuilder(editor, packer, group, stream)
     total = stream
-    if not group.is_grouped:
-        down = wide.linear(wide.middle(), packer.down_weight(), packer.down_bias())
-        total = editor.call(operator.add, total, _like_branch(editor, down, stream, last.branch))
-    else:
-        for member, middle in zip(group.members, wide.middles(), strict=True):
-            branch = _output(editor, member, wide.linear(middle, *packer.own_down(member)), stream)
-            total = editor.call(operator.add, total, _like_branch(editor, branch, stream, member.branch))
+    for value, branch in group.end.branches(WideBuilder(editor, group, index, stream)):
+        total = editor.call(operator.add, total, _like_branch(editor, value, stream, branch))
     total.meta[STANDS_FOR] = last.add.name
     last.add.replace_all_uses_with(total)
     last.add.graph.erase_node(last.add)
     return total
-
-
-def _output(editor: GraphEditor, member: FfnNode, down: fx.Node, stream: fx.Node) -> fx.Node:
-    """The member's own norm, and what else stands behind its down projection."""
-    values = {member.down.node: regrouped(editor, down, member.down.node, stream)}
-    clone_region(editor, member.output, values, stream)
-    return values[member.branch]
 
 
 def _like_branch(editor: GraphEditor, value: fx.Node, stream: fx.Node, branch: fx.Node) -> fx.Node:

@@ -1,31 +1,34 @@
 """The typed records that travel from the matchers to the rewriters.
 
     x ──┬─ prologue (norm) ─ n ─┬─ in-projection 0 (gate) ─ pieces ─┐
-        │                       └─ in-projection 1 (up)   ─ pieces ─┴─ middle ─ down ─ scales ─ b
-        └──────────────────────────────────── add(x, b) ─────────────────────────────────────── y
-
-with a norm on the FFN's output: ... middle ─ down ─ output (norm) ─ b
+        │                       └─ in-projection 1 (up)   ─ pieces ─┴─ middle ─ down ─ end ─ b
+        └──────────────────────────────────── add(x, b) ──────────────────────────────────── y
 
 x, y, b: `[..., hidden]`; pieces and middle: `[..., width]`. Records hold node references and no
-logic beyond properties; they are stale once the graph has been edited.
+logic beyond properties; they are stale once the graph has been edited. What differs from kind to kind of FFN is a
+`Middle` and an `End`: one file for each, `kinds` lists them.
 Source: arXiv 2503.18908, equations 1 to 5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import fx
 
-from fxfusion.errors import Refusal, RefusalCode
+from fxfusion.errors import Refusal, RefusalCode, Refused
 from fxfusion.graph.isomorphism import Structure
 from fxfusion.plan.fusion_plan import PlannedGroup
 
+if TYPE_CHECKING:
+    from fxfusion.passes.build_wide import WideBuilder
+
 Role = Literal["gain", "shift", "fixed"]
+Inputs = Mapping[fx.Node, bool]  # what nodes read, and whether it depends on the token
 TailStep = tuple[Literal["mul", "add"], fx.Node | float]
-Form = Literal["concatenated", "prepacked", "members", "grouped", "grouped_prepacked"]
+Form = Literal["concatenated", "prepacked", "members"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,14 +62,74 @@ class Piece:
         return len(range(self.start, self.stop, self.step))
 
 
+class Middle:
+    """How an activation treats the intermediate channels: what is matched, checked and built of it.
+
+    `no_module`: why no wider module computes a group of them; empty where one does. `is_apart`: whether it is computed
+    member by member, so that it may know the member's own width and token axes.
+    """
+
+    no_module: ClassVar[str] = ""
+    is_apart: ClassVar[bool] = False
+
+    def misfit(self, nodes: Sequence[fx.Node], inputs: Inputs, before: Refused | None) -> Refused | None:
+        """Why the nodes are no such middle. `before`: what the kind before this one said."""
+        raise NotImplementedError
+
+    def misfit_of(self, members: Sequence[FfnNode]) -> Refused | None:
+        """Why members, alike but for their constants, do not fit together."""
+        return None
+
+    def joined(self, wide: WideBuilder) -> fx.Node:
+        """Builds what the down projection of one wide FFN reads, `[..., sum of widths]`."""
+        raise NotImplementedError
+
+    def apart(self, wide: WideBuilder) -> list[fx.Node]:
+        """Builds what each member's own down projection reads, `[..., width]`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """What stands between a down projection and the branch: what is checked, built, packed and weighed of it.
+
+    `no_module`: as of `Middle`. `steps`: what multiplies the result of `down` or is added to it, in order, where that
+    is all: literals and per-channel constants, `[hidden]` or one number.
+    """
+
+    no_module: ClassVar[str] = ""
+    steps: tuple[TailStep, ...] = ()
+
+    def structure(self, down: fx.Node) -> Structure:
+        """What must be alike in the members of a group."""
+        return ()
+
+    def check(self, down: fx.Node) -> None:
+        """Raises `Refused` where it only looked like this kind. Asked once for each structure."""
+
+    def check_axes(self, down: fx.Node, stream: fx.Node) -> None:
+        """Raises `Refused` where tokens are grouped in a way that cannot be made anew."""
+
+    def branches(self, wide: WideBuilder) -> Iterator[tuple[fx.Node, fx.Node]]:
+        """Builds what is added to the stream, in order, each with an old branch whose dtype it gets."""
+        raise NotImplementedError
+
+    def packs_down(self, group: Group) -> bool:
+        """Whether the down projections are among the packed weights of a group that has some."""
+        return True
+
+    def form_name(self, form: Form) -> str:
+        """The name of a group's form in reports."""
+        return form
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
     """A residual branch between linear layers, of an FFN or of a mixer: `add = stream + branch(stream)`.
 
     `nodes`: every node of the branch. `prologue`: from the stream to `normed`, in graph order, with
-    the constants it reads in the order it reads them. `projections` read `normed`, `down` is the last linear layer.
-    `tail`: what multiplies the result of `down` or is added to it, in order: literals and per-channel constants,
-    `[hidden]` or one number.
+    the constants it reads in the order it reads them. `projections` read `normed`, `down` is the last linear layer,
+    `end` stands behind it.
     """
 
     stream: fx.Node
@@ -78,7 +141,7 @@ class Branch:
     normed: fx.Node
     projections: tuple[Linear, ...]
     down: Linear
-    tail: tuple[TailStep, ...] = ()
+    end: End
     name: str
 
     @property
@@ -99,9 +162,7 @@ class FfnNode(Branch):
     """One residual feed-forward node; `branch`: what is added.
 
     `middle`: from the pieces to the input of `down`, in graph order, with its constants as of the prologue;
-    `aliases` maps views in it to the values they show; `segmented`: whether something in it is
-    computed over all intermediate channels of the member, as by an inner norm.
-    `output`: instead of a tail, what cannot be folded into `down`: a norm, from the result of `down` to `branch`.
+    `aliases` maps views in it to the values they show; `middle_kind`: how it treats the channels.
     """
 
     branch: fx.Node
@@ -109,8 +170,7 @@ class FfnNode(Branch):
     aliases: Mapping[fx.Node, fx.Node]
     middle: tuple[fx.Node, ...]
     middle_constants: tuple[fx.Node, ...]
-    output: tuple[fx.Node, ...] = ()
-    segmented: bool = False
+    middle_kind: Middle
     structure: Structure
     layer: str
     source: str
@@ -142,8 +202,7 @@ class Chain:
 class Group:
     """Consecutive members of one chain that become one FFN. `window`: what was moved to make the chain, if anything.
 
-    `is_grouped`: whether each member keeps its own down projection and the norm behind it, and only what comes before
-    is wide.
+    `middle`, `end`: the kinds of all members.
     `form`, `why`: how the sum of the members is computed, and the reason (see `choose_form`).
     """
 
@@ -159,13 +218,12 @@ class Group:
         return sum(member.width for member in self.members)
 
     @property
-    def is_grouped(self) -> bool:
-        return bool(self.members[0].output)
+    def middle(self) -> Middle:
+        return self.members[0].middle_kind
 
     @property
-    def is_prepacked(self) -> bool:
-        """Whether its weights are in oneDNN's layout."""
-        return self.form in ("prepacked", "grouped_prepacked")
+    def end(self) -> End:
+        return self.members[0].end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

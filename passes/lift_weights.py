@@ -24,7 +24,7 @@ from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.pass_base import Pass, PassResult
 from fxfusion.graph.torch_private import lazy_graph_module
-from fxfusion.passes.pack_weights import PACK_TAG
+from fxfusion.passes.build_wide import PACK_TAG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

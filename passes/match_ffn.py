@@ -3,9 +3,8 @@
 Matches (no edit):
     n = norm(x)                       prologue: token-wise, whatever its spelling
     g, u = n Wg^T + bg, n Wu^T + bu   projections: linear layers that read n (one, two or packed)
-    h = act(g) * u                    middle: pointwise on the intermediate axis, whatever it is; or, with
-                                      a norm in it, computed over the channels of one member (`segmented`)
-    b = s * (h Wd^T + bd)             down, then constant scales and shifts, casts, views; or a norm
+    h = act(g) * u                    middle: one of the kinds of `kinds`, as is the end
+    b = end(h Wd^T + bd)              down, and what stands behind it
     y = x + b                         x, y: [..., hidden]; h: [..., width]
 Everything the branch computes is read inside it only. A branch that does not fit is refused with a
 code; nothing is guessed from names of modules.
@@ -14,7 +13,7 @@ Source: arXiv 2503.18908, equations 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -24,11 +23,10 @@ from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts, Slice
 from fxfusion.graph.isomorphism import Entry, Structure, describe_region
 from fxfusion.graph.token_wise import check_token_wise
-from fxfusion.passes.ffn import FfnNode, Linear
+from fxfusion.passes.ffn import End, FfnNode, Linear, Middle
+from fxfusion.passes.kinds import match_end, match_middle
 from fxfusion.passes.match_linear import match_linear
-from fxfusion.passes.match_output import has_axes_of, is_flat, is_norm, output_structure, regroups_tokens
-from fxfusion.passes.match_pieces import VIEWS, Cuts, keeps_channels, match_pieces
-from fxfusion.passes.match_tail import Tail, match_tail, stands_between
+from fxfusion.passes.match_pieces import VIEWS, Cuts, check_axes, keeps_channels, match_pieces
 
 
 @dataclass
@@ -40,11 +38,8 @@ class _Regions:
     projections: tuple[Linear, ...]
     cuts: Cuts
     middle: tuple[fx.Node, ...]
-    tail: Tail
-
-    @property
-    def down(self) -> Linear:
-        return self.tail.down
+    down: Linear
+    end: End
 
 
 class FfnMatcher:
@@ -52,7 +47,7 @@ class FfnMatcher:
 
     def __init__(self, facts: GraphFacts) -> None:
         self.facts = facts
-        self._proved: dict[tuple[Structure, str], Refused | bool] = {}
+        self._proved: dict[tuple[Structure, str], Refused | Middle] = {}
 
     def match(self, stream: fx.Node, add: fx.Node, branch: fx.Node, found: Slice) -> FfnNode:
         """The FFN node `add = stream + branch`. Raises `Refused`."""
@@ -60,14 +55,15 @@ class FfnMatcher:
         _check_widths(regions, stream)
         prologue_constants = self.facts.constants_of(regions.prologue)
         middle_constants = self.facts.constants_of(regions.middle)
-        output = self._output_structure(regions)
+        end = regions.end.structure(regions.down.node)
         places = {stream: "x"} | {node: f"c{index}" for index, node in enumerate(prologue_constants)}
         prologue = describe_region(regions.prologue, places)
-        structure = prologue + _middle_structure(regions, middle_constants, branch) + output
-        segmented = self._prove_token_wise(regions, stream, structure)
-        if segmented:
-            structure = prologue + _middle_structure(regions, middle_constants, branch, own_width=True) + output
-        _check_token_axes(regions, stream, segmented)
+        structure = prologue + _middle_structure(regions, middle_constants, branch) + end
+        kind = self._prove_token_wise(regions, stream, structure)
+        regions.end.check_axes(regions.down.node, stream)
+        if kind.is_apart:
+            structure = prologue + _middle_structure(regions, middle_constants, branch, own_width=True) + end
+            check_axes((*regions.cuts.pieces, *regions.cuts.aliases), regions.normed, RefusalCode.NOT_POINTWISE)
         linears = [linear.node for linear in (*regions.projections, regions.down)]
         return FfnNode(
             stream=stream,
@@ -83,9 +79,8 @@ class FfnMatcher:
             middle=regions.middle,
             middle_constants=middle_constants,
             down=regions.down,
-            tail=regions.tail.steps,
-            output=regions.tail.output,
-            segmented=segmented,
+            middle_kind=kind,
+            end=regions.end,
             prologue_structure=prologue,
             structure=structure,
             name=provenance.common_path(linears) or str(add),
@@ -95,8 +90,7 @@ class FfnMatcher:
 
     def _cut(self, stream: fx.Node, branch: fx.Node, found: Slice) -> _Regions:
         linears = [linear for node in found.nodes if (linear := match_linear(node, self.facts)) is not None]
-        tail = match_tail(branch, linears, found, self.facts)
-        down = tail.down
+        down, end = match_end(branch, linears, found, self.facts)
         projections = self._projections(linears, down, stream)
         normed = _normed(projections, stream)
         prologue = self.facts.slice_between(normed, stream).nodes if normed is not stream else ()
@@ -106,7 +100,7 @@ class FfnMatcher:
         used = {cuts.resolve(source) for node in (*middle, down.node) for source in node.all_input_nodes}
         cuts.pieces = {node: piece for node, piece in cuts.pieces.items() if node in used}
         self._check_sources(middle, cuts)
-        return _Regions(prologue, normed, projections, cuts, middle, tail)
+        return _Regions(prologue, normed, projections, cuts, middle, down, end)
 
     def _projections(self, linears: Sequence[Linear], down: Linear, stream: fx.Node) -> tuple[Linear, ...]:
         projections = tuple(linear for linear in linears if linear is not down)
@@ -148,12 +142,8 @@ class FfnMatcher:
                     message = f"{ops.op_name(node)} reads {source}, which no projection made"
                     raise Refused(RefusalCode.STRUCTURE, message, node)
 
-    def _output_structure(self, regions: _Regions) -> Structure:
-        output = regions.tail.output
-        return output_structure(output, regions.down.node, self.facts.constants_of(output)) if output else ()
-
-    def _prove_token_wise(self, regions: _Regions, stream: fx.Node, structure: Structure) -> bool:
-        """Whether the middle is segmented. Raises `Refused` where the branch is not token-wise."""
+    def _prove_token_wise(self, regions: _Regions, stream: fx.Node, structure: Structure) -> Middle:
+        """The kind of the middle. Raises `Refused` where the branch is not token-wise."""
         key = (structure, str(getattr(ops.tensor_value(stream), "shape", "")))
         if key not in self._proved:
             try:
@@ -165,38 +155,16 @@ class FfnMatcher:
             raise found
         return found
 
-    def _check_token_wise(self, regions: _Regions, stream: fx.Node) -> bool:
+    def _check_token_wise(self, regions: _Regions, stream: fx.Node) -> Middle:
         constants = {node: False for node in self.facts.constants_of(regions.prologue)}
         check_token_wise(regions.prologue, {stream: True} | constants)
-        segmented = self._is_segmented(regions)
-        output = regions.tail.output
-        if output and not is_norm(output, regions.down.node, self.facts.constants_of(output)):
-            raise stands_between(regions.tail.stopped_at)
-        return segmented
-
-    def _is_segmented(self, regions: _Regions) -> bool:
-        """Whether a norm over the channels stands in the middle. Raises `Refused` where it is no token-wise code."""
         cuts = regions.cuts
-        inputs = {node: True for node in cuts.pieces} | {
-            node: False for node in self.facts.constants_of(regions.middle)
-        }
+        inputs = dict.fromkeys(cuts.pieces, True) | dict.fromkeys(self.facts.constants_of(regions.middle), False)
         inputs |= {view: True for view in cuts.aliases if cuts.resolve(view) in cuts.pieces}
         views = [view for view in cuts.aliases if cuts.resolve(view) in regions.middle]
-        nodes = sorted((*regions.middle, *views), key=self.facts.order.__getitem__)
-        try:
-            check_token_wise(nodes, inputs, pointwise_only=True)
-        except Refused as refused:
-            if refused.code is not RefusalCode.NOT_POINTWISE or not _is_norm(nodes, inputs):
-                raise
-            return True
-        return False
-
-
-def _is_norm(nodes: Sequence[fx.Node], inputs: Mapping[fx.Node, bool]) -> bool:
-    try:
-        return check_token_wise(nodes, inputs)
-    except Refused:
-        return False  # what the stricter check said holds
+        kind = match_middle(sorted((*regions.middle, *views), key=self.facts.order.__getitem__), inputs)
+        regions.end.check(regions.down.node)
+        return kind
 
 
 def _normed(projections: Sequence[Linear], stream: fx.Node) -> fx.Node:
@@ -222,19 +190,6 @@ def _check_widths(regions: _Regions, stream: fx.Node) -> None:
     if example is None or example.shape[-1] != hidden:
         # One channel that the tail spreads over the stream. So the tail's vectors are `hidden` long, or 1.
         raise Refused(RefusalCode.BROADCAST, f"the branch is {hidden} wide, the stream is not", regions.down.node)
-
-
-def _check_token_axes(regions: _Regions, stream: fx.Node, segmented: bool) -> None:
-    """What is computed member by member has the token axes of what it is made from, or is `[tokens, channels]`."""
-    output = (regions.down.node, *filter(regroups_tokens, regions.tail.output)) if regions.tail.output else ()
-    middle = (*regions.cuts.pieces, *regions.cuts.aliases) if segmented else ()
-    for nodes, like, code in (
-        (output, stream, RefusalCode.OUTPUT_NORM),
-        (middle, regions.normed, RefusalCode.NOT_POINTWISE),
-    ):
-        for node in nodes:
-            if not (has_axes_of(node, like) or is_flat(node)):
-                raise Refused(code, f"{ops.op_name(node)} groups the tokens in another way than {like}", node)
 
 
 def _middle_structure(

@@ -19,11 +19,11 @@ from fxfusion.graph import ops
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.isomorphism import describe_region
 from fxfusion.graph.token_wise import check_token_wise
-from fxfusion.passes.ffn import Branch, Linear, Mixer, TailStep
+from fxfusion.passes.ffn import Branch, End, Linear, Mixer
+from fxfusion.passes.kinds import match_end
 from fxfusion.passes.match_linear import match_linear
 from fxfusion.passes.match_pieces import behind_views
 from fxfusion.passes.match_residual import check_shapes, weight_leaves
-from fxfusion.passes.match_tail import match_tail
 
 
 def match_mixer(
@@ -39,8 +39,8 @@ def match_mixer(
     if mixer.add.kwargs.get("alpha", 1) != 1:
         raise Refused(RefusalCode.STRUCTURE, f"the addition of {name} scales its branch", mixer.add)
     check_shapes(mixer.add, branch, stream)
-    projections, down, tail = _ends(name, branch, stream, facts)
-    if not loose and (tail or down.node is not branch):
+    projections, down, end = _ends(name, branch, stream, facts)
+    if not loose and (end.steps or down.node is not branch):
         raise Refused(RefusalCode.STRUCTURE, f"{name} does not end with a linear layer", branch)
     inputs = {behind_views(linear.input) if loose else linear.input for linear in projections}
     if len(inputs) != 1:
@@ -64,26 +64,23 @@ def match_mixer(
         normed=normed,
         projections=projections,
         down=down,
-        tail=tail,
+        end=end,
         add=mixer.add,
         name=name,
     )
 
 
-def _ends(
-    name: str, branch: fx.Node, stream: fx.Node, facts: GraphFacts
-) -> tuple[tuple[Linear, ...], Linear, tuple[TailStep, ...]]:
+def _ends(name: str, branch: fx.Node, stream: fx.Node, facts: GraphFacts) -> tuple[tuple[Linear, ...], Linear, End]:
     """The linear layers that read no other linear layer of the mixer, the one that ends it, and what is behind it."""
     found = facts.slice_between(branch, stream)
     linears = [linear for node in found.nodes if (linear := match_linear(node, facts)) is not None]
-    tail = match_tail(branch, linears, found, facts)
-    if tail.output:
+    down, end = match_end(branch, linears, found, facts)
+    if end.no_module:
         words = f"{name} does not end with a linear layer but with {ops.op_name(branch)}"
         raise Refused(RefusalCode.STRUCTURE, words, branch)
-    down = tail.down
     outputs = {linear.node for linear in linears}
     first = (each for each in linears if not outputs & set(facts.slice_between(each.input, stream).nodes))
-    return tuple(each for each in first if each is not down), down, tail.steps
+    return tuple(each for each in first if each is not down), down, end
 
 
 def _check_weights(name: str, linears: tuple[Linear, ...], facts: GraphFacts, opaque: Mapping[str, str]) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 
 from torch import fx
 
+from fxfusion.errors import RefusalCode, Refused
 from fxfusion.graph import ops
 from fxfusion.passes.ffn import Linear, Piece
 
 VIEWS = frozenset("view reshape view_as flatten unflatten squeeze unsqueeze contiguous clone".split())
+RESHAPES = VIEWS - {"contiguous", "clone"}
 
 _Range = tuple[int, int, int]
 
@@ -172,3 +174,26 @@ def views_behind(node: fx.Node) -> tuple[fx.Node, ...]:
         node = node.all_input_nodes[0]
         found.append(node)
     return tuple(found)
+
+
+def regroups_tokens(node: fx.Node) -> bool:
+    """Whether the node is a view that leaves the channel axis as it is."""
+    return ops.op_name(node) in RESHAPES and keeps_channels(node, node.all_input_nodes[0])
+
+
+def check_axes(nodes: Iterable[fx.Node], like: fx.Node, code: RefusalCode) -> None:
+    """Raises `Refused` unless all values have the token axes of another, or are `[tokens, channels]`."""
+    for node in nodes:
+        if not (has_axes_of(node, like) or is_flat(node)):
+            raise Refused(code, f"{ops.op_name(node)} groups the tokens in another way than {like}", node)
+
+
+def has_axes_of(node: fx.Node, like: fx.Node) -> bool:
+    """Whether two values have the same token axes."""
+    return ops.shape_of(node)[:-1] == ops.shape_of(like)[:-1]
+
+
+def is_flat(node: fx.Node) -> bool:
+    """Whether the value is `[tokens, channels]`."""
+    value = ops.tensor_value(node)
+    return value is not None and value.dim() == 2

@@ -47,7 +47,7 @@ def match_residual(facts: GraphFacts, opaque_weights: Mapping[str, str]) -> Matc
     refusals = [_hidden(node) for node in facts.graph.nodes if is_higher_order(node) or ops.op_name(node) == LAYER]
     refusals += _constant_streams(facts)
     for add in facts.graph.nodes:
-        operands = _residual_operands(add, facts)
+        operands = residual_operands(add, facts)
         if operands is None:
             continue
         stream, branch = operands
@@ -96,7 +96,7 @@ class _TokenWise:
         return self._known[key]
 
 
-def _residual_operands(add: fx.Node, facts: GraphFacts) -> tuple[fx.Node, fx.Node] | None:
+def residual_operands(add: fx.Node, facts: GraphFacts) -> tuple[fx.Node, fx.Node] | None:
     """(earlier, later) operand of an addition of two activations: the stream comes first."""
     if ops.op_name(add) != "add" or len(add.args) != 2:
         return None

@@ -32,11 +32,10 @@ from fxfusion.errors import CheckpointError, SurgeryError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_attention import drop_traced
 from fxfusion.models.ffn_surgery.fuse import fuse, missing_drops
-from fxfusion.models.ffn_surgery.record import fused_state, plan_of
+from fxfusion.models.ffn_surgery.record import fused_state, intact_config, plan_of
 from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
 from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.models.fingerprint import check_fits, decoder_layers, facts_of
-from fxfusion.models.intact_config import intact_config
 from fxfusion.models.no_attention import NoAttention, NoNorm
 from fxfusion.models.surgery_proof import full_logits, proof_tokens, relative
 from fxfusion.plan.fusion_plan import FusionPlan

@@ -26,7 +26,7 @@ def summarise_group(group: Group) -> GroupSummary:
         norm=group.norm,
         width=group.width,
         packed_bytes=packed_bytes(group),
-        form=group.form,
+        form=group.end.form_name(group.form),
         why=group.why,
         mixers="none" if window is None else window.names.mixers,
         moved=() if window is None else tuple(mixer.layer or mixer.add.name for mixer in window.mixers),

@@ -18,8 +18,7 @@ from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.cache_slots import CacheSlots, set_attribute
 from fxfusion.models.drop_record import DropRecord, fused_entry, read_record
 from fxfusion.models.no_attention import NoAttention, NoNorm, Nothing, Returned, candidates, watch
-from fxfusion.models.same_graph import check_same_graph
-from fxfusion.models.surgery_proof import Proof, full_logits, proof_tokens
+from fxfusion.models.surgery_proof import Proof, check_same_graph, full_logits, proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel, evaluating, model_inputs
 
 

@@ -3,6 +3,13 @@
     x ─┬─ norm ─ attention ─ o ─ add(x, o) ─ y       mixer: before x, after y
        └─ norm ─ attention ─ add(attention, ffn) ─ add(x, ...)      parallel: before ffn, after the inner add
 
+The stream is followed from its last addition back to the embedding:
+
+    embedding ── add(x0, attention) ── add(x1, ffn) ── ... ── add(x23, ffn) ── final norm ── logits
+
+Additions inside a branch (rotary angles, gates, shared experts) are not on the way, so they are not
+taken for additions to the stream, whatever their shape.
+
 To remove a block is to put its `before` where its `after` was; everything else of the graph stays.
 """
 
@@ -20,9 +27,9 @@ from fxfusion.errors import CaptureError
 from fxfusion.graph import ops, provenance
 from fxfusion.graph.dataflow import GraphFacts
 from fxfusion.graph.effects import ALIASING_OPS
-from fxfusion.models.spine import Addition, follow_stream
 from fxfusion.passes.ffn import FfnNode, Mixer
-from fxfusion.passes.match_residual import ROUTERS, match_residual, mixes_tokens
+from fxfusion.passes.match_pieces import behind_views
+from fxfusion.passes.match_residual import ROUTERS, linear_layers, match_residual, mixes_tokens, residual_operands
 
 # What may stand between an attention and the stream without making one value of it and its neighbours.
 _LINEAR_OPS = ALIASING_OPS | {"mul", "div", "neg"}
@@ -48,6 +55,22 @@ class ResidualBlock:
     before: fx.Node
     after: fx.Node
     branches: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addition:
+    """`add = stream + branch`, `[..., hidden]`. `reads`: what the branch is computed from, by `nodes`.
+
+    `reads` is `stream`, or, where a layer adds two branches that read the same value, what came before
+    the first of them: `(x + attention(x)) + ffn(x)`. `layer`: path of the decoder layer, empty outside.
+    """
+
+    add: fx.Node
+    stream: fx.Node
+    branch: fx.Node
+    reads: fx.Node
+    nodes: tuple[fx.Node, ...]
+    layer: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +111,50 @@ def find_blocks(captured: CapturedGraph, tokens: int) -> Blocks:
     )
 
 
+def follow_stream(facts: GraphFacts, tokens: int) -> tuple[Addition, ...]:
+    """The additions to the stream, in graph order. `tokens`: how many the graph was captured on."""
+    candidates: dict[fx.Node, Addition] = {}
+    for node in facts.graph.nodes:
+        found = _addition(node, candidates, facts, tokens)
+        if found is not None:
+            candidates[node] = found
+    spine: list[Addition] = []
+    current = max(candidates, key=facts.order.__getitem__, default=None)
+    while current is not None:
+        spine.append(candidates[current])
+        current = _previous(candidates[current].stream, candidates, facts)
+    return tuple(reversed(spine))
+
+
+def _addition(add: fx.Node, earlier: Mapping[fx.Node, Addition], facts: GraphFacts, tokens: int) -> Addition | None:
+    """An addition of stream shape to a value computed from it with weights."""
+    operands = residual_operands(add, facts)
+    if operands is None or not all(_is_stream_shaped(node, tokens) for node in (add, *operands)):
+        return None
+    first, second = operands
+    readings = [(first, second, first)]
+    for stream, branch in ((first, second), (second, first)):
+        if stream in earlier:
+            readings.append((stream, branch, earlier[stream].reads))
+    for stream, branch, reads in readings:
+        found = facts.slice_between(branch, reads)
+        if found.reaches_stop and any(ops.op_name(node) in ops.LINEARS for node in found.nodes):
+            layer = provenance.owning_layer(linear_layers(found, facts), add)
+            return Addition(add=add, stream=stream, branch=branch, reads=reads, nodes=found.nodes, layer=layer)
+    return None
+
+
+def _is_stream_shaped(node: fx.Node, tokens: int) -> bool:
+    value = ops.tensor_value(node)
+    return value is not None and 1 < value.dim() <= 3 and value.numel() == tokens * value.shape[-1]
+
+
+def _previous(stream: fx.Node, candidates: Mapping[fx.Node, Addition], facts: GraphFacts) -> fx.Node | None:
+    """The last addition that a value of the stream was computed from: itself, or what a norm or scale reads."""
+    found = ops.reached([stream], lambda node: () if node in candidates else node.all_input_nodes)
+    return max(candidates.keys() & set(found), key=facts.order.__getitem__, default=None)
+
+
 def _mixers_beside(spine: Sequence[Addition], facts: GraphFacts) -> list[Mixer]:
     """Mixers that are added after an FFN that reads the same value, `(x + ffn(x)) + attention(x)`: the matcher
     of residual nodes sees a branch there that reads something else than the sum it is added to."""
@@ -116,30 +183,29 @@ def _number(match: FfnNode | Mixer, numbers: Mapping[fx.Node, int | None]) -> in
 
 
 def _mixer(mixer: Mixer, layer: int, facts: GraphFacts) -> ResidualBlock:
-    stream = next(source for source in mixer.add.all_input_nodes if source not in set(mixer.nodes))
-    before, after, branch, is_scaled = _cut(mixer, stream, facts)
+    before, after, branch, is_scaled = _cut(mixer, facts)
     own = [node for node in mixer.nodes if provenance.module_path(node).startswith(f"{mixer.layer}.")]
     mixing = [node for node in own if mixes_tokens(node, facts)]  # not those that make masks and rotary angles
     return ResidualBlock(
         kind="mixer",
         layer=layer,
         name=provenance.common_path(mixing) or mixer.layer,
-        stream=stream,
+        stream=mixer.stream,
         before=before,
         after=after,
         branches=() if is_scaled or not _adds_plainly(after) else (branch,),
     )
 
 
-def _cut(mixer: Mixer, stream: fx.Node, facts: GraphFacts) -> tuple[fx.Node, fx.Node, fx.Node, bool]:
+def _cut(mixer: Mixer, facts: GraphFacts) -> tuple[fx.Node, fx.Node, fx.Node, bool]:
     """Where the mixer's result comes in: `(before, after, branch, is_scaled)`, with after = before + branch.
 
     That is the addition to the stream, or, beside an FFN, an addition within the branch: one reached from
     there over views, scales and other such additions alone, whose other side knows nothing of other tokens.
     """
     tainted = _knows_other_tokens(mixer, facts)
-    branch = next(source for source in mixer.add.all_input_nodes if source is not stream)
-    found = (stream, mixer.add, branch, False)
+    branch = next(source for source in mixer.add.all_input_nodes if source is not mixer.stream)
+    found = (mixer.stream, mixer.add, branch, False)
     is_scaled, node = False, branch
     while node in tainted:
         operands = [source for source in node.all_input_nodes if source not in facts.constants]
@@ -227,17 +293,10 @@ def _branches(run: Sequence[Addition], end: fx.Node) -> tuple[fx.Node, ...]:
     """What the layer adds, one value for each addition; none where the additions do not follow each other."""
     expected = [*(addition.stream for addition in run[1:]), end]
     follows = all(
-        addition.add is _before_views(node) and _adds_plainly(addition.add)
+        addition.add is behind_views(node) and _adds_plainly(addition.add)
         for addition, node in zip(run, expected, strict=True)
     )
     return tuple(addition.branch for addition in run) if follows else ()
-
-
-def _before_views(node: fx.Node) -> fx.Node:
-    """The value that a stream was before it was reshaped between `[batch, seq, hidden]` and `[tokens, hidden]`."""
-    while ops.op_name(node) in ("view", "reshape") and _same_channels(node, node.all_input_nodes[0]):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _same_channels(node: fx.Node, other: fx.Node) -> bool:

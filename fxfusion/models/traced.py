@@ -9,7 +9,7 @@ The second run computes only what the removed block changes: what comes after it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,14 +21,14 @@ from fxfusion.compiler.capture import CapturedGraph, capture_model
 from fxfusion.compiler.pipeline import normalising_passes
 from fxfusion.compiler.unwrap import offloaded
 from fxfusion.errors import CaptureError, OptionError
+from fxfusion.graph import ops
 from fxfusion.graph.editor import erase_dead_code
+from fxfusion.graph.effects import GraphEffects
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.blocks import Blocks, ResidualBlock, find_blocks
 from fxfusion.models.ffn_surgery.quantised import is_quantised
-from fxfusion.models.interface import input_places, logits_node
-from fxfusion.models.resumption import Resumption
 
 Batch = Tensor | Mapping[str, Any]
 
@@ -82,6 +82,64 @@ class Run:
         """The same as a base for other runs, without the values of other nodes of blocks: they can be freed."""
         wanted = self.shared.union(nodes)
         return Run({node: value for node, value in self.values.items() if node in wanted}, self.removed, self.shared)
+
+
+@dataclass(slots=True)
+class Resumption:
+    """What running one graph in parts must respect. `first_block`: the first node that a removed block could change.
+
+    `shared`: values from before it that later nodes read (masks, rotary angles). `side_effects`: nodes that
+    act otherwise than by their result. `can_resume`: whether all of them stand before the first block;
+    where they do not, a run cannot start from the middle: it might start inside a mode.
+    """
+
+    graph: fx.Graph
+    first_block: fx.Node
+    shared: tuple[fx.Node, ...] = field(init=False)
+    side_effects: tuple[fx.Node, ...] = field(init=False)
+    can_resume: bool = field(init=False)
+    _effects: GraphEffects = field(init=False)
+    _reach: dict[fx.Node, frozenset[fx.Node]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._effects = GraphEffects(self.graph)
+        order = self._effects.order
+        first = order[self.first_block]
+        self.shared = tuple(
+            node
+            for node, place in order.items()
+            if place < first
+            and node.op not in ("placeholder", "get_attr")
+            and any(order[user] > first for user in node.users)
+        )
+        effects = self._effects.of.items()
+        self.side_effects = tuple(node for node, found in effects if found.draws or found.switches or found.acts)
+        self.can_resume = all(order[node] < first for node in self.side_effects)
+
+    def is_written(self, node: fx.Node) -> bool:
+        """Whether the value, or one that it may share memory with, is written in place by the graph."""
+        return self._effects.root(node) in self._effects.written
+
+    def writers(self, node: fx.Node) -> Sequence[fx.Node]:
+        """The nodes that write the value or one that it may share memory with."""
+        return self._effects.writers_of(node)
+
+    def downstream(self, node: fx.Node) -> frozenset[fx.Node]:
+        """The node and everything that depends on it."""
+        if node not in self._reach:
+            seen, pending = {node}, [node]
+            while pending:
+                current = pending.pop()
+                # Once a value is written with a changed one, whatever shares its memory is changed.
+                written = (
+                    member for value in self._effects.of[current].writes for member in self._effects.members(value)
+                )
+                for reader in (*current.users, *written):
+                    if reader not in seen:
+                        seen.add(reader)
+                        pending.append(reader)
+            self._reach[node] = frozenset(seen)
+        return self._reach[node]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -255,7 +313,30 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> TracedGraph:
     opaque = {name: why for name, why in found[0].opaque.items() if not is_quantised(values[name])}
     captured = replace(found[0].copy(), opaque=opaque)  # modules can hold what the backend cannot pack
     run_passes(captured.module, normalising_passes(captured.weights), History())
-    return _traced(captured, input_places(captured, inputs), logits_node(captured, ids), ids.numel())
+    return _traced(captured, _input_places(captured, inputs), _logits_node(captured, ids), ids.numel())
+
+
+def _input_places(captured: CapturedGraph, inputs: Mapping[str, Any]) -> dict[str, fx.Node]:
+    """Which placeholder takes which input: Dynamo passes the very tensors that the model was called with.
+
+    Raises `CaptureError` where the token ids are not among them.
+    """
+    nodes = [node for node in captured.module.graph.nodes if node.op == "placeholder"]
+    names = {id(value): name for name, value in inputs.items() if isinstance(value, Tensor)}
+    found = {names[id(value)]: node for node, value in zip(nodes, captured.inputs, strict=True) if id(value) in names}
+    if "input_ids" not in found:
+        raise CaptureError("the captured graph does not read the token ids")
+    return found
+
+
+def _logits_node(captured: CapturedGraph, ids: Tensor) -> fx.Node:
+    """The output that holds the logits `[batch, seq, vocabulary]`. Raises `CaptureError` where there is none."""
+    output = captured.module.graph.output_node()
+    for node in output.all_input_nodes:
+        value = ops.tensor_value(node)
+        if value is not None and value.is_floating_point() and value.dim() == 3 and value.shape[:2] == ids.shape:
+            return node
+    raise CaptureError(f"the model returns no logits [batch, seq, vocabulary] for token ids {list(ids.shape)}")
 
 
 def _traced(captured: CapturedGraph, places: Mapping[str, fx.Node], logits: fx.Node, tokens: int) -> TracedGraph:

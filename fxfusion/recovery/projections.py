@@ -22,9 +22,9 @@ from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.traced import TracedGraph
 from fxfusion.passes.ffn import Linear, TailStep
+from fxfusion.passes.kinds import match_end
 from fxfusion.passes.match_linear import match_linear
 from fxfusion.passes.match_residual import match_residual
-from fxfusion.passes.match_tail import match_tail
 
 Kind = Literal["ffn", "attention"]
 
@@ -80,8 +80,8 @@ def sites(graph: TracedGraph) -> list[Site]:
     found = []
     for ffn in match_residual(facts, {}).ffns:
         block = blocks.get(ffn.add)
-        if block is not None and _ends_layer(block, graph) and not ffn.output:
-            found.append(_site("ffn", block, ffn.down, ffn.tail))
+        if block is not None and _ends_layer(block, graph) and not ffn.end.no_module:
+            found.append(_site("ffn", block, ffn.down, ffn.end.steps))
     for block in graph.blocks.mixers:
         last = _last_linear(block, facts)
         if last is not None:
@@ -113,10 +113,10 @@ def _last_linear(block: ResidualBlock, facts: GraphFacts) -> tuple[Linear, tuple
     found = facts.slice_between(branch, block.stream)
     linears = [linear for node in found.nodes if (linear := match_linear(node, facts)) is not None]
     try:
-        tail = match_tail(branch, linears, found, facts)
+        down, end = match_end(branch, linears, found, facts)
     except Refused:  # something else than a linear layer ends it: then there is nothing to refit
         return None
-    return None if tail.output else (tail.down, tail.steps)  # nor where a norm follows it
+    return None if end.no_module else (down, end.steps)  # nor where a norm follows it
 
 
 def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | None) -> list[Projection]:

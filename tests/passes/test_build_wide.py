@@ -1,4 +1,4 @@
-"""build_wide: one norm, wide projections, one activation; member by member where it is computed over the channels."""
+"""build_wide: the packed tensors themselves, against values computed by hand, also in oneDNN's layout."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfusion.compiler.pipeline import FusedGraph, fuse_captured
-from fxfusion.errors import RefusalCode
-from fxfusion.graph import ops
 from fxfusion.passes import choose_form
 from fxfusion.passes.choose_form import Target
 from fxfusion.plan.policy import FusionPolicy
@@ -23,133 +21,73 @@ from tests.helpers import (
     Rms,
     Stack,
     assert_exact,
-    assert_fuses,
     capture,
-    customs,
     error_of,
-    fuse,
-    match,
     parallel_form,
     randomise,
-    refusal_with,
     stack,
     tokens,
 )
-from tests.passes.output_norms import PostBlock, post_stack
+from tests.passes.output_norms import post_stack
 
 
-class Inner(nn.Module):
-    """down(norm(silu(gate(n)) * up(n))): a norm over this member's own channels."""
-
-    def __init__(self, width: int, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(8, width, bias=False), nn.Linear(8, width)
-        self.down, self.inner = nn.Linear(width, 8), norm(width)
-
-    def forward(self, n: Tensor) -> Tensor:
-        return self.down(self.inner(F.silu(self.gate(n)) * self.up(n)))
+def packed(model: Stack, **policy: object) -> list[Tensor]:
+    """The packed tensors of the model's one group, in the order of the new inputs."""
+    captured = capture(model, tokens(dtype=next(model.parameters()).dtype))
+    fused = fuse_captured(captured, FusionPolicy.resolve(policy))
+    (pack,) = fused.packs
+    return list(pack.module(*[captured.values[name] for name in pack.sources]))
 
 
-def inner_stack(*ffns: nn.Module) -> Stack:
-    model = Stack([Block(Rms(8), ffn) for ffn in ffns])
+def same(found: Tensor, wanted: Tensor) -> None:
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_gains_are_folded_into_gate_and_up() -> None:
+    model = stack(Gated, widths=(4, 6))
+    gate, up, down = packed(model)
+    same(gate, torch.cat([layer.ffn.gate.weight * layer.norm.weight for layer in model.layers]))
+    same(up, torch.cat([layer.ffn.up.weight * layer.norm.weight for layer in model.layers]))
+    same(down, torch.cat([layer.ffn.down.weight for layer in model.layers], 1))
+
+
+def test_shifts_become_biases() -> None:
+    model = stack(Plain, nn.LayerNorm)
+    fc1, bias1, fc2, bias2 = packed(model)
+    same(fc1, torch.cat([layer.ffn.fc1.weight * layer.norm.weight for layer in model.layers]))
+    shifted = [layer.ffn.fc1.bias + layer.ffn.fc1.weight @ layer.norm.bias for layer in model.layers]
+    same(bias1, torch.cat(shifted))
+    same(fc2, torch.cat([layer.ffn.fc2.weight for layer in model.layers], 1))
+    same(bias2, torch.stack([layer.ffn.fc2.bias for layer in model.layers]).sum(0))
+
+
+def test_norm_last_folds_nothing() -> None:
+    model = stack(Plain, nn.LayerNorm)
+    fc1, bias1, *_ = packed(model, norm="last")
+    assert torch.equal(fc1, torch.cat([layer.ffn.fc1.weight for layer in model.layers]))
+    assert torch.equal(bias1, torch.cat([layer.ffn.fc1.bias for layer in model.layers]))
+
+
+def test_missing_biases_are_zeros_where_another_member_has_one() -> None:
+    model = Stack([Block(Rms(8), Plain(width=4, bias=bias)) for bias in (False, True)])
     randomise(model)
-    return model
+    _, bias1, _ = packed(model)  # the one bias of the down projections is read where it is
+    assert torch.equal(bias1[:4], torch.zeros(4, dtype=torch.float64))
+    same(bias1[4:], model.layers[1].ffn.fc1.bias)
 
 
-@pytest.mark.parametrize("widths", [(12, 12, 12), (4, 12, 20)])
-@pytest.mark.parametrize("inner", [nn.LayerNorm, Rms, nn.RMSNorm, lambda _: nn.Softmax(-1)])
-@pytest.mark.parametrize("norm", ["fold", "last"])
-def test_a_norm_over_the_channels_of_each_member(widths: tuple[int, ...], inner: Any, norm: Any) -> None:
-    model, x = inner_stack(*(Inner(width, inner) for width in widths)), tokens().requires_grad_()
-    fused, report = fuse(model, x, policy={"norm": norm}, verify="numeric")
-    assert [(group.form, len(group.members)) for group in report.groups] == [("concatenated", 3)]
-    assert sum(ops.op_name(node) == "linear" for node in fused.graph.nodes) == 3
-    got, wanted = fused(x), parallel_form(model, x, norm=norm)
-    assert_exact(got, wanted, torch.float64)
-    one, other = (torch.autograd.grad(value.square().sum(), x)[0] for value in (got, wanted))
-    assert_exact(one, other, torch.float64, gradient=True)
-    assert error_of(model(x), wanted) > 1e-3
+def test_half_precision_is_rounded_once() -> None:
+    """Products in float32, one rounding at the end; rounding each factor would differ."""
+    model = stack(Gated, dtype=torch.bfloat16)
+    gate, *_ = packed(model)
+    wanted = torch.cat([layer.ffn.gate.weight.float() * layer.norm.weight.float() for layer in model.layers])
+    assert gate.dtype == torch.bfloat16 and torch.equal(gate, wanted.bfloat16())
 
 
-SPELLINGS: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "in one axis": lambda m, h: F.layer_norm(h.view(-1, 12), (12,)).view(2, 5, 12),
-    "axes counted from the front": lambda m, h: h * h.square().mean(2, keepdim=True).rsqrt() * m.a,
-    "before the activation": lambda m, h: torch.tanh(F.rms_norm(h, (12,), m.a) * m.one),
-    "a number of another dtype": lambda m, h: F.rms_norm(h * m.a.sum().float(), (12,)),
-    "a vector and a number": lambda m, h: F.normalize(h * m.a, dim=-1) + m.two,
-}
-
-
-@pytest.mark.parametrize("middle", SPELLINGS.values(), ids=SPELLINGS)
-@pytest.mark.parametrize("how", ["symbolic", "dynamo"])
-def test_spellings_of_inner_norms(middle: Callable[[Any, Tensor], Tensor], how: Any) -> None:
-    assert_fuses(customs(lambda m, x: F.linear(middle(m, F.linear(x, m.w1, m.b1)), m.w2)), tokens(), how=how)
-
-
-def _on_flat_tokens(m: Any, x: Tensor) -> Tensor:
-    return F.linear(F.rms_norm(F.silu(F.linear(x.reshape(-1, 8), m.w1)).view(2, 5, 12), (12,)).view(-1, 12), m.w2).view(
-        2, 5, 8
-    )
-
-
-def _as_it_is(m: Any, x: Tensor) -> Tensor:
-    return F.linear(F.rms_norm(F.silu(F.linear(x, m.w1)), (12,)), m.w2)
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_members_on_flat_tokens_join_others(order: int) -> None:
-    assert_fuses(customs(*[_on_flat_tokens, _as_it_is, _as_it_is][::order]), tokens(), how="symbolic")
-
-
-def test_the_matcher_says_so() -> None:
-    with_norm, without = (
-        match(customs(lambda m, x, f=f: F.linear(f(F.linear(x, m.w1)), m.w2)), tokens(), how="symbolic").ffns[0]
-        for f in (lambda h: F.layer_norm(h, (12,)), torch.tanh)
-    )
-    assert with_norm.segmented and not without.segmented
-
-
-def test_inner_and_output_norms_together() -> None:
-    model, x = Stack([PostBlock(Inner(width), Rms(8), Rms(8)) for width in (4, 12)]), tokens()
-    randomise(model)
-    fused, report = fuse(model, x, verify="numeric")
-    assert [group.form for group in report.groups] == ["grouped"]
-    assert_exact(fused(x), parallel_form(model, x), torch.float64)
-    assert error_of(model(x), parallel_form(model, x)) > 1e-3
-
-
-def test_another_inner_norm_does_not_fit() -> None:
-    model, x = inner_stack(Inner(12), Inner(12, lambda width: nn.LayerNorm(width, eps=1e-3))), tokens()
-    fused, report = fuse(model, x)
-    assert not report.groups and torch.equal(fused(x), model(x))
-    refusal_with(report.refusals, RefusalCode.DIFFERENT_LITERAL, "0.001")
-
-
-class Learned(nn.Module):
-    """An activation with a learned number, or one for each channel, as several families have."""
-
-    def __init__(self, width: int, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, width), nn.Linear(width, 8)
-        self.alpha = nn.Parameter(torch.ones(shape))
-
-    def forward(self, n: Tensor) -> Tensor:
-        h = self.up(n)
-        alpha = F.softplus(self.alpha)
-        return self.down(torch.where(h > 0, alpha * h * h, (torch.expm1(h) - h) * alpha))
-
-
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_learned_activations_lie_side_by_side(per_channel: bool) -> None:
-    widths = (12, 4, 8)
-    model = inner_stack(*(Learned(width, (width,) if per_channel else (1,)) for width in widths))
-    fused, report = fuse(model, tokens(), verify="numeric")
-    assert [(group.form, len(group.members)) for group in report.groups] == [("concatenated", 3)]
-    assert_exact(fused(tokens()), parallel_form(model, tokens()), torch.float64)
-    wanted = parallel_form(model, tokens())
-    with torch.no_grad():
-        model.layers[1].ffn.alpha.add_(0.5)
-    assert error_of(parallel_form(model, tokens()), wanted) > 1e-4, "the vectors make no difference"
+def test_without_a_bias_no_bias_is_made() -> None:
+    assert len(packed(stack(Gated))) == 3
+    assert len(packed(stack(Plain, bias=False))) == 2
 
 
 # --- weights in oneDNN's layout ------------------------------------------------------------------------

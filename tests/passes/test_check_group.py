@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from tests.helpers import (
     assert_exact,
     assert_fuses,
     assert_not_fused,
-    error_of,
     fuse,
     parallel_form,
     randomise,
@@ -87,54 +86,6 @@ def test_norm_last_needs_no_proof() -> None:
 def test_a_shared_norm_is_kept_as_it_is() -> None:
     norm = GainInside()
     assert_fuses(pair(*(Block(norm, Gated()) for _ in range(2))), tokens())
-
-
-class Scaled(Plain):
-    """A per-channel constant inside the middle."""
-
-    def __init__(self, shape: Sequence[int], hidden: int = 8, width: int = 12) -> None:
-        super().__init__(hidden, width)
-        self.scale = nn.Parameter(torch.ones(*shape))
-
-    def forward(self, n: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(n)) * self.scale)
-
-
-@pytest.mark.parametrize("shape", [(12,), (1,), (1, 12), (1, 1, 12)])
-def test_constants_per_intermediate_channel_are_concatenated(shape: tuple[int, ...]) -> None:
-    assert_fuses(pair(*(Block(Rms(8), Scaled(shape)) for _ in range(2))), tokens())
-
-
-class Cast(Plain):
-    """Computes its activation in float32 and goes back to the dtype of another tensor, of any shape."""
-
-    def __init__(self, other: nn.Parameter | None = None, hidden: int = 8, width: int = 12) -> None:
-        super().__init__(hidden, width)
-        self.other = self.fc2.weight if other is None else other
-
-    def forward(self, n: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(n).float()).type_as(self.other))
-
-
-class BySize(Plain):
-    """Scales by its own width, a number that the trace computes."""
-
-    def forward(self, n: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(n)) / self.fc1.weight.size(0))
-
-
-def test_constants_that_cannot_be_concatenated_along_the_channels() -> None:
-    words = "is not one number or one per intermediate channel"
-    refused(pair(*(Block(Rms(8), Cast()) for _ in range(2))), RefusalCode.NOT_POINTWISE, words)
-    refused(pair(*(Block(Rms(8), BySize(width=width)) for width in (12, 4))), RefusalCode.NOT_POINTWISE, words)
-
-
-def test_a_dtype_that_is_read_off_a_shared_tensor_of_any_shape() -> None:
-    shared = nn.Parameter(torch.empty(3, 5, dtype=torch.float64))
-    model, x = pair(*(Block(Rms(8), Cast(shared)) for _ in range(2))), tokens()
-    fused, report = fuse(model, x)
-    assert [len(group.members) for group in report.groups] == [2]
-    assert error_of(fused(x), parallel_form(model, x)) < 1e-6
 
 
 def test_a_misfit_in_the_middle_leaves_the_groups_on_both_sides() -> None:

@@ -15,12 +15,7 @@ from fxfusion.compiler.pipeline import analyse
 from fxfusion.errors import RefusalCode
 from fxfusion.graph.effects import records_gradients
 from fxfusion.passes import choose_form
-from fxfusion.passes.choose_form import (
-    Target,
-    choose_forms,
-    packs_downs,
-    tokens_to_pack_for,
-)
+from fxfusion.passes.choose_form import Target, choose_forms, tokens_to_pack_for
 from fxfusion.passes.ffn import Group, Window
 from fxfusion.plan.groups import PlannedGroup
 from fxfusion.plan.policy import FusionPolicy
@@ -36,7 +31,7 @@ def group_of(dtype: torch.dtype = torch.float32, seq: int = 4) -> Group:
 
 def chosen(group: Group, **setting: Any) -> tuple[str, str]:
     ((found,), _) = choose_forms([group], Target(**setting), profitable_only=False)
-    return found.form, found.why
+    return found.end.form_name(found.form), found.why
 
 
 @pytest.fixture
@@ -93,7 +88,7 @@ def test_autocast_counts_where_the_group_is(regions: Any, before: bool, on: bool
 def grouped_of(dtype: torch.dtype = torch.float32, seq: int = 4) -> Group:
     model, x = post_stack(norm=Rms).to(dtype), tokens(seq=seq).to(dtype)
     (group,) = analyse(capture(model, x), FusionPolicy()).groups
-    assert group.is_grouped
+    assert group.end.no_module
     return group
 
 
@@ -125,14 +120,6 @@ def test_the_rule(
 ) -> None:
     found, words = chosen(group(dtype, seq), **setting)
     assert found == form and why in words
-
-
-def test_which_downs_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    half, single = (replace(grouped_of(dtype), form="grouped_prepacked") for dtype in (torch.bfloat16, torch.float32))
-    assert packs_downs(half) and not packs_downs(single)
-    assert not packs_downs(grouped_of(torch.bfloat16)) and not packs_downs(replace(half, form="members"))
-    monkeypatch.setattr(choose_form, "CACHE", 0)
-    assert packs_downs(single)
 
 
 @pytest.mark.parametrize(("group", "form"), [(group_of, "concatenated"), (grouped_of, "grouped")])

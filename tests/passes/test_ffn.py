@@ -21,7 +21,7 @@ def test_a_gated_feed_forward_is_recorded_whole() -> None:
     assert [linear.out_features for linear in ffn.projections] == [12, 12]
     assert [ops.op_name(node) for node in ffn.middle] == ["silu", "mul"]
     assert ops.op_name(ffn.prologue[-1]) == "mul" and ffn.normed is ffn.prologue[-1]
-    assert len(ffn.prologue_constants) == 1 and not ffn.middle_constants and not ffn.tail
+    assert len(ffn.prologue_constants) == 1 and not ffn.middle_constants and not ffn.end.steps
     assert ffn.branch is ffn.down.node
     assert len(set(ffn.weights)) == 3
     assert set(ffn.prologue) | set(ffn.middle) <= set(ffn.nodes)

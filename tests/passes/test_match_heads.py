@@ -67,7 +67,7 @@ def test_grouped_queries() -> None:
 def test_one_matrix_for_all_three(mixer: Packed, pieces: list[tuple[int, int, int]], counts: tuple[int, ...]) -> None:
     found, other = heads(mixer, copy.deepcopy(mixer))
     assert channels(found) == pieces and found.counts == counts
-    assert found.ends.tail == (("mul", 2.0),)
+    assert found.ends.end.steps == (("mul", 2.0),)
     check_alike([found, other])
 
 

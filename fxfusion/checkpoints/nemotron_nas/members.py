@@ -36,12 +36,11 @@ from fxfusion.checkpoints.shards import TensorFacts
 from fxfusion.errors import CheckpointError
 from fxfusion.models.drop_record import write_refit
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
-from fxfusion.models.ffn_surgery.record import fused_state, plan_of
+from fxfusion.models.ffn_surgery.record import fused_state, intact_config, plan_of
 from fxfusion.models.ffn_surgery.residue import Residue, extra_shapes
 from fxfusion.models.ffn_surgery.unfuse import unfuse
 from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.models.fingerprint import facts_of
-from fxfusion.models.intact_config import intact_config
 from fxfusion.plan.fusion_plan import FusionPlan, ResidueFile
 from fxfusion.report.progress import reporting
 

@@ -17,8 +17,7 @@ from fxfusion.checkpoints.nemotron_nas.layout import Layout
 from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
 from fxfusion.errors import CaptureError, CheckpointError, SurgeryError
 from fxfusion.models.fingerprint import decoder_layers
-from fxfusion.models.same_graph import check_same_graph
-from fxfusion.models.surgery_proof import full_logits, proof_tokens, relative
+from fxfusion.models.surgery_proof import check_same_graph, full_logits, proof_tokens, relative
 from fxfusion.models.traced import TracedModel
 
 _FACTS_ONLY = "tensors, norms, FFNs and settings were checked, but without weights not the whole computation"

@@ -14,11 +14,14 @@ the model. Members are freed group by group.
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from fxfusion.compiler.unwrap import offloaded
@@ -32,7 +35,7 @@ from fxfusion.models.drop_record import fused_entry, read_record
 from fxfusion.models.ffn_surgery.depth import DepthEditor
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.heads import put_heads
-from fxfusion.models.ffn_surgery.kept import KeptWeights
+from fxfusion.models.ffn_surgery.layout import Tensors
 from fxfusion.models.ffn_surgery.proof import ParallelForm, check_heads, check_widths
 from fxfusion.models.ffn_surgery.recipe import FuseRecipe
 from fxfusion.models.ffn_surgery.record import FusedState, set_fused_state, write_entry
@@ -127,6 +130,45 @@ def _prepare(model: nn.Module, plan: FusionPlan, check: bool, shards: int, undo:
     if missing:
         drop_traced(model, missing, check, intact, undo)
     return surgery
+
+
+class KeptWeights:
+    """The weights of finished groups' members that folding rounds, bit for bit, while later groups may still fail.
+
+    On disk, in the system's folder for temporary files (`TMPDIR` names another): in memory they would take the model's
+    weights a second time. A context: its files go with it.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fxfusion_fuse_", ignore_cleanup_errors=True)
+        self._files: list[Path] = []
+
+    def __enter__(self) -> KeptWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def keep(self, weights: Tensors) -> None:
+        """Write them. Raises `SurgeryError` where the disk does not take them."""
+        real = {name: value for name, value in weights.items() if not value.is_meta}
+        if not real:
+            return
+        file = Path(self._folder.name) / f"{len(self._files)}.pt"
+        try:
+            torch.save(real, file)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter where the disk is full
+            raise SurgeryError(
+                f"the members' weights cannot be kept on disk until all groups are proved: {error} (norm='last' "
+                "needs no copy; TMPDIR names another folder)"
+            ) from error
+        self._files.append(file)
+
+    def put_back(self, model: nn.Module) -> None:
+        """Give the model all that was kept. Its modules are those of before by now."""
+        for file in self._files:
+            for name, value in torch.load(file).items():
+                set_parameter(model, name, value)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -4,25 +4,40 @@ Before:  Wg_i [width_i, hidden], g_i [hidden], Wd_i [hidden, width_i], scale_i [
 After:   Wg = rows of all Wg_i * g_i;  Wd = columns of all scale_i * Wd_i                    in the first member's layer
          its gain 1 (norm="fold"), or the last member's (norm="last")
 
-Exact: the same fold as `fxfusion.passes.pack_weights`, for parameters instead of graph nodes.
+The order of intermediate channels does not matter to an FFN, as long as gate, up and down agree. It matters to tensor
+parallelism, which cuts the wide FFN into equal runs of channels: with as many shards as devices, each device holds a
+slice of every member.
+
+    shards=1:  all of member 0, all of member 1, ...
+    shards=2:  first halves of members 0, 1, ...; then their second halves
+
+Exact: the same fold as `fxfusion.passes.build_wide`, for parameters instead of graph nodes.
 Source: arXiv 2503.18908, theorem 3.1 and section 5.5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fxfusion.models.ffn_surgery import quantised
-from fxfusion.models.ffn_surgery.channels import Run, spread
 from fxfusion.models.ffn_surgery.layout import Constant, Matrix, Member, Tensors, wide_dtype
 from fxfusion.plan.fusion_plan import MixerMode, PlannedGroup
 from fxfusion.plan.policy import NormMode
 
 _CHUNK = 1 << 18  # numbers that are folded at a time: what an allocator keeps of larger ones would add up
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Channels `own : own + length` of a member, at `wide : wide + length` in the wide FFN."""
+
+    wide: int
+    own: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,3 +292,34 @@ def through(rows: Tensor, shift: Constant, tensors: Tensors) -> Tensor:
     step = max(1, _CHUNK // rows.shape[1])
     parts = [(rows[start : start + step].to(dtype) * vector).sum(-1) for start in range(0, rows.shape[0], step)]
     return torch.cat(parts)
+
+
+def spread(widths: Sequence[int], shards: int) -> list[tuple[Run, ...]]:
+    """The runs of each member, in its own order.
+
+    Shards end where equal cuts of the whole do: each `ceil(sum / shards)` channels, the last one shorter, as
+    `torch.chunk` and DTensor's `Shard` cut. Each takes of a member what is proportional to its width, rounded.
+    """
+    total = sum(widths)
+    size = -(-total // shards)
+    found: list[list[Run]] = [[] for _ in widths]
+    wide, begun = 0, [0] * len(widths)
+    for end in range(size, total + size, size):
+        ended = _share(widths, min(end, total))
+        for member, (first, last) in enumerate(zip(begun, ended, strict=True)):
+            if last > first:
+                found[member].append(Run(wide, first, last - first))
+                wide += last - first
+        begun = ended
+    return [tuple(runs) for runs in found]
+
+
+def _share(widths: Sequence[int], seats: int) -> list[int]:
+    """How many of the first `seats` channels are each member's, in proportion to the widths (Sainte-Lague, so that
+    no member's share falls where seats are added)."""
+    if seats == sum(widths):
+        return list(widths)
+    places = torch.cat([(torch.arange(width, dtype=torch.float64) + 0.5) / width for width in widths])
+    owners = torch.repeat_interleave(torch.arange(len(widths)), torch.tensor(widths))
+    first = owners[places.argsort(stable=True)[:seats]]
+    return torch.bincount(first, minlength=len(widths)).tolist()

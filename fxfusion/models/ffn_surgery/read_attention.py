@@ -55,46 +55,18 @@ def attention_recipe(reader: LayoutReader, mixers: Mapping[int, Mixer]) -> Group
     try:
         heads = [_heads(reader, mixers[layer]) for layer in layers]
         check_alike(heads)
-        roles = _roles(heads)
+        roles = fold_roles([one.ends for one in heads], NormProver())
     except Refused as refused:
         where = f"the attentions of layers {sorted(layers)} cannot be joined (mixers: wide)"
         raise SurgeryError(f"{where}: {refused.message}; torch.compile with the same plan needs no module") from None
     members = tuple(_member(reader, one, layer, roles, heads) for one, layer in zip(heads, layers, strict=True))
-    home = heads[0].ends
-    fills = [reader.fill(home, constant, 1.0) for constant in members[0].with_role("gain")]
-    fills += [reader.fill(home, constant, 0.0) for constant in members[0].with_role("shift")]
-    fills += reader.tail_fills(home, members[0])
-    has_bias = any(matrix.bias is not None for member in members for matrix in member.projections)
-    recipe = GroupRecipe(
-        members=members,
-        norm="fold",
-        mixers="wide",
-        heads=(*heads[0].counts, heads[0].out_count),
-        fills=tuple(fills),
-        in_bias=has_bias or "shift" in roles,
-        down_bias=any(
-            member.down.bias is not None or any(kind == "add" for kind, _ in member.tail) for member in members
-        ),
-    )
-    reader.check_biases(recipe)
-    steps = (step for _, step in home.tail if isinstance(step, fx.Node))
-    reader.check_readers(home, [*home.prologue_constants, *heads[0].constants, *steps], recipe)
-    return recipe
+    counts = (*heads[0].counts, heads[0].out_count)
+    return reader.joined(heads[0].ends, members, heads[0].constants, norm="fold", mixers="wide", heads=counts)
 
 
 def _heads(reader: LayoutReader, mixer: Mixer) -> MixerHeads:
     opaque = reader.traced.captured.opaque
     return match_heads(match_mixer(mixer, mixer.stream, reader.facts, opaque, loose=True), reader.facts)
-
-
-def _roles(heads: Sequence[MixerHeads]) -> tuple[Role, ...]:
-    ends = [one.ends for one in heads]
-    roles = fold_roles(ends, NormProver())
-    for index, role in enumerate(roles):
-        if role == "fixed" and len({end.prologue_constants[index] for end in ends}) > 1:
-            constant = ends[-1].prologue_constants[index]
-            raise SurgeryError(f"{ends[-1].name}: {constant} of its norm is not proved to be a gain or a shift")
-    return roles
 
 
 def _member(
@@ -111,7 +83,7 @@ def _member(
         prologue=tuple(reader.constant(ends, node) for node in ends.prologue_constants),
         roles=roles,
         middle=(),
-        tail=reader.tail(ends, ends.tail),
+        tail=reader.tail(ends, ends.end.steps),
         per_head=tuple(
             _per_head(reader, one, node)
             for index, node in enumerate(one.constants)

@@ -18,7 +18,8 @@ from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
 from fxfusion.models.ffn_surgery.layout import Constant, Cut, Matrix, Member, TailStep
 from fxfusion.models.ffn_surgery.quantised import FUSE_FIRST
 from fxfusion.models.traced import TracedGraph
-from fxfusion.passes.ffn import FfnNode, Group, Linear
+from fxfusion.passes.check_group import reader_outside
+from fxfusion.passes.ffn import Branch, FfnNode, Group, Linear
 from fxfusion.passes.lift_weights import constant_graph, constant_needs
 from fxfusion.passes.match_residual import weight_leaves
 
@@ -30,13 +31,6 @@ class Named(Protocol):
 
     @property
     def name(self) -> str: ...
-
-
-class Block(Named, Protocol):
-    """The same with the nodes of its branch."""
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]: ...
 
 
 @dataclass(slots=True)
@@ -58,7 +52,11 @@ class LayoutReader:
 
     def recipe(self, group: Group, layers: Sequence[int]) -> GroupRecipe:
         """How the group's parameters become wide ones. `layers`: the decoder layer of each member."""
-        _check_one_module(group)
+        words = group.end.no_module or group.middle.no_module
+        if words:
+            raise SurgeryError(
+                f"{group.members[0].name}: {words}, so no wider module computes this group; {BY_THE_BACKEND}"
+            )
         shared = [
             len({ffn.middle_constants[index] for ffn in group.members}) == 1
             for index in range(len(group.members[0].middle_constants))
@@ -66,25 +64,40 @@ class LayoutReader:
         members = tuple(
             self._member(ffn, layer, group, shared) for ffn, layer in zip(group.members, layers, strict=True)
         )
-        home = group.members[0]
+        return self.joined(
+            group.members[0],
+            members,
+            group.members[0].middle_constants,
+            norm=group.norm,
+            mixers="none" if group.window is None else group.window.names.mixers,
+            copies=self._copies(group, members) if group.norm == "last" else (),
+        )
+
+    def joined(
+        self, home: Branch, members: tuple[Member, ...], constants: Sequence[fx.Node], **fields: Any
+    ) -> GroupRecipe:
+        """The recipe of members that were read, the first of which has its nodes in `home`. `constants`: what is read
+        between its ends; `fields`: others of the recipe."""
+        steps = [step for _, step in home.end.steps if isinstance(step, fx.Node)]
         fills = [self.fill(home, constant, 1.0) for constant in members[0].with_role("gain")]
         fills += [self.fill(home, constant, 0.0) for constant in members[0].with_role("shift")]
-        fills += self.tail_fills(home, members[0])
+        fills += [
+            self.fill(home, step, 1.0 if kind == "mul" else 0.0)
+            for kind, step in members[0].tail
+            if isinstance(step, Constant)
+        ]
         has_shift = bool(members[0].with_role("shift"))
         recipe = GroupRecipe(
             members=members,
-            norm=group.norm,
-            mixers="none" if group.window is None else group.window.names.mixers,
             fills=tuple(fills),
-            copies=self._copies(group, members) if group.norm == "last" else (),
             in_bias=has_shift or any(matrix.bias is not None for member in members for matrix in member.projections),
             down_bias=any(
                 member.down.bias is not None or any(kind == "add" for kind, _ in member.tail) for member in members
             ),
+            **fields,
         )
-        self.check_biases(recipe)
-        constants = (*home.prologue_constants, *home.middle_constants, *(step for _, step in home.tail))
-        self.check_readers(home, [node for node in constants if isinstance(node, fx.Node)], recipe)
+        self._check_biases(recipe)
+        self._check_readers(home, (*home.prologue_constants, *constants, *steps), recipe)
         return recipe
 
     def _member(self, ffn: FfnNode, layer: int, group: Group, shared_middle: Sequence[bool]) -> Member:
@@ -96,7 +109,7 @@ class LayoutReader:
         for constant in middle:
             if constant is not None and len(constant.names) != 1:
                 raise SurgeryError(f"{ffn.name}: a constant of its activation is computed from {len(constant.names)}")
-        own = ffn.tail[1:] if biases[ffn.down.node] is not None else ffn.tail
+        own = ffn.end.steps[1:] if biases[ffn.down.node] is not None else ffn.end.steps
         return Member(
             layer=layer,
             name=ffn.name,
@@ -113,14 +126,6 @@ class LayoutReader:
     def tail(self, ffn: Named, steps: Sequence[tuple[Literal["mul", "add"], fx.Node | float]]) -> tuple[TailStep, ...]:
         """What is done to the result of the last projection."""
         return tuple((kind, self.constant(ffn, step) if isinstance(step, fx.Node) else step) for kind, step in steps)
-
-    def tail_fills(self, ffn: Named, member: Member) -> list[tuple[str, float]]:
-        """What makes the parameters in a member's tail do nothing."""
-        return [
-            self.fill(ffn, step, 1.0 if kind == "mul" else 0.0)
-            for kind, step in member.tail
-            if isinstance(step, Constant)
-        ]
 
     def _cuts(self, ffn: FfnNode) -> tuple[Cut, ...]:
         """The pieces that the activation reads, which must be all channels of each projection, each once."""
@@ -199,7 +204,7 @@ class LayoutReader:
         assert isinstance(found, Tensor)
         return found
 
-    def check_biases(self, recipe: GroupRecipe) -> None:
+    def _check_biases(self, recipe: GroupRecipe) -> None:
         """A bias that appears needs a module that can hold one."""
         wanted = [(matrix, recipe.in_bias) for matrix in recipe.home.projections]
         for matrix, needed in [*wanted, (recipe.home.down, recipe.down_bias)]:
@@ -207,34 +212,12 @@ class LayoutReader:
             if needed and matrix.bias is None and not isinstance(owner, nn.Linear):
                 raise SurgeryError(f"{recipe.home.name}: the fused FFN needs a bias that {type(owner).__name__} lacks")
 
-    def check_readers(self, ffn: Block, constants: Sequence[fx.Node], recipe: GroupRecipe) -> None:
+    def _check_readers(self, ffn: Branch, constants: Sequence[fx.Node], recipe: GroupRecipe) -> None:
         """What is set to other values must be read by this FFN (or attention) alone."""
         changed = set(recipe.writes)
         own = set(ffn.nodes)
         for node in constants:
             for leaf in weight_leaves(node, self.facts):
-                reader = self._foreign_reader(leaf, own)
+                reader = reader_outside([leaf], own, self.facts)
                 if self._name(ffn, leaf) in changed and reader is not None:
                     raise SurgeryError(f"{ffn.name}: {self._name(ffn, leaf)} is also read by {reader}")
-
-    def _foreign_reader(self, leaf: fx.Node, own: set[fx.Node]) -> fx.Node | None:
-        pending = [leaf]
-        while pending:
-            for user in pending.pop().users:
-                if user in self.facts.constants:
-                    pending.append(user)
-                elif user not in own:
-                    return user
-        return None
-
-
-def _check_one_module(group: Group) -> None:
-    """Raise `SurgeryError` where no wider module of the same class computes the group."""
-    first = group.members[0]
-    if group.is_grouped:
-        words = "a norm stands on the FFN's output, and the norm of a sum is not the sum of norms"
-    elif first.segmented:
-        words = "a norm stands inside of the FFN, and one over the channels of all members is another norm"
-    else:
-        return
-    raise SurgeryError(f"{first.name}: {words}, so no wider module computes this group; {BY_THE_BACKEND}")

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxfusion.compiler.pipeline import analyse
 from fxfusion.errors import PlanError, Refusal, RefusalCode, SurgeryError
 from fxfusion.graph.torch_private import hooks_in
 from fxfusion.models.attention_sites import layer_list_path
-from fxfusion.models.ffn_surgery.check_quantised import check_group
+from fxfusion.models.drop_record import read_record
 from fxfusion.models.ffn_surgery.group_recipe import GroupRecipe
-from fxfusion.models.ffn_surgery.quantised import FUSE_FIRST
+from fxfusion.models.ffn_surgery.quantised import FUSE_FIRST, common_block, is_quantised, kind_of
 from fxfusion.models.ffn_surgery.read_attention import (
     attention_recipe,
     check_parameters,
@@ -31,6 +31,8 @@ from fxfusion.models.surgery_proof import proof_tokens
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.passes.ffn import Group
 from fxfusion.plan.fusion_plan import FusionPlan
+
+_LEAST_BLOCK = 16  # smaller blocks would need more room for scales than they save
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ class FuseRecipe:
         recipe._check_hooks(model)
         recipe._check_shards(shards)
         for group in recipe.parts:
-            check_group(group, {name: reader.tensor(name) for name in group.reads})
+            _check_quantised(group, {name: reader.tensor(name) for name in group.reads})
         return recipe, found.groups
 
     @property
@@ -190,8 +192,6 @@ def _home_first(group: Group, mixers: Sequence[int], traced: TracedGraph) -> Gro
 
 def has_mixer(model: nn.Module, layer: int) -> bool:
     """Whether the layer has attention to drop, by the model's own record of what was dropped."""
-    from fxfusion.models.drop_record import read_record
-
     record = read_record(getattr(model, "config", None))
     return record is None or layer not in record.dropped_attention
 
@@ -213,3 +213,34 @@ def _layers_of(group: Group, traced: TracedGraph) -> Sequence[int]:
     if missing:
         raise SurgeryError(f"{missing[0]} belongs to no numbered decoder layer")
     return [numbers[ffn.add] for ffn in group.members]
+
+
+def _check_quantised(recipe: GroupRecipe, tensors: Mapping[str, Tensor]) -> None:
+    """Raises `SurgeryError` where quantised weights of a group cannot become one exactly."""
+    for number, home in enumerate(recipe.home.matrices):
+        names = [member.matrices[number].weight for member in recipe.members]
+        quantised = [name for name in names if is_quantised(tensors[name])]
+        if not quantised:
+            continue
+        kinds = {kind_of(tensors[name]) for name in names}
+        if len(kinds) > 1:
+            raise SurgeryError(f"{', '.join(names)} are quantised in different ways: {FUSE_FIRST}")
+        is_down = number == len(recipe.home.projections)
+        if home.transposed:
+            raise SurgeryError(f"{home.weight} is quantised and stored transposed: {FUSE_FIRST}")
+        if not is_down and (recipe.home.with_role("gain") or recipe.home.with_role("shift")):
+            instead = FUSE_FIRST if recipe.heads else f"use norm='last', or {FUSE_FIRST}"  # attentions always fold
+            raise SurgeryError(f"{home.weight} is quantised, so the norm's gain cannot be folded into it: {instead}")
+        if is_down and any(recipe.scale(m, tensors, tensors[m.down.weight]) is not None for m in recipe.members):
+            raise SurgeryError(f"{home.weight} is quantised, so no scale can be folded into it: {FUSE_FIRST}")
+        block = common_block([tensors[name] for name in names], _edges(recipe) if is_down else ())
+        if block < _LEAST_BLOCK:
+            raise SurgeryError(
+                f"{home.weight}: the members' scales fit together only in blocks of {block}: {FUSE_FIRST}"
+            )
+
+
+def _edges(recipe: GroupRecipe) -> list[int]:
+    """Where runs of the members' channels begin and end."""
+    pairs = (pair for place in range(len(recipe.members)) for pair in recipe.columns(place))
+    return [edge for pair in pairs for part in pair for edge in (part.start, part.stop)]

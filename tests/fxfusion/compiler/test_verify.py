@@ -16,6 +16,8 @@ from fxfusion.compiler.pipeline import FusedGraph, fuse_captured
 from fxfusion.compiler.verify import Comparison, Form, Proof, lowest_bits, made_up_inputs, prove
 from fxfusion.errors import VerificationError
 from fxfusion.graph import ops
+from fxfusion.passes import end_folded
+from fxfusion.passes.build_wide import WideBuilder
 from fxfusion.passes.choose_form import Target
 from fxfusion.plan.policy import FusionPolicy
 from tests.helpers import Float32Rms, Gated, Plain, Rms, Stack, capture, fuse, randomise, stack, tokens
@@ -63,25 +65,23 @@ def test_a_perturbed_weight_fails_by_the_name_of_its_group(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, wrong: int
 ) -> None:
     """The down projection of one of two groups is 10 % too large; in float64 one entry is off by 1e-6."""
-    from fxfusion.passes.pack_weights import WeightPacker
+    right = end_folded.down_weight
 
-    right = WeightPacker.down_weight
-
-    def down_weight(self: WeightPacker) -> fx.Node:
-        node = right(self)
-        if self.index != wrong:
+    def down_weight(wide: WideBuilder) -> fx.Node:
+        node = right(wide)
+        if wide.index != wrong:
             return node
         change = 1.1 if dtype != torch.float64 else torch.ones((), dtype=dtype) + 1e-6
-        made = self.editor.call(torch.mul, node, float(change))
+        made = wide.editor.call(torch.mul, node, float(change))
         node.meta.pop("fxfusion_pack")
-        made.meta["fxfusion_pack"] = self.index
+        made.meta["fxfusion_pack"] = wide.index
         return made
 
     model = stack(Gated, Float32Rms if dtype.itemsize == 2 else Rms, count=4, hidden=32, dtype=dtype)
     two = {"groups": [["layers.0.ffn", "layers.1.ffn"], ["layers.2.ffn", "layers.3.ffn"]]}
     x = tokens(hidden=32, dtype=dtype)
     assert len(fuse(model, x, plan=two, verify="numeric")[1].verifications) == 4
-    monkeypatch.setattr(WeightPacker, "down_weight", down_weight)
+    monkeypatch.setattr(end_folded, "down_weight", down_weight)
     with pytest.raises(VerificationError, match=f"group {wrong} differs from the parallel form"):
         fuse(model, x, plan=two, verify="numeric")
 
@@ -547,24 +547,20 @@ def test_the_lowest_precision_of_a_graph() -> None:
 
 def _break_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the gains out of the folded weights."""
-    from fxfusion.passes.pack_weights import WeightPacker
-
-    monkeypatch.setattr(WeightPacker, "_fold_gains", lambda self, member, rows: rows)
+    monkeypatch.setattr(WideBuilder, "_fold_gains", lambda self, member, rows: rows)
 
 
 def _break_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """The members' down projections in another order than their gates and ups."""
-    from fxfusion.passes.pack_weights import WeightPacker
+    right = end_folded.down_weight
 
-    right = WeightPacker.down_weight
-
-    def reversed_downs(self: WeightPacker) -> fx.Node:
-        node = right(self)
-        flipped = self.editor.call(torch.flip, node, [1])
+    def reversed_downs(wide: WideBuilder) -> fx.Node:
+        node = right(wide)
+        flipped = wide.editor.call(torch.flip, node, [1])
         flipped.meta["fxfusion_pack"] = node.meta.pop("fxfusion_pack")
         return flipped
 
-    monkeypatch.setattr(WeightPacker, "down_weight", reversed_downs)
+    monkeypatch.setattr(end_folded, "down_weight", reversed_downs)
 
 
 def test_the_backend_does_not_run_what_was_not_proved(

@@ -1,4 +1,4 @@
-"""surgery_proof and same_graph: a right surgery passes, and each kind of wrong one is noticed."""
+"""surgery_proof: a right surgery passes, and each kind of wrong one is noticed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fxfusion.errors import SurgeryError
-from fxfusion.models.same_graph import check_same_graph
 from fxfusion.models.surgery_proof import (
     PREFILL,
     TOKENS,
     CacheProof,
     Proof,
     cached_logits,
+    check_same_graph,
     full_logits,
     proof_tokens,
     relative,

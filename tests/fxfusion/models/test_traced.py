@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor, fx, nn
 from fxfusion.compiler.pipeline import analyse
 from fxfusion.errors import CaptureError, OptionError
 from fxfusion.models.blocks import ResidualBlock
-from fxfusion.models.traced import TracedGraph, TracedModel, evaluating, model_inputs
+from fxfusion.models.traced import Resumption, TracedGraph, TracedModel, evaluating, model_inputs
 from fxfusion.plan.policy import FusionPolicy
 from tests.end_to_end.families import Family, layers_of
 from tests.fxfusion.models import tiny
@@ -428,3 +429,66 @@ def test_views_around_a_mixer_that_is_left_out_do_not_break_chains(name: str) ->
     removed = intact.blocks.mixers_of([1, 2, 3])
     wanted = intact.run(ids, keep=[intact.logits], removed=removed)[intact.logits]
     assert torch.allclose(graph.run(ids, keep=[graph.logits])[graph.logits], wanted)
+
+
+# --- what running a graph in parts must respect -----------------------------------------------------
+
+
+class Chain:
+    """A graph written by hand: `chain.shared` and so on are its nodes."""
+
+    def __init__(self) -> None:
+        graph = self.graph = fx.Graph()
+        self.x = graph.placeholder("x")
+        self.buffer = graph.placeholder("buffer")
+        self.shared = graph.call_function(torch.sin, (self.x,))
+        self.private = graph.call_function(torch.cos, (self.x,))
+        self.block = graph.call_function(torch.add, (self.private, self.shared))
+        self.fresh = graph.call_function(torch.exp, (self.block,))
+        self.view = graph.call_method("view", (self.fresh, -1))
+        self.other_view = graph.call_method("reshape", (self.fresh, 2, -1))
+        self.write = graph.call_function(operator.iadd, (self.view, self.shared))
+        self.reader = graph.call_function(torch.neg, (self.other_view,))
+        self.update = graph.call_method("add_", (self.buffer, 1))
+        self.last = graph.call_function(torch.mul, (self.reader, self.shared))
+        self.output = graph.output((self.last,))
+
+    @property
+    def effects(self) -> Resumption:
+        return Resumption(self.graph, self.block)
+
+
+def test_shared_values_come_from_before_the_first_block() -> None:
+    chain = Chain()
+    assert chain.effects.shared == (chain.shared,)
+
+
+def test_a_written_value_is_written_under_all_its_names() -> None:
+    chain = Chain()
+    effects = chain.effects
+    for node in (chain.fresh, chain.view, chain.other_view, chain.write):
+        assert effects.is_written(node) and list(effects.writers(node)) == [chain.write]
+    assert list(effects.writers(chain.buffer)) == [chain.update] and effects.is_written(chain.buffer)
+    for node in (chain.x, chain.shared, chain.block, chain.reader, chain.last):
+        assert not effects.is_written(node) and not effects.writers(node)
+
+
+def test_readers_of_a_written_value_depend_on_what_was_written() -> None:
+    chain = Chain()
+    downstream = chain.effects.downstream(chain.write)
+    assert {chain.write, chain.view, chain.other_view, chain.reader, chain.last} <= downstream
+    assert downstream.isdisjoint({chain.x, chain.shared, chain.block, chain.update})
+    assert chain.effects.downstream(chain.reader) == {chain.reader, chain.last, chain.output}
+
+
+def test_runs_can_resume_unless_something_acts_behind_the_first_block() -> None:
+    chain = Chain()
+    assert chain.effects.can_resume and chain.effects.side_effects == ()
+    with chain.graph.inserting_before(chain.private):
+        early = chain.graph.call_function(torch.set_grad_enabled, (False,))
+    effects = chain.effects
+    assert effects.can_resume and effects.side_effects == (early,)
+    with chain.graph.inserting_before(chain.last):
+        late = chain.graph.call_function(torch.set_grad_enabled, (True,))
+    effects = chain.effects
+    assert not effects.can_resume and effects.side_effects == (early, late)

@@ -17,9 +17,8 @@ import fxfusion
 from fxfusion.errors import CheckpointError, PlanError, SurgeryError
 from fxfusion.models.ffn_surgery import fuse as module
 from fxfusion.models.ffn_surgery.proof import ParallelForm
-from fxfusion.models.ffn_surgery.record import fused_state, plan_of
+from fxfusion.models.ffn_surgery.record import fused_state, intact_config, plan_of
 from fxfusion.models.fingerprint import facts_of
-from fxfusion.models.intact_config import intact_config
 from tests.end_to_end.caching import LIMIT, RED, decoded, decoder, new_cache, off, recomputed, token_ids
 from tests.end_to_end.families import relative
 from tests.end_to_end.family_table import family_named

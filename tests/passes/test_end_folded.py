@@ -1,4 +1,4 @@
-"""Between the last linear layer and the sum: scales and shifts fold, anything else is refused."""
+"""end_folded: between the last linear layer and the sum scales and shifts fold, anything else is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxfusion.errors import RefusalCode
-from tests.helpers import assert_fuses, assert_not_fused, customs, match, refused, tokens
+from tests.helpers import Block, Rms, Stack, assert_fuses, assert_not_fused, customs, match, randomise, refused, tokens
+from tests.passes.test_build_wide import packed, same
+from tests.passes.test_concatenate import Tail
 
 Branch = Callable[[Any, Tensor], Tensor]
 
@@ -55,8 +57,8 @@ def test_members_may_have_different_tails() -> None:
 
 def test_the_steps_are_recorded_in_order() -> None:
     ffn = match(customs(lambda m, x: (down(m, x) * 0.5 + m.s) * m.g), tokens(), how="symbolic").ffns[0]
-    assert [kind for kind, _ in ffn.tail] == ["mul", "add", "mul"]
-    assert ffn.tail[0][1] == 0.5
+    assert [kind for kind, _ in ffn.end.steps] == ["mul", "add", "mul"]
+    assert ffn.end.steps[0][1] == 0.5
 
 
 NOT_FOLDABLE = refused(
@@ -88,3 +90,12 @@ def test_other_tails_are_refused(branch: Branch, code: RefusalCode, words: str) 
     assert_not_fused(customs(branch), [tokens()], code, words)
     if not words.startswith("getitem"):  # with equal sizes the whole layer is read
         assert_not_fused(customs(branch, width=8), [tokens(8, 8)], code, words)
+
+
+def test_tails_are_folded_into_the_down_projection() -> None:
+    model = Stack([Block(Rms(8), Tail(factor, True)) for factor in (0.5, 2.0)])
+    randomise(model)
+    *_, down, bias = packed(model)
+    parts = [layer.ffn for layer in model.layers]
+    same(down, torch.cat([ffn.down.weight * ffn.scale[:, None] * ffn.factor for ffn in parts], 1))
+    same(bias, sum((ffn.down.bias * ffn.scale + ffn.shift) * ffn.factor for ffn in parts))

@@ -1,7 +1,8 @@
-"""match_output: a norm behind the last linear layer, in any spelling, and what is none."""
+"""end_normed: a norm behind the last linear layer, in any spelling, and what is none."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,13 @@ import torch.nn.functional as F
 
 from fxfusion.errors import RefusalCode
 from fxfusion.graph import ops
+from fxfusion.passes import choose_form
+from fxfusion.passes.end_folded import FoldedEnd
+from fxfusion.passes.end_normed import NormedEnd
+from fxfusion.passes.middle_pointwise import PointwiseMiddle
 from tests.helpers import assert_fuses, assert_not_fused, customs, match, refused, tokens
-from tests.passes.test_match_tail import Branch, down
+from tests.passes.test_choose_form import grouped_of
+from tests.passes.test_end_folded import Branch, down
 
 NORMS: dict[str, Branch] = {
     "rms": lambda m, x: F.rms_norm(down(m, x), (8,), m.g),
@@ -40,13 +46,14 @@ def test_norms_on_the_output_are_grouped(branch: Branch, how: Any) -> None:
 
 def test_the_region_goes_from_the_last_linear_layer_to_the_branch() -> None:
     ffn = match(customs(NORMS["scaled before and after"]), tokens(), how="symbolic").ffns[0]
-    assert [ops.op_name(node) for node in ffn.output] == ["mul", "rms_norm", "mul", "add"]
-    assert ffn.output[-1] is ffn.branch and ffn.tail == () and not ffn.segmented
+    assert isinstance(ffn.end, NormedEnd) and isinstance(ffn.middle_kind, PointwiseMiddle)
+    assert [ops.op_name(node) for node in ffn.end.nodes] == ["mul", "rms_norm", "mul", "add"]
+    assert ffn.end.nodes[-1] is ffn.branch and ffn.end.steps == ()
 
 
 def test_scales_alone_are_no_norm() -> None:
     ffn = match(customs(lambda m, x: down(m, x) * m.g + m.s), tokens(), how="symbolic").ffns[0]
-    assert ffn.output == () and len(ffn.tail) == 2
+    assert isinstance(ffn.end, FoldedEnd) and len(ffn.end.steps) == 2
 
 
 REFUSED = refused(
@@ -74,3 +81,12 @@ def test_what_is_no_norm_of_the_output_alone_is_refused(branch: Branch, code: Re
     assert_not_fused(customs(branch), [tokens()], code, words)
     if not words.startswith("groups"):  # batch = sequence = hidden = width: no shape can tell the axes apart
         assert_not_fused(customs(branch, width=8), [tokens(8, 8)], code, words)
+
+
+def test_which_downs_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    half, single = (replace(grouped_of(dtype), form="prepacked") for dtype in (torch.bfloat16, torch.float32))
+    end = half.end
+    assert end.packs_down(half) and not end.packs_down(single)
+    assert not end.packs_down(grouped_of(torch.bfloat16)) and not end.packs_down(replace(half, form="members"))
+    monkeypatch.setattr(choose_form, "CACHE", 0)
+    assert end.packs_down(single)

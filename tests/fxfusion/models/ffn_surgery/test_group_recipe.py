@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxfusion.models.ffn_surgery.channels import Run, spread
+from fxfusion.models.ffn_surgery.group_recipe import Run, spread
 
 
 def owners(widths: list[int], shards: int) -> Tensor:
