@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fxfusion.errors import OptionError
 from fxfusion.recovery.fit import Fitted
 from fxfusion.recovery.gram import GramSums
 from fxfusion.recovery.readers import Part, Reader
@@ -117,6 +118,16 @@ class _Map:
         own = self.sources[:, member * hidden : (member + 1) * hidden]
         new = source.to(kind) @ own.t().to(kind) + before.to(kind) @ self.stay.t().to(kind)
         return new if shift is None else new + torch.outer(shift.to(kind), self.ones.to(kind))
+
+
+def check_memory(readers: Sequence[Reader], limit: int) -> None:
+    """Raises `OptionError` where the sums and maps of a reader take more than `limit` bytes."""
+    for reader in readers:
+        needed = 8 * (5 + 3 * len(reader.sources)) * (reader.hidden + 1) ** 2
+        if needed > limit:
+            raise OptionError(
+                f'memory_limit: {reader.name} take {needed:,} bytes, and the limit is {limit:,} (or sides="out")'
+            )
 
 
 def _out_in(stored: Tensor, transposed: bool) -> Tensor:

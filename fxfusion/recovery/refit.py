@@ -38,7 +38,7 @@ from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.record import LayerFit, Refit
 from fxfusion.recovery.fit import PENALTIES, Fitted, Fitter, Listener, check_penalties
 from fxfusion.recovery.gram import limit_or_half
-from fxfusion.recovery.inputs import InputFitter
+from fxfusion.recovery.inputs import InputFitter, check_memory
 from fxfusion.recovery.projections import Projection, choose, find_projections, linears_of
 from fxfusion.recovery.readers import Reader, choose_readers, find_readers
 from fxfusion.recovery.streams import Streams
@@ -151,6 +151,11 @@ class _How:
     penalties: tuple[float, ...]
     limit: int
 
+    @property
+    def room(self) -> int:
+        """Bytes for the kept streams of each of the two texts."""
+        return self.limit // 8
+
 
 class _Work:
     """One refit. `model`: the copy that is fused and changed; its parameters before that are kept to go back to."""
@@ -224,6 +229,7 @@ class _Work:
             reference = self.reference.graph(self.texts.fit[0].inputs)
             known = find_readers(self.model, graph, recipe, linears_of(self.source, reference), chosen)
             readers = choose_readers(known, chosen, chosen[0].layer, self.how.later)
+            check_memory(readers, self.how.limit - 2 * self.how.room)
         steps: list[Step] = sorted([*readers, *chosen], key=lambda one: (one.place, isinstance(one, Projection)))
         for name, value in self._parameters(*steps).items():
             if type(value.detach()) is not Tensor or not value.is_floating_point():
@@ -232,16 +238,15 @@ class _Work:
 
     def _fitters(self, advance: Any) -> dict[type, Any]:
         """By what they fit."""
-        room = self.how.limit // 8  # for the kept streams of each of the two texts
         calibration, validation = (
-            Streams(self.traced, self.reference, batches, room, advance)
+            Streams(self.traced, self.reference, batches, self.how.room, advance)
             for batches in (self.texts.fit, self.texts.decide)
         )
         out = Fitter(
             model=self.model,
             calibration=calibration,
             validation=validation,
-            limit=self.how.limit - 2 * room,
+            limit=self.how.limit - 2 * self.how.room,
             penalties=self.how.penalties,
         )
         into = InputFitter(

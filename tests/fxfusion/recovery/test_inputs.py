@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfusion
+from fxfusion.errors import OptionError
 from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.plan.record import LayerFit
 from fxfusion.recovery.refit import refitted_parameters
@@ -136,6 +137,11 @@ def test_what_does_not_bring_the_stream_nearer_is_not_applied() -> None:
         found = fxfusion.refit(model_of(), PLAN, [one], validation=own_text(seed=3)[:1], penalties=(1e-9,))
     assert is_same(found, state(fxfusion.fuse(model_of(), PLAN)))
     assert not any(fit.applied for fit in fits_of(found)) and fits_of(found)
+
+
+def test_too_little_memory_is_said_before_anything_is_fitted() -> None:
+    with pytest.raises(OptionError, match=r"gate_proj and .*up_proj take [\d,]+ bytes, .* \(or sides=\"out\"\)"):
+        refitted(memory_limit=100_000, on_layer=lambda layer, fit: pytest.fail(layer.name))
 
 
 @pytest.mark.slow
