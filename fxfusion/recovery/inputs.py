@@ -40,6 +40,9 @@ class InputFitter:
     @torch.no_grad()
     def fit(self, reader: Reader) -> Fitted:
         """Refit one block's first layers in place; they stay as they are where that is no better."""
+        if reader.refused:
+            error = self._error(reader)
+            return Fitted(penalty=None, before=error, after=error, applied=False, parts=1, why=reader.refused)
         own = {name: self.model.get_parameter(name) for name in reader.parameters}
         old = {name: value.detach().clone() for name, value in own.items()}
         device = own[reader.parts[0].weight].device

@@ -48,7 +48,7 @@ class Reader:
     `place`: of the block among `sites(graph)`. `members`: of a fused group. `first`: of its window, or its own layer:
     the reference's stream before that knows nothing of what is read here. `sources`: for each member a weight whose
     input in the reference is what the member should read. `target`: the block's last layer, where the reference has
-    the stream after it.
+    the stream after it. `refused`: why it must stay as it is; empty where it need not.
     """
 
     kind: Kind
@@ -60,6 +60,7 @@ class Reader:
     parts: tuple[Part, ...]
     sources: tuple[str, ...]
     target: Projection | None
+    refused: str = ""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -118,9 +119,16 @@ def find_readers(
                 parts=tuple(parts),
                 sources=tuple(next(part.source for part in parts if part.member == one) for one in _members(parts)),
                 target=known.get(place),
+                refused="" if group is None else _refused(group),
             )
         )
     return found
+
+
+def _refused(group: GroupRecipe) -> str:
+    """A wide layer's bias that is made of a norm's shift follows from its rows in each member, and is no free value."""
+    without = [matrix.weight for member in group.members for matrix in member.projections if matrix.bias is None]
+    return f"{without[0]} has no bias, and the shift of its norm became one" if group.in_bias and without else ""
 
 
 def _members(parts: Sequence[Part]) -> range:

@@ -111,13 +111,35 @@ def test_other_families(family: str) -> None:
     found = refitted(family)
     assert loss(found, family) < loss(fxfusion.fuse(model_of(family), PLAN), family)
     assert any(fit.applied for fit in fits_of(found))
+    assert same_model(found, family, PLAN)
+    plain = recomputed(fxfusion.fuse(model_of(family), PLAN), token_ids())
+    assert off(plain, recomputed(found, token_ids())) > 1e-3, "nothing was refitted"
+
+
+def same_model(found: Any, family: str, plan: Any) -> bool:
+    """Whether the model as it was loaded, with what was refitted, fuses to the one that was found."""
     intact = model_of(family)
     with torch.no_grad():
         for name, value in refitted_parameters(found):
             intact.get_parameter(name).copy_(value)
-    wanted = recomputed(found, token_ids())
-    assert off(recomputed(fxfusion.fuse(intact, PLAN), token_ids()), wanted) < 1e-4
-    assert off(recomputed(fxfusion.fuse(model_of(family), PLAN), token_ids()), wanted) > 1e-3, "nothing was refitted"
+    return off(recomputed(fxfusion.fuse(intact, plan), token_ids()), recomputed(found, token_ids())) < 1e-4
+
+
+def test_norms_with_shifts_and_layers_without_biases() -> None:
+    """The wide layer's bias belongs to the shifts: the group's first layers stay, those of later layers need not."""
+    reasons: list[str] = []
+    found = refitted("stablelm", on_layer=lambda layer, fit: reasons.append(fit.why))
+    assert any("gate_proj.weight has no bias, and the shift of its norm became one" in why for why in reasons)
+    assert not any(fit.applied for fit in fits_of(found) if len(fit.layers) == 2 and "mlp" in fit.name)
+    assert any(fit.applied for fit in fits_of(found))
+    assert same_model(found, "stablelm", PLAN)
+
+
+def test_a_group_that_keeps_its_last_norm() -> None:
+    plan = {**PLAN, "norm": "last"}
+    found = refitted(plan=plan)
+    assert any(fit.applied for fit in fits_of(found) if fit.layers == (1, 2))
+    assert same_model(found, "llama", plan)
 
 
 def test_gains_of_zero_are_no_obstacle(tmp_path: Path) -> None:
