@@ -136,7 +136,7 @@ def refit(
 
 
 def _refit(
-    run: Session, plan: FusionPlan, how: dict[str, str], validation: list[Path] | None, limit: int | None
+    run: Session, plan: FusionPlan, how: dict[str, Any], validation: list[Path] | None, limit: int | None
 ) -> Any:
     decides = None if validation is None else run.read_text(validation)
     model = run.model

@@ -347,8 +347,8 @@ def _names(model: nn.Module, layers: tuple[str, ...]) -> set[str]:
     for group in state.recipe.parts:
         for number, home in enumerate(group.home.matrices):
             if home.weight in found:
-                own = [member.matrices[number] for member in group.members]
-                found |= {name for matrix in own for name in (matrix.weight, matrix.bias) if name is not None}
+                members = [member.matrices[number] for member in group.members]
+                found |= {name for matrix in members for name in (matrix.weight, matrix.bias) if name is not None}
         if any(home.weight in found for home in group.home.projections):  # gains of zero, say, that became ones
             found |= {name for member in group.members for name in member.small}
     return found
