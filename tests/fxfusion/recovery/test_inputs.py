@@ -61,7 +61,7 @@ def by_hand(intact: Any, fused: Any, member: int, share: float) -> Tensor:
     return torch.linalg.lstsq(torch.cat([now, root]), torch.cat([wanted, penalty.sqrt() * before.t()])).solution.t()
 
 
-@pytest.mark.parametrize("member", [1, 2])
+@pytest.mark.parametrize("member", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_solution_is_that_of_the_formula(member: int) -> None:
     intact, fused = model_of(), fxfusion.fuse(model_of(), PLAN)
     found = refitted(later="none").model.layers[1].mlp.gate_proj.weight.double()
@@ -72,6 +72,7 @@ def test_the_solution_is_that_of_the_formula(member: int) -> None:
     assert (rows - by_hand(intact, fused, member, 3 * SHARE)).norm() > 1e-3 * wanted.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [PLAN, HOIST, WIDE], ids=["drop", "hoist", "wide"])
 def test_both_sides_are_better_than_one(plan: Any) -> None:
     one, both = refitted(plan=plan, sides="out"), refitted(plan=plan)
@@ -79,6 +80,7 @@ def test_both_sides_are_better_than_one(plan: Any) -> None:
     assert any(fit.applied for fit in fits_of(both)) and all(fit.after <= fit.before for fit in fits_of(both))
 
 
+@pytest.mark.slow
 def test_what_is_refitted_in_a_hoisted_window() -> None:
     """The inputs of attention that goes before the first FFN too, though the reference has no stream after it."""
     fits = fits_of(refitted(plan=HOIST))
@@ -95,6 +97,7 @@ def test_what_is_refitted_in_a_hoisted_window() -> None:
     assert all(fit.applied for fit in fits[3:8])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", ["none", "ffn"])
 def test_later_layers_are_left_alone_where_they_should(later: str) -> None:
     fits = fits_of(refitted(plan=WIDE, later=later))
@@ -104,9 +107,8 @@ def test_later_layers_are_left_alone_where_they_should(later: str) -> None:
 
 
 # Biases, LayerNorm and Conv1D; parallel blocks with packed q, k, v; packed gate and up; norms of q and k.
-@pytest.mark.parametrize(
-    "family", ["gpt2", "gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phi3", "opt", "qwen3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3", "opt", "qwen3"])
 def test_other_families(family: str) -> None:
     found = refitted(family)
     assert loss(found, family) < loss(fxfusion.fuse(model_of(family), PLAN), family)
@@ -125,6 +127,7 @@ def same_model(found: Any, family: str, plan: Any) -> bool:
     return off(recomputed(fxfusion.fuse(intact, plan), token_ids()), recomputed(found, token_ids())) < 1e-4
 
 
+@pytest.mark.slow
 def test_norms_with_shifts_and_layers_without_biases() -> None:
     """The wide layer's bias belongs to the shifts: the group's first layers stay, those of later layers need not."""
     reasons: list[str] = []
@@ -135,6 +138,7 @@ def test_norms_with_shifts_and_layers_without_biases() -> None:
     assert same_model(found, "stablelm", PLAN)
 
 
+@pytest.mark.slow
 def test_a_group_that_keeps_its_last_norm() -> None:
     plan = {**PLAN, "norm": "last"}
     found = refitted(plan=plan)
@@ -142,6 +146,7 @@ def test_a_group_that_keeps_its_last_norm() -> None:
     assert same_model(found, "llama", plan)
 
 
+@pytest.mark.slow
 def test_gains_of_zero_are_no_obstacle(tmp_path: Path) -> None:
     """A channel that a member's norm takes out can be of use for the estimate of what it should read."""
     model = model_of()
@@ -153,6 +158,7 @@ def test_gains_of_zero_are_no_obstacle(tmp_path: Path) -> None:
     assert off(recomputed(loaded, token_ids()), recomputed(found, token_ids())) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_does_not_bring_the_stream_nearer_is_not_applied() -> None:
     one = own_text()[0][:1, :6]
     with pytest.warns(UserWarning, match="calibration tokens are few"):
@@ -194,6 +200,7 @@ def test_a_refit_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path) -> No
     assert rest and not set(rest) & set(seen) and is_same(found, whole)
 
 
+@pytest.mark.slow
 def test_weights_in_bfloat16() -> None:
     model = model_of().to(torch.bfloat16)
     before = copy.deepcopy(model)
