@@ -114,7 +114,7 @@ class Study:
         def make() -> dict[str, Any]:
             started = time.perf_counter()
             text = calibration_batches(limit=count)
-            found = refit(self.model, plan_of(dropped, groups), text, reference, later=later, **more)
+            found = refit(self.model, plan_of(dropped, groups), text, reference, later=later, sides="out", **more)
             seconds = time.perf_counter() - started
             done = read_refit(found.config)
             assert done is not None

@@ -43,7 +43,7 @@ def start(study: Study, name: str, batches: int) -> tuple[Any, float]:
     if name == "raw":
         found = fuse(copy.deepcopy(study.model), plan)
     else:
-        found = refit(study.model, plan, calibration_batches(limit=batches), "intact")
+        found = refit(study.model, plan, calibration_batches(limit=batches), "intact", sides="out")
     return found, time.perf_counter() - started
 
 

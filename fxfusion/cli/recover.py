@@ -42,6 +42,13 @@ class Later(str, Enum):
     all = "all"
 
 
+class Sides(str, Enum):
+    """Which ends of the blocks are refitted."""
+
+    both = "both"
+    out = "out"
+
+
 Validation = Annotated[
     list[Path] | None,
     typer.Option(metavar="PATH", help="Text that decides; may be repeated.", show_default="an eighth of --text"),
@@ -51,6 +58,10 @@ RefitReference = Annotated[
 ]
 LaterOption = Annotated[
     Later, typer.Option("--later", help="Beside the groups: none, later FFNs (ffn), or attention outputs too (all).")
+]
+SidesOption = Annotated[
+    Sides,
+    typer.Option("--sides", help="both: what reads the stream (gate, up, q, k, v) too; out: what adds to it."),
 ]
 MemoryLimit = Annotated[
     str | None,
@@ -87,11 +98,12 @@ def refit(
     validation: Validation = None,
     reference: RefitReference = Reference.intact,
     later: LaterOption = Later.all,
+    sides: SidesOption = Sides.both,
     memory_limit: MemoryLimit = None,
     format: options.FormatOption = Format.canonical,
     max_shard_size: options.ShardSize = "2GB",
 ) -> dict[str, Any]:
-    """Drop attention and fuse FFNs as a plan says, refit what writes to the residual stream, and write the result.
+    """Drop attention and fuse FFNs as a plan says, refit what reads and writes the stream, and write the result.
 
     Repairs in closed form, from calibration text, what dropping and fusing cost: no training, no change of shapes or
     speed. A layer is changed only where that helps on text that was not fitted to. MODEL_DIR stays as it is; a run that
@@ -110,11 +122,13 @@ def refit(
         "format": format.value,
         "reference": reference.value,
         "later": later.value,
+        "sides": sides.value,
     }
     if run.dry_run:
-        work = [Work("loss of the intact model", 1), Work("sums for each projection, in both models")]
+        work = [Work("loss of the intact model", 1), Work("sums for each block, in both models")]
         return result | run.plan_dry_run(work, [output])
-    found = _refit(run, chosen, reference.value, later.value, validation, limit)
+    how = {"reference": reference.value, "later": later.value, "sides": sides.value}
+    found = _refit(run, chosen, how, validation, limit)
     record = _show_fits(run, found)
     write_refitted(run, found, chosen, output, format, max_shard_size)
     run.screen.line(f"written: {output}")
@@ -122,20 +136,19 @@ def refit(
 
 
 def _refit(
-    run: Session, plan: FusionPlan, reference: Any, later: Any, validation: list[Path] | None, limit: int | None
+    run: Session, plan: FusionPlan, how: dict[str, Any], validation: list[Path] | None, limit: int | None
 ) -> Any:
     decides = None if validation is None else run.read_text(validation)
     model = run.model
     sources = [str(path) for path in validation or ()]
-    key = digest([contents(plan), reference, later, run.text_facts, sources])
+    key = digest([contents(plan), *how.values(), run.text_facts, sources])
     say_plan(run, plan)
     return fxfusion.refit(
         model,
         plan,
         run.batches,
-        reference,
+        **how,
         validation=decides,
-        later=later,
         memory_limit=limit,
         cache=run.folder.file(f"refit_{key}"),
         progress=run.screen.notes.is_terminal,
@@ -150,6 +163,7 @@ def _show_fits(run: Session, model: Any) -> Refit:
     rows = [
         (
             fit.name,
+            fit.side,
             show_layers(fit.layers),
             "-" if fit.penalty is None else f"{fit.penalty:g}",
             f"{fit.before:.3f}",
@@ -158,7 +172,7 @@ def _show_fits(run: Session, model: Any) -> Refit:
         )
         for fit in record.fits
     ]
-    run.screen.table(("projection", "layers", "penalty", "error before", "after", "applied"), rows)
+    run.screen.table(("layer", "side", "layers", "penalty", "error before", "after", "applied"), rows)
     run.screen.line(
         f"loss on {record.held_out_tokens:,} tokens that were not fitted to: {record.loss_before:.4g} before, "
         f"{record.loss_after:.4g} after ({record.tokens:,} calibration tokens)"

@@ -113,7 +113,7 @@ class ResidueFile(Record):
 
 class LayerFit(Record):
     """One linear layer that a refit looked at. Errors are on held-out text: the distance of the residual stream from
-    the reference's after the layer, as a part of the size of the latter."""
+    the reference's after the layer's block, as a part of the size of the latter."""
 
     name: str = Field(description="module path of the layer in the fused model")
     layers: tuple[CheckedLayer, ...] = Field(description="layers whose FFNs (or attention) it serves")
@@ -123,6 +123,9 @@ class LayerFit(Record):
     before: _Number
     after: _Number
     applied: Annotated[bool, Field(strict=True)] = Field(description="false where nothing was better than before")
+    side: Literal["out", "in"] = Field(
+        default="out", description="out: its result goes into the stream; in: it reads the (normed) stream"
+    )
 
 
 class Refit(Record):
@@ -131,6 +134,7 @@ class Refit(Record):
 
     reference: Literal["unfused", "intact"] = Field(description="the model that it was refitted to")
     later: Literal["none", "ffn", "all"] = Field(description="which layers after the groups: none, FFNs, attention too")
+    sides: Literal["out", "both"] = Field(default="out", description="which ends of the blocks: see `LayerFit.side`")
     tokens: _Count = Field(description="calibration tokens")
     held_out_tokens: _Count = Field(description="tokens that decided on penalties, and whether a layer was changed")
     fingerprint: str = Field(description="digest over the text")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,7 +151,7 @@ def _square(lacking: Tensor, scale: Tensor | float) -> Tensor:
     return (by_channel * factor).sum().cpu()
 
 
-Listener = Callable[[Projection, Fitted], None]
+Listener = Callable[[Any, Fitted], None]  # the layer (a `Projection` or a `Reader`), and what came of it
 
 
 def check_penalties(given: Sequence[float]) -> tuple[float, ...]:

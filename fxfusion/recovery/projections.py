@@ -8,7 +8,7 @@ added to the stream by itself. Whatever stands between it and the stream must be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,14 +24,16 @@ from fxfusion.models.traced import TracedGraph
 from fxfusion.passes.ffn import Linear, TailStep
 from fxfusion.passes.kinds import match_end
 from fxfusion.passes.match_linear import match_linear
-from fxfusion.passes.match_residual import match_residual
+from fxfusion.passes.match_residual import match_residual, mixes_tokens
 
 Kind = Literal["ffn", "attention"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Such a layer in one graph. `layer`: its decoder layer there; `before`, `after`: the stream around its block."""
+    """Such a layer in one graph. `layer`: its decoder layer there; `before`, `after`: the stream around its block;
+    `entries`: the block's linear layers that read the (normed) stream, all of them one value; none where they do not.
+    """
 
     kind: Kind
     layer: int
@@ -39,6 +41,7 @@ class Site:
     tail: tuple[TailStep, ...]
     before: fx.Node
     after: fx.Node
+    entries: tuple[Linear, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,11 @@ class Projection:
         """Module path of the layer in the model that is refitted (or name of its weight)."""
         return self.weight.removesuffix(".weight")
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of those that a refit may change."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
     def out_in(self, stored: Tensor) -> Tensor:
         """The weight as `[hidden, width]`, a view."""
         return stored.t() if self.transposed else stored
@@ -81,7 +89,7 @@ def sites(graph: TracedGraph) -> list[Site]:
     for ffn in match_residual(facts, {}).ffns:
         block = blocks.get(ffn.add)
         if block is not None and _ends_layer(block, graph) and not ffn.end.no_module:
-            found.append(_site("ffn", block, ffn.down, ffn.end.steps))
+            found.append(_site("ffn", block, ffn.down, ffn.end.steps, ffn.projections))
     for block in graph.blocks.mixers:
         last = _last_linear(block, facts)
         if last is not None:
@@ -89,8 +97,19 @@ def sites(graph: TracedGraph) -> list[Site]:
     return sorted(found, key=lambda site: facts.order[site.after])
 
 
-def _site(kind: Kind, block: ResidualBlock, linear: Linear, tail: tuple[TailStep, ...]) -> Site:
-    return Site(kind=kind, layer=block.layer, linear=linear, tail=tail, before=block.before, after=block.after)
+def _site(
+    kind: Kind, block: ResidualBlock, linear: Linear, tail: tuple[TailStep, ...], entries: tuple[Linear, ...]
+) -> Site:
+    inputs = {entry.input for entry in entries}
+    return Site(
+        kind=kind,
+        layer=block.layer,
+        linear=linear,
+        tail=tail,
+        before=block.before,
+        after=block.after,
+        entries=entries if len(inputs) == 1 else (),
+    )
 
 
 def _ends_layer(block: ResidualBlock, graph: TracedGraph) -> bool:
@@ -105,8 +124,11 @@ def _unviewed(node: fx.Node) -> fx.Node:
     return node
 
 
-def _last_linear(block: ResidualBlock, facts: GraphFacts) -> tuple[Linear, tuple[TailStep, ...]] | None:
-    """An attention's output projection, where the attention is an addition to the stream of its own."""
+def _last_linear(
+    block: ResidualBlock, facts: GraphFacts
+) -> tuple[Linear, tuple[TailStep, ...], tuple[Linear, ...]] | None:
+    """An attention's output projection, where the attention is an addition to the stream of its own; and its linear
+    layers that no other linear layer of it, and no other token, comes before."""
     if block.before is not block.stream or not block.branches:
         return None
     branch = block.branches[0]
@@ -116,7 +138,15 @@ def _last_linear(block: ResidualBlock, facts: GraphFacts) -> tuple[Linear, tuple
         down, end = match_end(branch, linears, found, facts)
     except Refused:  # something else than a linear layer ends it: then there is nothing to refit
         return None
-    return None if end.no_module else (down, end.steps)  # nor where a norm follows it
+    if end.no_module:  # nor where a norm follows it
+        return None
+    deep: set[fx.Node] = set()
+    for node in sorted(found.nodes, key=facts.order.__getitem__):
+        if not deep.isdisjoint(node.all_input_nodes) or mixes_tokens(node, facts):
+            deep.add(node)
+        elif match_linear(node, facts) is not None:
+            deep.update(node.users)
+    return down, end.steps, tuple(linear for linear in linears if linear.node not in deep)
 
 
 def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | None) -> list[Projection]:
@@ -124,16 +154,8 @@ def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | 
 
     Layers whose weight is computed, or shared with another place, are left out.
     """
-    names: dict[int, list[str]] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(value), []).append(name)
-
-    def name_of(node: fx.Node | None) -> str | None:
-        value = None if node is None else graph.captured.values.get(node.name)
-        own = names.get(id(value), [])
-        return own[0] if len(own) == 1 else None
-
-    groups = _joined(recipe)
+    name_of = own_names(model, graph)
+    groups = joined(recipe)
     found = []
     for place, site in enumerate(sites(graph)):
         layer = site.layer if recipe is None else recipe.kept[site.layer]
@@ -166,7 +188,34 @@ def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | 
     return found
 
 
-def _joined(recipe: FuseRecipe | None) -> dict[tuple[Kind, int], GroupRecipe]:
+def own_names(model: nn.Module, graph: TracedGraph) -> Callable[[fx.Node | None], str | None]:
+    """The name of the parameter that a node is; None for what is computed, or stands in another place too."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+
+    def name_of(node: fx.Node | None) -> str | None:
+        value = None if node is None else graph.captured.values.get(node.name)
+        own = names.get(id(value), [])
+        return own[0] if len(own) == 1 else None
+
+    return name_of
+
+
+def linears_of(model: nn.Module, graph: TracedGraph) -> dict[str, Linear]:
+    """The linear layers of a graph, by the name of their weight; those left out whose weight is read twice."""
+    facts = GraphFacts(graph.captured.module.graph, list(graph.captured.weights))
+    name_of = own_names(model, graph)
+    found: dict[str, list[Linear]] = {}
+    for node in graph.captured.module.graph.nodes:
+        linear = match_linear(node, facts)
+        name = None if linear is None else name_of(linear.weight)
+        if linear is not None and name is not None:
+            found.setdefault(name, []).append(linear)
+    return {name: linears[0] for name, linears in found.items() if len(linears) == 1}
+
+
+def joined(recipe: FuseRecipe | None) -> dict[tuple[Kind, int], GroupRecipe]:
     """What is wide in a fused model, by kind and by the layer that holds it."""
     if recipe is None:
         return {}
@@ -202,11 +251,12 @@ def choose(found: Sequence[Projection], dropped: Sequence[int], later: str) -> l
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a stream should be: the sum of some of the reference's values, less others. The last of `plus` is the last
-    of all."""
+    """What a stream should be: the sum of some of the reference's values, less others. `keep`: from which the rest of
+    the reference can be computed."""
 
     plus: tuple[fx.Node, ...]
-    minus: tuple[fx.Node, ...] = ()
+    minus: tuple[fx.Node, ...]
+    keep: fx.Node
 
 
 def target_of(projection: Projection, reference: TracedGraph) -> Target:
@@ -221,7 +271,8 @@ def target_of(projection: Projection, reference: TracedGraph) -> Target:
         found = tuple(block for block in reference.blocks.layers if block.layer == projection.until)
     if len(found) != (len(projection.members) if projection.kind == "attention" and projection.members else 1):
         raise SurgeryError(f"the reference model has no one stream after {projection.kind} {projection.until}")
-    return Target(tuple(block.after for block in found), tuple(block.before for block in found[1:]))
+    keep = found[0].before if len(found) > 1 else found[0].after  # the FFNs of a window come after all its attention
+    return Target(tuple(block.after for block in found), tuple(block.before for block in found[1:]), keep)
 
 
 def scale_of(site: Site, graph: TracedGraph, inputs: object) -> Tensor | float:

@@ -17,7 +17,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -38,13 +38,16 @@ from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.record import LayerFit, Refit
 from fxfusion.recovery.fit import PENALTIES, Fitted, Fitter, Listener, check_penalties
 from fxfusion.recovery.gram import limit_or_half
-from fxfusion.recovery.projections import Projection, choose, find_projections
+from fxfusion.recovery.inputs import InputFitter, check_memory
+from fxfusion.recovery.projections import Projection, choose, find_projections, linears_of
+from fxfusion.recovery.readers import Reader, choose_readers, find_readers
 from fxfusion.recovery.streams import Streams
 from fxfusion.recovery.texts import Texts
 from fxfusion.report.progress import reporting
 
 Model = TypeVar("Model", bound=nn.Module)
-REFERENCES, LATER = ("unfused", "intact"), ("none", "ffn", "all")
+Step = Projection | Reader
+REFERENCES, LATER, SIDES = ("unfused", "intact"), ("none", "ffn", "all"), ("out", "both")
 
 
 def refit(
@@ -55,6 +58,7 @@ def refit(
     *,
     validation: Iterable[Batch] | None = None,
     later: str = "all",
+    sides: str = "both",
     penalties: Sequence[float] = PENALTIES,
     memory_limit: int | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -75,6 +79,8 @@ def refit(
         later: what is refitted beside the groups, from the first layer that was changed on: "none", "ffn" (the down
             projection of every FFN) or "all" (the output projection of every attention too). The attention of a wide
             block belongs to its group.
+        sides: "both": the layers that read the stream first (gate and up; q, k and v) are fitted too, to what they
+            would have read in the reference, each block's before its last layer; "out": last layers alone.
         penalties: ridge penalties to choose from, as parts of the mean diagonal of the Gram matrix.
         memory_limit: bytes beside the models and a forward pass, half of the free memory by default. A layer of `w`
             inputs and `d` outputs takes `24 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more than three
@@ -97,20 +103,21 @@ def refit(
         FxFusionError: an activation is not finite; the message names batch and layer.
     """
     bare, chosen = bare_model(model), FusionPlan.resolve(plan).replace(refit=None)
-    _check(model, bare, chosen, reference, later)
+    _check(model, bare, chosen, reference, later, sides)
     known = check_penalties(penalties)
     texts = Texts.of(batches, validation)
     limit = limit_or_half(memory_limit, model_device(bare) or torch.device("cpu"))
     vocabulary = facts_of(bare, values=False).vocabulary
     if vocabulary is not None and read_record(getattr(bare, "config", None)) is None:
         texts.check_language(bare, vocabulary)
-    work = _Work(source=bare, plan=chosen, texts=texts, reference=reference, later=later, penalties=known, limit=limit)
+    how = _How(reference=reference, later=later, sides=sides, penalties=known, limit=limit)
+    work = _Work(source=bare, plan=chosen, texts=texts, how=how)
     work.run(cache, progress, on_layer)
     return cast(Model, work.model)
 
 
-def _check(model: nn.Module, bare: nn.Module, plan: FusionPlan, reference: str, later: str) -> None:
-    for value, known, name in ((reference, REFERENCES, "reference"), (later, LATER, "later")):
+def _check(model: nn.Module, bare: nn.Module, plan: FusionPlan, reference: str, later: str, sides: str) -> None:
+    for value, known, name in ((reference, REFERENCES, "reference"), (later, LATER, "later"), (sides, SIDES, "sides")):
         if value not in known:
             raise OptionError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     config = getattr(bare, "config", None)
@@ -134,51 +141,61 @@ def _check(model: nn.Module, bare: nn.Module, plan: FusionPlan, reference: str, 
     check_fits(plan, bare)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """What a caller chose, checked. See `refit`."""
+
+    reference: str
+    later: str
+    sides: str
+    penalties: tuple[float, ...]
+    limit: int
+
+    @property
+    def room(self) -> int:
+        """Bytes for the kept streams of each of the two texts."""
+        return self.limit // 8
+
+
 class _Work:
     """One refit. `model`: the copy that is fused and changed; its parameters before that are kept to go back to."""
 
-    def __init__(
-        self,
-        *,
-        source: nn.Module,
-        plan: FusionPlan,
-        texts: Texts,
-        reference: str,
-        later: str,
-        penalties: tuple[float, ...],
-        limit: int,
-    ) -> None:
-        self.source, self.plan, self.texts = source, plan, texts
-        self.reference, self.later, self.penalties, self.limit = reference, later, penalties, limit
+    def __init__(self, *, source: nn.Module, plan: FusionPlan, texts: Texts, how: _How) -> None:
+        self.source, self.plan, self.texts, self.how = source, plan, texts, how
         self.model: Any = fuse(copy.deepcopy(source), plan)
         self.model.eval()
         self.traced = TracedModel(self.model)
+        self.reference = TracedModel(source, () if how.reference == "intact" else self._missing())
 
     def run(self, cache: str | os.PathLike[str] | None, progress: bool, on_layer: Listener | None) -> None:
-        projections = self._projections()
-        self.texts.check_width(max(one.width for one in projections), "the widest layer")
-        store = Store(inside(cache, "refit.json"), "a refit that was stopped", lambda: self._facts(projections))
+        steps = self._steps()
+        self.texts.check_width(max(one.width for one in steps if isinstance(one, Projection)), "the widest layer")
+        store = Store(inside(cache, "refit.json"), "a refit that was stopped", lambda: self._facts(steps))
         before = float(evaluate(self.model, self.texts.decide_given, resamples=100).loss)
-        old = {name: value.detach().clone() for name, value in self._parameters(*projections).items()}
-        fits = self._known(store, projections)
-        passes = len(self.texts.fit) + len(self.texts.decide)
-        with reporting(progress, "refit", passes * (len(projections) - len(fits))) as advance:
-            fitter = self._fitter(advance)
-            for projection in projections[len(fits) :]:
-                fitted = fitter.fit(projection)
-                self._keep(store, projection, fitted)
+        old = {name: value.detach().clone() for name, value in self._parameters(*steps).items()}
+        fits = self._known(store, steps)
+        with reporting(progress, "refit", sum(map(self._passes, steps[len(fits) :]))) as advance:
+            fitters = self._fitters(advance)
+            for step in steps[len(fits) :]:
+                fitted = fitters[type(step)].fit(step)
+                self._keep(store, step, fitted)
                 fits.append(fitted)
                 if on_layer is not None:
-                    on_layer(projection, fitted)
-        self._finish(projections, fits, before, old)
+                    on_layer(step, fitted)
+        self._finish(steps, fits, before, old)
 
-    def _known(self, store: Store, projections: Sequence[Projection]) -> list[Fitted]:
+    def _passes(self, step: Step) -> int:
+        """Over how many batches a step goes."""
+        fit, decide = len(self.texts.fit), len(self.texts.decide)
+        return fit + decide * (1 if isinstance(step, Projection) else 1 + len(self.how.penalties))
+
+    def _known(self, store: Store, steps: Sequence[Step]) -> list[Fitted]:
         """What an earlier call found, put into the model. Raises `OptionError` where it is broken or does not fit."""
         found = []
         try:
-            for projection, entry in zip(projections, store.data.get("done", []), strict=False):
+            for step, entry in zip(steps, store.data.get("done", []), strict=False):
                 found.append(Fitted(**entry["fitted"]))
-                own = self._parameters(projection) if found[-1].applied else {}
+                own = self._parameters(step) if found[-1].applied else {}
                 kept = store.tensors(entry["kept"], like=own) if own else {}
                 with torch.no_grad():
                     for name, value in own.items():
@@ -187,64 +204,78 @@ class _Work:
             raise store.broken(repr(error)) from error
         return found
 
-    def _keep(self, store: Store, projection: Projection, fitted: Fitted) -> None:
-        """Write down what became of a layer, with its new parameters."""
-        kept = store.keep(self._parameters(projection)) if fitted.applied else None
+    def _keep(self, store: Store, step: Step, fitted: Fitted) -> None:
+        """Write down what became of a step, with its new parameters."""
+        kept = store.keep(self._parameters(step)) if fitted.applied else None
         store.data.setdefault("done", []).append({"fitted": asdict(fitted), "kept": kept})
         store.save()
 
-    def _parameters(self, *projections: Projection) -> dict[str, Tensor]:
-        names = [name for one in projections for name in (one.weight, one.bias) if name is not None]
+    def _parameters(self, *steps: Step) -> dict[str, Tensor]:
+        names = [name for step in steps for name in step.parameters]
         return {name: self.model.get_parameter(name) for name in names}
 
-    def _projections(self) -> list[Projection]:
+    def _steps(self) -> list[Step]:
+        """What is refitted, in order: of each block what reads the stream, then what adds to it."""
         state = fused_state(self.model)
+        recipe = None if state is None else state.recipe
         graph = self.traced.graph(self.texts.fit[0].inputs)
-        found = find_projections(self.model, graph, None if state is None else state.recipe)
-        dropped = self.plan.dropped_attention if self.reference == "intact" else ()
-        chosen = choose(found, dropped, self.later)
+        found = find_projections(self.model, graph, recipe)
+        dropped = self.plan.dropped_attention if self.how.reference == "intact" else ()
+        chosen = choose(found, dropped, self.how.later)
         if not chosen:
             raise SurgeryError("no linear layer of the model that could be refitted was found")
-        for one in chosen:
-            weight = self.model.get_parameter(one.weight)
-            if type(weight.detach()) is not Tensor or not weight.is_floating_point():
-                raise SurgeryError(f"{one.weight} is quantised or sharded: refit before that")
-        return chosen
+        readers: list[Reader] = []
+        if self.how.sides == "both":
+            reference = self.reference.graph(self.texts.fit[0].inputs)
+            known = find_readers(self.model, graph, recipe, linears_of(self.source, reference), chosen)
+            readers = choose_readers(known, chosen, chosen[0].layer, self.how.later)
+            check_memory(readers, self.how.limit - 2 * self.how.room)
+        steps: list[Step] = sorted([*readers, *chosen], key=lambda one: (one.place, isinstance(one, Projection)))
+        for name, value in self._parameters(*steps).items():
+            if type(value.detach()) is not Tensor or not value.is_floating_point():
+                raise SurgeryError(f"{name} is quantised or sharded: refit before that")
+        return steps
 
-    def _fitter(self, advance: Any) -> Fitter:
-        reference = TracedModel(self.source, () if self.reference == "intact" else self._missing())
-        room = self.limit // 8  # for the kept streams of each of the two texts
+    def _fitters(self, advance: Any) -> dict[type, Any]:
+        """By what they fit."""
         calibration, validation = (
-            Streams(self.traced, reference, batches, room, advance) for batches in (self.texts.fit, self.texts.decide)
+            Streams(self.traced, self.reference, batches, self.how.room, advance)
+            for batches in (self.texts.fit, self.texts.decide)
         )
-        return Fitter(
+        out = Fitter(
             model=self.model,
             calibration=calibration,
             validation=validation,
-            limit=self.limit - 2 * room,
-            penalties=self.penalties,
+            limit=self.how.limit - 2 * self.how.room,
+            penalties=self.how.penalties,
         )
+        into = InputFitter(
+            model=self.model,
+            source=self.source,
+            calibration=calibration,
+            validation=validation,
+            penalties=self.how.penalties,
+        )
+        return {Projection: out, Reader: into}
 
     def _missing(self) -> list[int]:
         record = read_record(getattr(self.source, "config", None))
         gone = () if record is None else record.dropped_attention
         return [layer for layer in self.plan.dropped_attention if layer not in gone]
 
-    def _facts(self, projections: Sequence[Projection]) -> dict[str, Any]:
+    def _facts(self, steps: Sequence[Step]) -> dict[str, Any]:
         return {
             "model": model_key(TracedModel(self.source)),
             "dropped_attention": list(self.plan.dropped_attention),
             "groups": [group.to_data() for group in self.plan.groups],
             "norm": self.plan.norm,
-            "reference": self.reference,
-            "layers": [one.name for one in projections],
-            "penalties": list(self.penalties),
+            "reference": self.how.reference,
+            "layers": [one.name for one in steps],
+            "penalties": list(self.how.penalties),
             "text": self.texts.fingerprint,
         }
 
-    def _finish(
-        self, projections: Sequence[Projection], fits: list[Fitted], before: float, old: dict[str, Tensor]
-    ) -> None:
+    def _finish(self, steps: Sequence[Step], fits: list[Fitted], before: float, old: dict[str, Tensor]) -> None:
         after = float(evaluate(self.model, self.texts.decide_given, resamples=100).loss)
         applied = any(fit.applied for fit in fits)
         if applied and not after < before:
@@ -258,27 +289,33 @@ class _Work:
                     self.model.get_parameter(name).copy_(value)
         kept = applied and after < before
         record = Refit(
-            reference=cast(Any, self.reference),
-            later=cast(Any, self.later),
+            reference=cast(Any, self.how.reference),
+            later=cast(Any, self.how.later),
+            sides=cast(Any, self.how.sides),
             tokens=self.texts.tokens,
             held_out_tokens=sum(int(batch.seen.sum()) for batch in self.texts.decide),
             fingerprint=self.texts.fingerprint,
             loss_before=before,
             loss_after=after if kept else before,
-            fits=tuple(_layer_fit(one, fit, kept) for one, fit in zip(projections, fits, strict=True)),
+            fits=tuple(
+                layer_fit for one, fit in zip(steps, fits, strict=True) for layer_fit in _layer_fits(one, fit, kept)
+            ),
         )
         write_refit(self.model.config, record)
 
 
-def _layer_fit(projection: Projection, fitted: Fitted, kept: bool) -> LayerFit:
-    return LayerFit(
-        name=projection.name,
-        layers=projection.members or (projection.layer,),
-        penalty=fitted.penalty,
-        before=fitted.before,
-        after=fitted.after if kept else fitted.before,
-        applied=fitted.applied and kept,
-    )
+def _layer_fits(step: Step, fitted: Fitted, kept: bool) -> Iterator[LayerFit]:
+    """One for each linear layer."""
+    for name in [step.name] if isinstance(step, Projection) else step.linears:
+        yield LayerFit(
+            name=name,
+            layers=step.members or (step.layer,),
+            penalty=fitted.penalty,
+            before=fitted.before,
+            after=fitted.after if kept else fitted.before,
+            applied=fitted.applied and kept,
+            side="out" if isinstance(step, Projection) else "in",
+        )
 
 
 def refitted_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -308,7 +345,10 @@ def _names(model: nn.Module, layers: tuple[str, ...]) -> set[str]:
         return own
     found = {state.recipe.unfused_name(name) for name in own}
     for group in state.recipe.parts:
-        if group.home.down.weight in found:
-            downs = [member.down for member in group.members]
-            found |= {name for down in downs for name in (down.weight, down.bias) if name is not None}
+        for number, home in enumerate(group.home.matrices):
+            if home.weight in found:
+                members = [member.matrices[number] for member in group.members]
+                found |= {name for matrix in members for name in (matrix.weight, matrix.bias) if name is not None}
+        if any(home.weight in found for home in group.home.projections):  # gains of zero, say, that became ones
+            found |= {name for member in group.members for name in member.small}
     return found

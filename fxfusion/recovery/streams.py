@@ -9,7 +9,7 @@ layer is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, fx
 from fxfusion.analysis.batches import TokenBatch
 from fxfusion.errors import FxFusionError
 from fxfusion.models.traced import Run, TracedGraph, TracedModel
-from fxfusion.recovery.projections import Projection, Site, scale_of, sites, target_of
+from fxfusion.passes.ffn import Linear
+from fxfusion.recovery.projections import Projection, Site, Target, linears_of, scale_of, sites, target_of
+from fxfusion.recovery.readers import Reader, aim_of, anchor_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,7 @@ class Streams:
         self.traced = traced
         self._own, self._reference = _Passing(self.traced, batches, room // 2), _Passing(reference, batches, room // 2)
         self._sites: dict[int, list[Site]] = {}
+        self._known: dict[int, dict[str, Linear]] = {}
 
     @property
     def tokens(self) -> int:
@@ -84,22 +87,61 @@ class Streams:
             yield self._rows(number, batch, projection)
             self.advance(1)
 
+    def entries(self, reader: Reader) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """For each batch in turn what the block's first layers read now, and what each member's read in the reference,
+        all `[tokens, hidden]`. Raises `FxFusionError` where a value is not finite."""
+        for number, batch in enumerate(self.batches):
+            graph, other = self.graph(number), self._reference.model.graph(batch.inputs)
+            site, linears = self._site(graph, reader), self._linears(other)
+            wanted = [linears[source].input for source in reader.sources]
+            own = self._own.values(number, graph, batch, [site.entries[0].input], site.before)
+            values = self._reference.values(number, other, batch, wanted, anchor_of(reader, other))
+            seen = batch.seen.reshape(-1)
+            kind = torch.promote_types(own[site.entries[0].input].dtype, torch.float32)
+            now = _tokens(own[site.entries[0].input], seen, kind)
+            found = [_tokens(values[node], seen, kind).to(now.device) for node in wanted]
+            _check_finite(reader.name, batch, {"the input": [now], "the reference's input": found})
+            yield now, found
+            self.advance(1)
+
+    def distance(self, reader: Reader) -> tuple[float, float]:
+        """Sums of squares over all tokens: of what the stream after the block lacks to meet the reference's, and of the
+        latter. Where the reference has no such stream (`reader.target` is None): of what the block adds to it."""
+        lacks = whole = 0.0
+        for number, batch in enumerate(self.batches):
+            graph, other = self.graph(number), self._reference.model.graph(batch.inputs)
+            site, aim = self._site(graph, reader), aim_of(reader, other)
+            own = self._own.values(number, graph, batch, [site.after], site.before)
+            values = self._reference.values(number, other, batch, [*aim.plus, *aim.minus], aim.keep)
+            seen = batch.seen.reshape(-1)
+            kind = torch.promote_types(own[site.after].dtype, torch.float32)
+            target = _sum_of(aim, values, seen, kind)
+            now = _tokens(own[site.after], seen, kind)
+            if reader.target is None:
+                now = now - _tokens(own[site.before], seen, kind)
+            lacks += float((target - now.to(target.device)).square().sum(dtype=torch.float64))
+            whole += float(target.square().sum(dtype=torch.float64))
+            self.advance(1)
+        return lacks, whole
+
+    def _linears(self, graph: TracedGraph) -> Mapping[str, Linear]:
+        if id(graph) not in self._known:
+            self._known[id(graph)] = linears_of(self._reference.model.model, graph)
+        return self._known[id(graph)]
+
     def _rows(self, number: int, batch: TokenBatch, projection: Projection) -> Rows:
         graph, other = self.graph(number), self._reference.model.graph(batch.inputs)
         site, aim = self._site(graph, projection), target_of(projection, other)
         own = self._own.values(number, graph, batch, [site.linear.input, site.after], site.before)
-        values = self._reference.values(number, other, batch, [*aim.plus, *aim.minus], aim.plus[-1])
+        values = self._reference.values(number, other, batch, [*aim.plus, *aim.minus], aim.keep)
         kind = torch.promote_types(own[site.linear.input].dtype, torch.float32)
         seen = batch.seen.reshape(-1)
-        first, *others = (_tokens(values[node], seen, kind) for node in aim.plus)
-        target = sum(others, first) - sum(_tokens(values[node], seen, kind) for node in aim.minus)
+        target = _sum_of(aim, values, seen, kind)
         now = _tokens(own[site.after], seen, kind)
         scale = scale_of(site, graph, batch.inputs)
         inputs = _tokens(own[site.linear.input], seen, kind)
         lacking = target - now.to(target.device)
-        for value, what in ((inputs, "the input"), (lacking, "the stream after it")):
-            if not bool(value.isfinite().all()):
-                raise FxFusionError(f"{projection.name}: {what} is not finite in batch {batch.number}: nothing to fit")
+        _check_finite(projection.name, batch, {"the input": [inputs], "the stream after it": [lacking]})
         return Rows(
             inputs=inputs,
             lacking=_divided(lacking.to(inputs.device), scale),
@@ -107,10 +149,21 @@ class Streams:
             size=float(target.square().sum(dtype=torch.float64)),
         )
 
-    def _site(self, graph: TracedGraph, projection: Projection) -> Site:
+    def _site(self, graph: TracedGraph, projection: Projection | Reader) -> Site:
         if id(graph) not in self._sites:
             self._sites[id(graph)] = sites(graph)
         return self._sites[id(graph)][projection.place]
+
+
+def _sum_of(aim: Target, values: Run, seen: Tensor, kind: torch.dtype) -> Tensor:
+    first, *others = (_tokens(values[node], seen, kind) for node in aim.plus)
+    return sum(others, first) - sum(_tokens(values[node], seen, kind) for node in aim.minus)
+
+
+def _check_finite(name: str, batch: TokenBatch, values: Mapping[str, Sequence[Tensor]]) -> None:
+    for what, found in values.items():
+        if not all(bool(value.isfinite().all()) for value in found):
+            raise FxFusionError(f"{name}: {what} is not finite in batch {batch.number}: nothing to fit")
 
 
 def _tokens(value: Tensor, seen: Tensor, kind: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""refit: the solution against one made by hand with hooks, what it leaves alone, what it refuses, and going on.
+"""refit of last layers: the solution against one made by hand with hooks, what it leaves alone, and going on.
 
 And what a refit changed, by the names of the model as it was loaded.
 """
@@ -29,7 +29,7 @@ def loss(model: nn.Module) -> float:
 
 
 def refitted(model: Any = None, **more: Any) -> Any:
-    more = {"reference": "intact", "penalties": (SHARE,), **more}
+    more = {"reference": "intact", "sides": "out", "penalties": (SHARE,), **more}
     return fxfusion.refit(model or model_of(), more.pop("plan", PLAN), own_text(), **more)
 
 
@@ -200,6 +200,7 @@ def test_a_model_whose_values_are_not_finite() -> None:
     [
         (dict(reference="other"), OptionError, "reference: expected one of"),
         (dict(later="some"), OptionError, "later: expected one of"),
+        (dict(sides="in"), OptionError, "sides: expected one of"),
         (dict(penalties=()), OptionError, "penalties: expected positive"),
         (dict(penalties=(0.0,)), OptionError, "penalties: expected positive"),
         (dict(memory_limit=100), OptionError, "memory_limit: model.layers.1.mlp.down_proj takes at least"),
@@ -257,7 +258,7 @@ NAMES = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2, 3)]
 
 def refitted_family(family: str = "llama", **more: object) -> nn.Module:
     found: nn.Module = fxfusion.refit(
-        model_of(family), PLAN, own_text(family), "intact", later="ffn", penalties=(0.01,), **more
+        model_of(family), PLAN, own_text(family), "intact", later="ffn", sides="out", penalties=(0.01,), **more
     )
     return found
 

@@ -44,7 +44,7 @@ def distance(model: nn.Module, intact: nn.Module, family: str, ids: Tensor) -> f
 def test_the_stream_after_the_group_comes_nearer(family: str) -> None:
     intact, held_out = model_of(family), own_text(family)[5]  # of six batches the last one decides
     fused = fxfusion.fuse(copy.deepcopy(intact), PLAN)
-    found = fxfusion.refit(intact, PLAN, own_text(family), "intact", later="none", penalties=(0.003, 0.03))
+    found = fxfusion.refit(intact, PLAN, own_text(family), "intact", later="none", sides="out", penalties=(0.003, 0.03))
     record = read_refit(found.config)
     assert record is not None and record.fits[0].applied
     assert record.fits[0].before == pytest.approx(distance(fused, intact, family, held_out), rel=1e-3)
@@ -55,9 +55,9 @@ def test_the_stream_after_the_group_comes_nearer(family: str) -> None:
 @pytest.mark.slow
 def test_half_precision_weights_are_fitted_in_float32() -> None:
     model = model_of().to(torch.bfloat16)
-    found = fxfusion.refit(model, PLAN, own_text(), "intact", later="none", penalties=(0.01,))
+    found = fxfusion.refit(model, PLAN, own_text(), "intact", later="none", sides="out", penalties=(0.01,))
     assert {value.dtype for value in found.parameters()} == {torch.bfloat16}
-    exact = fxfusion.refit(model_of(), PLAN, own_text(), "intact", later="none", penalties=(0.01,))
+    exact = fxfusion.refit(model_of(), PLAN, own_text(), "intact", later="none", sides="out", penalties=(0.01,))
     one, other = (each.model.layers[1].mlp.down_proj.weight.float() for each in (found, exact))
     plain = fxfusion.fuse(model_of(), PLAN).model.layers[1].mlp.down_proj.weight
     assert (one - other).norm() < 0.05 * (other - plain).norm()
@@ -71,7 +71,7 @@ def test_padding_is_not_fitted_to() -> None:
         mask = torch.cat([torch.zeros(16, 4, dtype=torch.long), torch.ones(16, LENGTH, dtype=torch.long)], dim=1)
         places = torch.arange(-4, LENGTH).clamp(min=0).expand(16, -1)
         padded.append({"input_ids": ids, "attention_mask": mask, "position_ids": places})
-    more: dict[str, Any] = {"later": "none", "penalties": (0.01,)}
+    more: dict[str, Any] = {"later": "none", "sides": "out", "penalties": (0.01,)}
     found = fxfusion.refit(model_of(), PLAN, padded, "intact", **more)
     wanted = fxfusion.refit(model_of(), PLAN, own_text(), "intact", **more)
     one, other = (each.model.layers[1].mlp.down_proj.weight for each in (found, wanted))
