@@ -32,8 +32,8 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.analysis.scores import attention_scores
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.partition import equal_cuts
-from fxfusion.planning.planner import Planner
+from fxfusion.planning.candidates import equal_cuts
+from fxfusion.planning.chains import Planner
 
 METHODS = ("cosine", "loss", "kl")
 RUN = 7  # attentions in a row that are dropped for the tables of the paper, whose models have long runs

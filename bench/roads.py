@@ -35,9 +35,9 @@ from fxfusion.cost.layer_table import LayerTable
 from fxfusion.errors import PlanError
 from fxfusion.models.fingerprint import decoder_layers
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.latency import Price, depth_price, predicted_latency
-from fxfusion.planning.roads.screen import ROADS, RefitMeter, Road, Screen
-from fxfusion.planning.roads.search import RoadSearch
+from fxfusion.planning.price import Price, depth_price, predicted_latency
+from fxfusion.planning.scores import ROADS, RefitMeter, Road, Screen
+from fxfusion.planning.windows import RoadSearch
 
 DEPTHS = (10, 9, 8, 7, 6)
 REFITTED_DEPTHS = (9, 8, 7)  # a refit takes far longer than a measurement

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from fxfusion.analysis.meter import PlanMeter
     from fxfusion.plan.fusion_plan import FusionPlan
     from fxfusion.planning.budget import Budget, Measured
-    from fxfusion.planning.roads.choose import RoadOptions
-    from fxfusion.planning.roads.search import RoadSearch
+    from fxfusion.planning.request import RoadOptions
+    from fxfusion.planning.windows import RoadSearch
     from fxfusion.report import FusionReport
 
 Drop = Annotated[
@@ -274,7 +274,7 @@ class Chosen:
 
     def to_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
-        from fxfusion.planning.latency import merged
+        from fxfusion.planning.price import merged
 
         search, judge = self.search, self.search.judge
         quality = {"intact model": judge.quality(fxfusion.FusionPlan()), "the plan": judge.quality(self.plan)}
@@ -291,7 +291,7 @@ class Chosen:
 
     def _latency(self) -> dict[str, Any] | None:
         """As the cost model predicts it, where hardware is named."""
-        from fxfusion.planning.latency import predicted_latency
+        from fxfusion.planning.price import predicted_latency
 
         options = self.options
         if options.hardware is None:
@@ -307,7 +307,7 @@ def choose_plan(run: Session, arguments: Arguments, batches: Sequence[Tensor]) -
     from fxfusion.plan.fusion_plan import MadeBy
     from fxfusion.planning.budget import Budget, Limits
     from fxfusion.planning.make_plan import quality_record
-    from fxfusion.planning.roads.choose import RoadArguments, choose, road_options, search_for
+    from fxfusion.planning.request import RoadArguments, choose, road_options, search_for
 
     def taken(names: Sequence[str]) -> dict[str, Any]:
         return {name: arguments.get(name) for name in names}

@@ -17,8 +17,8 @@ from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan.fusion_plan import FusionPlan, LayerScore, MadeBy, MeasuredQuality, Scores
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Budget, Limits, Measured
-from fxfusion.planning.planner import Planner, search
-from fxfusion.planning.roads.choose import RoadArguments, check_unused, choose, road_options, search_for
+from fxfusion.planning.chains import Planner, search
+from fxfusion.planning.request import RoadArguments, check_unused, choose, road_options, search_for
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

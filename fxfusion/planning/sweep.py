@@ -26,11 +26,11 @@ from fxfusion.files import replacing
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Budget, Limits, Measured
-from fxfusion.planning.latency import predicted_latency
-from fxfusion.planning.planner import Planner
-from fxfusion.planning.roads.choose import RoadOptions, search_for
-from fxfusion.planning.roads.screen import Road
-from fxfusion.planning.roads.search import RoadSearch
+from fxfusion.planning.chains import Planner
+from fxfusion.planning.price import predicted_latency
+from fxfusion.planning.request import RoadOptions, search_for
+from fxfusion.planning.scores import Road
+from fxfusion.planning.windows import RoadSearch
 from fxfusion.report.progress import each
 
 _KIND = "sweep"

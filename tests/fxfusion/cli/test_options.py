@@ -13,7 +13,7 @@ from fxfusion.cli.options import (
     show_members,
 )
 from fxfusion.errors import OptionError
-from fxfusion.planning.roads.choose import RoadArguments
+from fxfusion.planning.request import RoadArguments
 
 
 @pytest.mark.parametrize(

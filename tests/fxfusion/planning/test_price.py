@@ -17,9 +17,9 @@ from fxfusion.cost.layer_table import Layer
 from fxfusion.errors import OptionError
 from fxfusion.models.traced import TracedModel
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.latency import depth_price, latency_price, merged, predicted_latency, table_of_model
+from fxfusion.planning.chains import Planner
 from fxfusion.planning.make_plan import make_plan
-from fxfusion.planning.planner import Planner
+from fxfusion.planning.price import depth_price, latency_price, merged, predicted_latency, table_of_model
 from fxfusion.planning.sweep import run_sweep, sweep
 from tests.tiny_lm import TinyLm, ids
 

@@ -26,8 +26,8 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.errors import NotFusedError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.budget import Budget, Measured
-from fxfusion.planning.latency import Price, merged
-from fxfusion.planning.roads.screen import RefitMeter, Road, Screen, Segment, increase, is_on_one_road, plan_of
+from fxfusion.planning.price import Price, merged
+from fxfusion.planning.scores import RefitMeter, Road, Screen, Segment, increase, is_on_one_road, plan_of
 from fxfusion.report.progress import reporting
 
 _KEPT = 4  # proposals for each price

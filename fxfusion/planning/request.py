@@ -15,9 +15,9 @@ from fxfusion.analysis.store import inside
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Budget, Limits, Measured
-from fxfusion.planning.latency import Price, depth_price, predicted_latency
-from fxfusion.planning.roads.screen import ROADS, RefitMeter, Road, Screen, check_roads, divided, screened
-from fxfusion.planning.roads.search import RoadSearch
+from fxfusion.planning.price import Price, depth_price, predicted_latency
+from fxfusion.planning.scores import ROADS, RefitMeter, Road, Screen, check_roads, divided, screened
+from fxfusion.planning.windows import RoadSearch
 
 AUTOMATIC_INCREASE = 0.01  # of the perplexity
 AUTOMATIC_HARDWARE = "h100"

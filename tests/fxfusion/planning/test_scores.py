@@ -13,9 +13,9 @@ from fxfusion.analysis.quality import evaluate
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.groups import PlannedGroup
+from fxfusion.planning import scores as module
 from fxfusion.planning.budget import Limits
-from fxfusion.planning.roads import screen as module
-from fxfusion.planning.roads.screen import (
+from fxfusion.planning.scores import (
     RefitMeter,
     Screen,
     Segment,
@@ -27,7 +27,7 @@ from fxfusion.planning.roads.screen import (
     windows,
 )
 from fxfusion.recovery.refit import refit
-from tests.fxfusion.planning.roads.priced_meter import LAYERS, PricedMeter, loss_of
+from tests.fxfusion.planning.priced_meter import LAYERS, PricedMeter, loss_of
 from tests.fxfusion.recovery.own_text import PLAN, model_of, own_text
 
 

@@ -16,11 +16,11 @@ from fxfusion.analysis.scores import attention_scores
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.policy import NormMode
-from fxfusion.planning import planner as planner_file
+from fxfusion.planning import chains as planner_file
 from fxfusion.planning.budget import Budget, Limits
+from fxfusion.planning.candidates import candidates, equal_cuts
+from fxfusion.planning.chains import Planner, search
 from fxfusion.planning.make_plan import make_plan
-from fxfusion.planning.partition import candidates, equal_cuts
-from fxfusion.planning.planner import Planner, search
 from fxfusion.planning.sweep import run_sweep
 from tests.tiny_lm import TinyLm, ids
 

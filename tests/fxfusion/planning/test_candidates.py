@@ -19,7 +19,7 @@ from fxfusion.analysis.meter import ChainFacts
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.budget import Limits
-from fxfusion.planning.partition import (
+from fxfusion.planning.candidates import (
     Cost,
     DroppedModel,
     Partition,

@@ -14,10 +14,10 @@ from fxfusion.analysis.quality import Quality
 from fxfusion.errors import NotFusedError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.budget import Budget
-from fxfusion.planning.latency import Price, depth_price, latency_price, merged
-from fxfusion.planning.roads.screen import ROADS, RefitMeter, Road, Screen, Segment
-from fxfusion.planning.roads.search import Offer, Proposal, RoadSearch, front, propose
-from tests.fxfusion.planning.roads.priced_meter import LAYERS, Loss, PricedMeter, all_plans, loss_of, quality_of
+from fxfusion.planning.price import Price, depth_price, latency_price, merged
+from fxfusion.planning.scores import ROADS, RefitMeter, Road, Screen, Segment
+from fxfusion.planning.windows import Offer, Proposal, RoadSearch, front, propose
+from tests.fxfusion.planning.priced_meter import LAYERS, Loss, PricedMeter, all_plans, loss_of, quality_of
 
 
 class PricedRefit:

@@ -25,7 +25,7 @@ from fxfusion.errors import PlanError
 from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Budget, Limits, Measured
-from fxfusion.planning.partition import DroppedModel, candidates, equal_cuts, shallowest
+from fxfusion.planning.candidates import DroppedModel, candidates, equal_cuts, shallowest
 
 # An end of a chain stays out where fusing it costs more than so many times what the other merges cost on average, and
 # at least so many nats per token: below 1 % of the perplexity, one FFN less is worth more.

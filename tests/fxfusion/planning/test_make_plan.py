@@ -14,12 +14,12 @@ from fxfusion.cost.simulate import simulate
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.latency import depth_price, merged, predicted_latency, table_of_model
+from fxfusion.planning import scores as screen_file
 from fxfusion.planning.make_plan import make_plan
-from fxfusion.planning.roads import screen as screen_file
-from fxfusion.planning.roads.screen import Road
+from fxfusion.planning.price import depth_price, merged, predicted_latency, table_of_model
+from fxfusion.planning.scores import Road
 from fxfusion.planning.sweep import sweep
-from tests.fxfusion.planning.roads.priced_meter import all_plans
+from tests.fxfusion.planning.priced_meter import all_plans
 from tests.fxfusion.recovery.own_text import model_of, own_text
 from tests.tiny_lm import TinyLm, ids
 

@@ -8,7 +8,7 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Estimate, Quality
 from fxfusion.errors import NotFusedError
 from fxfusion.plan.fusion_plan import FusionPlan, Member
-from fxfusion.planning.roads.screen import ROADS, Segment, plan_of
+from fxfusion.planning.scores import ROADS, Segment, plan_of
 from tests.tiny_lm import TinyLm
 
 LAYERS = 6
