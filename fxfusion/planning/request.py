@@ -1,156 +1,134 @@
-"""From options to the best plan over several roads."""
+"""What the planner is asked for, and what it cannot be asked: each check once, in the words of `make_plan`'s arguments.
+
+A command makes a `Request` of its options, so that what contradicts itself is refused before torch is loaded; its
+frame turns the names of arguments into those of options.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from fxfusion.errors import OptionError
+from fxfusion.planning.budget import Budget, Limits
+from fxfusion.planning.roads import ROADS, check_roads
 
-from fxfusion.analysis.batches import Batch
-from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.store import inside
-from fxfusion.errors import OptionError, PlanError
-from fxfusion.plan.policy import NormMode
-from fxfusion.planning.budget import Budget, Limits, Measured
-from fxfusion.planning.price import Price, depth_price, predicted_latency
-from fxfusion.planning.scores import ROADS, RefitMeter, Road, Screen, check_roads, divided, screened
-from fxfusion.planning.windows import RoadSearch
+if TYPE_CHECKING:
+    from fxfusion.cost import Hardware
 
+T = TypeVar("T")
 AUTOMATIC_INCREASE = 0.01  # of the perplexity
 AUTOMATIC_HARDWARE = "h100"
-_MAX_WINDOW = 6
 # What is refitted is a model of wider modules. No other engine loads one with wide blocks, so they are not chosen
 # unless they are asked for.
-REFITTED: tuple[Road, ...] = ("drop", "hoist")
+REFITTED = ("drop", "hoist")
+_QUALITY = ("max_perplexity_increase", "max_kl")
+_BUDGETS = (*_QUALITY, "target_depth", "max_latency")
+_DEVICE = (("tp", 1), ("precision", "bf16"))  # and what they are where nobody named them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RoadOptions:
-    """`roads`: which may be taken. `after_refit`: judge plans after their refit. `max_window`: layers of a window.
+class Request:
+    """Arguments of `make_plan`, or of `sweep` (`every_depth`), that fit together. `roads` None: only FFNs that are
+    neighbours once some attention is dropped become one. Raises `OptionError`."""
 
-    `hardware`, `tp`, `precision`: for which device the latency is predicted; without hardware, the FFN depth
-    counts instead. `max_latency` [ms]: of one decoded token.
-    """
-
-    roads: Sequence[Road]
-    after_refit: bool = False
+    budget: Budget = field(default_factory=Budget)
+    limits: Limits = field(default_factory=Limits)
+    dropped_attention: Sequence[int] | None = None
+    norm: Any = None
+    preset: str | None = None
+    splits: Sequence[int] | None = None
+    roads: Sequence[str] | None = None
+    after_refit: bool | None = None
     max_window: int | None = None
-    hardware: str | None = None
+    hardware: str | os.PathLike[str] | Hardware | None = None
     tp: int = 1
     precision: str = "bf16"
-    max_latency: float | None = None
+    drops: Sequence[int] | None = None
+    every_depth: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Request:
+        """Of arguments by name, among others that are about something else; `preset="automatic"` is written out."""
+        budget, rest = _taken(Budget, given), _fields(cls, given)
+        if rest.get("preset") == "automatic":
+            rest["after_refit"] = rest.get("after_refit") is not False
+            rest["hardware"] = rest.get("hardware") or AUTOMATIC_HARDWARE
+            if rest.get("roads") is None:
+                rest["roads"] = REFITTED if rest["after_refit"] else tuple(ROADS)
+            if not budget.limits_quality and budget.most is None:
+                budget = replace(budget, max_perplexity_increase=AUTOMATIC_INCREASE)
+        return cls(budget=budget, limits=_taken(Limits, given), **rest)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Every argument that was given, by name."""
+        parts: tuple[Any, ...] = (self, self.budget, self.limits)
+        values = {each.name: getattr(part, each.name) for part in parts for each in fields(part)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "roads", check_roads(self.roads))
-        if self.max_latency is not None and not self.max_latency > 0:
-            raise OptionError(f"max_latency: expected milliseconds above 0, got {self.max_latency!r}")
-        if self.max_latency is not None and self.hardware is None:
-            raise OptionError("max_latency: name the hardware that it is predicted for, such as hardware='h100'")
+        if self.preset not in (None, "paper", "automatic"):
+            raise OptionError(f"preset: expected 'paper' or 'automatic', got {self.preset!r}")
+        if self.roads is not None:
+            object.__setattr__(self, "roads", check_roads(self.roads))
+            self._check_over_roads()
+        else:
+            self._check_in_chains()
+        self._check_hardware()
 
-    def check_budget(self, budget: Budget) -> None:
-        """Raises `OptionError` for a budget that roads cannot keep, or none at all."""
-        if budget.drop is not None:
-            raise OptionError(
-                "drop: over several roads the planner itself decides what is dropped; name another budget"
-            )
-        if budget.target_depth is not None and self.max_latency is not None:
-            raise OptionError("target_depth and max_latency were both given; give one of them")
-        if budget.target_depth is None and self.max_latency is None and not budget.limits_quality:
-            raise OptionError("roads need a budget: target_depth, max_latency, max_perplexity_increase or max_kl")
+    def _refuse(self, names: Sequence[str], why: str) -> None:
+        given = self.named
+        wrong = next((name for name in names if name in given), None)
+        if wrong is not None:
+            raise OptionError(f"{wrong}: {why}")
 
+    def _check_over_roads(self) -> None:
+        names = ("drop", "dropped_attention", "splits", "drops")
+        self._refuse(names, "over several roads the planner itself decides that; name another budget")
+        if self.preset == "paper":
+            raise OptionError("preset='paper' is a rule for dropped attention; it goes without roads")
+        words = "windows are judged by their measured loss; it goes without roads only"
+        self._refuse(["max_dependency"], words)
+        if self.max_window is not None and self.max_window < 2:
+            raise OptionError(f"max_window: expected at least 2 layers, got {self.max_window}")
+        if not self.every_depth and not self.budget.limits_quality and self.budget.most is None:
+            raise OptionError(f"roads: they need a budget, one of {', '.join(_BUDGETS)}")
 
-class RoadArguments(TypedDict, total=False):
-    """Arguments of `make_plan` that are about roads; each None, or the default of `RoadOptions`, where not given."""
+    def _check_in_chains(self) -> None:
+        if self.after_refit:
+            raise OptionError("after_refit: it goes with roads or preset='automatic'")
+        self._refuse(["max_window"], "it goes with roads or preset='automatic'")
+        if self.budget.drop is not None and self.dropped_attention is not None:
+            raise OptionError("drop and dropped_attention were both given; the second names the layers itself")
+        if self.preset is None:
+            self._refuse(["splits"], "it goes with preset='paper'; otherwise the cuts are found by measurement")
+            return
+        names = (*_BUDGETS, "max_members", "max_width", "max_dependency", "hardware")
+        self._refuse(names, "preset='paper' is a rule that keeps no such budget")
+        if self.norm == "fold":
+            raise OptionError("norm: preset='paper' takes the norm of a group's last member, norm='last'")
 
-    roads: Sequence[Road] | None
-    after_refit: bool | None
-    max_window: int | None
-    hardware: str | None
-    tp: int
-    precision: str
-    max_latency: float | None
+    def _check_hardware(self) -> None:
+        """A device is named where something is predicted for one, and only there."""
+        if self.hardware is None:
+            self._refuse(["max_latency"], "name the device that it is predicted for, such as hardware='h100'")
+            for name, default in _DEVICE:
+                if getattr(self, name) != default:
+                    raise OptionError(f"{name}: name the device that it is about, such as hardware='h100'")
+            return
+        if not self.every_depth and not self.budget.limits_quality and self.budget.most is None:
+            raise OptionError(f"hardware: latency is predicted under a budget, one of {', '.join(_BUDGETS)}")
+        from fxfusion.cost import Hardware
 
-
-def road_options(given: RoadArguments, budget: Budget, automatic: bool) -> tuple[RoadOptions, Budget]:
-    """What was asked for; `automatic` fills in what was not. Raises `TypeError` for an unknown argument."""
-    _check_known(given)
-    wanted: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if not automatic:
-        return RoadOptions(**wanted), budget
-    after_refit = wanted.setdefault("after_refit", True)
-    automatically: dict[str, Any] = {"roads": REFITTED if after_refit else ROADS, "hardware": AUTOMATIC_HARDWARE}
-    options = RoadOptions(**automatically | wanted)
-    has_bound = budget.limits_quality or budget.target_depth is not None or options.max_latency is not None
-    return options, budget if has_bound else replace(budget, max_perplexity_increase=AUTOMATIC_INCREASE)
-
-
-def check_unused(given: RoadArguments) -> None:
-    """Raises `OptionError` for an argument that means nothing without roads."""
-    _check_known(given)
-    defaults = {field.name: field.default for field in fields(RoadOptions)}
-    for name, value in given.items():
-        if value is not None and value != defaults[name]:
-            raise OptionError(f"{name}: goes with roads or preset='automatic'")
-
-
-def _check_known(given: RoadArguments) -> None:
-    unknown = [name for name in given if name not in RoadArguments.__annotations__]
-    if unknown:
-        raise TypeError(f"make_plan() got an unexpected keyword argument {unknown[0]!r}")
+        Hardware.of(self.hardware)
 
 
-def search_for(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    options: RoadOptions,
-    budget: Budget,
-    limits: Limits | None = None,
-    norm: NormMode | None = None,
-    cache: str | os.PathLike[str] | None = None,
-    progress: bool = False,
-) -> RoadSearch:
-    """Everything that is needed to look for plans within a budget; nothing is measured yet."""
-    options.check_budget(budget)
-    fitted, judged = divided(batches) if options.after_refit else ([], list(batches))
-    folder = inside(cache, "roads_after_refit" if options.after_refit else "roads")
-    judge = PlanMeter(model, judged, folder)
-    judge.refuse_hidden_ffns()
-    less = screened(judged)
-    meter = judge if len(less) == len(judged) else PlanMeter(judge.traced, less, inside(folder, "screen"))
-    screen = Screen(
-        meter,
-        tuple(options.roads),
-        norm=norm or "fold",
-        limits=limits or Limits(),
-        max_window=_MAX_WINDOW if options.max_window is None else options.max_window,
-        progress=progress,
-        in_modules=options.after_refit,
-    )
-    refitted = RefitMeter(judge, fitted, folder) if options.after_refit else None
-    return RoadSearch(screen, _price(meter, options, budget), judge, refitted)
+def _fields(kind: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    return {each.name: given[each.name] for each in fields(kind) if each.name in given}
 
 
-def choose(search: RoadSearch, options: RoadOptions, budget: Budget) -> Measured:
-    """The best plan within the budget: at a depth or latency the one of least loss, else the one of least price.
-
-    Raises `PlanError` where there is none.
-    """
-    options.check_budget(budget)
-    most = float(budget.target_depth) if budget.target_depth is not None else options.max_latency
-    if most is None:
-        return search.cheapest(budget)
-    found = search.best_at(most)
-    if not budget.allows(found.quality):
-        raise PlanError(
-            f"no plan fits the budget; at {search.price.text(most)} the best one costs {found.cost:+.4f} nats per token"
-        )
-    return found
-
-
-def _price(meter: PlanMeter, options: RoadOptions, budget: Budget) -> Price:
-    if options.hardware is None or budget.target_depth is not None:
-        return depth_price(meter.ffns)
-    return predicted_latency(meter, options.hardware, options.tp, options.precision)
+def _taken(kind: type[T], given: Mapping[str, Any]) -> T:
+    return kind(**_fields(kind, given))
