@@ -98,9 +98,10 @@ class Request:
             raise OptionError(f"roads: they need a budget, one of {', '.join(_BUDGETS)}")
 
     def _check_in_chains(self) -> None:
+        words = "name the roads that it is about, such as roads='hoist', or take preset='automatic'"
         if self.after_refit:
-            raise OptionError("after_refit: it goes with roads or preset='automatic'")
-        self._refuse(["max_window"], "it goes with roads or preset='automatic'")
+            raise OptionError(f"after_refit: {words}")
+        self._refuse(["max_window"], words)
         if self.budget.drop is not None and self.dropped_attention is not None:
             raise OptionError("drop and dropped_attention were both given; the second names the layers itself")
         if self.preset is None:

@@ -96,7 +96,11 @@ def test_a_dry_run_measures_nothing(run: Run, args: list[object], tmp_path: Path
         ("auto", ["--output", "x", "--tp", 3], "tp 3"),
         ("plan", ["--roads", "hoist"], "--roads: they need a budget, one of --max-perplexity-increase"),
         ("plan", ["--automatic", "--drop", 2], "--drop: over several roads"),
-        ("plan", ["--after-refit", "--target-depth", 3], "--after-refit: it goes with --roads"),
+        (
+            "plan",
+            ["--after-refit", "--target-depth", 3],
+            "--after-refit: name the roads that it is about, such as --roads hoist",
+        ),
         (
             "plan",
             ["--roads", "hoist", "--max-latency", 1],
