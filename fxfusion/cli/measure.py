@@ -183,24 +183,22 @@ def sweep(
     run.check(MODEL, SWEEP, SWEEP_TABLE, SWEEP_PLOT)
     if run.dry_run:
         return run.plan_dry_run(_sweep_work(run, asked, method.value), [SWEEP, SWEEP_TABLE, SWEEP_PLOT, PLANS])
-    from fxfusion.cost import Workload
-
-    model = run.model  # first: then the folder knows its layers
-    most, there = max(asked.drops or [0]), len(run.folder.attention_layers())
-    if most > there:
-        raise OptionError(f"--drops: {most} attention layers are to go, the model has {there}")
-    found = fxfusion.sweep(
-        model,
-        run.batches,
-        **arguments,
-        method=method.value,
-        workload=None if hardware is None else Workload(precision=precision, tp=tp),
-        cache=run.folder.path,
-        progress=True,
-    )
+    found = _swept(run, {**arguments, "method": method.value}, tp, precision)
     _save(run, found)
     _show_sweep(run, found)
     return found.to_dict()
+
+
+def _swept(run: Session, arguments: dict[str, Any], tp: int, precision: str) -> Sweep:
+    """`arguments`: of `fxfusion.sweep`. Raises `OptionError` for more layers than there are."""
+    from fxfusion.cost import Workload
+
+    model = run.model  # first: then the folder knows its layers
+    most, there = max(arguments["drops"] or [0]), len(run.folder.attention_layers())
+    if most > there:
+        raise OptionError(f"--drops: {most} attention layers are to go, the model has {there}")
+    workload = None if arguments["hardware"] is None else Workload(precision=precision, tp=tp)
+    return fxfusion.sweep(model, run.batches, **arguments, workload=workload, cache=run.folder.path, progress=True)
 
 
 def _sweep_work(run: Session, asked: Request, method: str) -> list[Work]:
