@@ -280,6 +280,7 @@ def test_a_setting_without_hardware_is_named(run: Run, sweep_args: list[object])
     assert ran.code == 2 and "--tp: name the device that it is about, such as --hardware h100" in ran.error
 
 
+@pytest.mark.slow
 def test_a_sweep_over_roads_has_a_plan_for_every_depth(run: Run, sweep_args: list[object], results: Path) -> None:
     args = [*sweep_args, "--roads", "hoist,drop", "--max-window", 3]
     ran = run(*args, "--json")
