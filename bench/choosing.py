@@ -32,8 +32,8 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Quality, evaluate
 from fxfusion.analysis.scores import attention_scores
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.partition import equal_cuts
-from fxfusion.planning.planner import Planner
+from fxfusion.planning.chains import ChainSearch
+from fxfusion.planning.price import depth_price
 
 METHODS = ("cosine", "loss", "kl")
 RUN = 7  # attentions in a row that are dropped for the tables of the paper, whose models have long runs
@@ -51,7 +51,8 @@ class Study:
         self.heldout = heldout_batches(limit=heldout)
         self.meter = PlanMeter(self.model, self.heldout, CACHE / f"heldout_{heldout}")
         chosen_in = CACHE / f"calibration_{calibration}"
-        self.planner = Planner(PlanMeter(self.model, self.calibration, chosen_in), cache=chosen_in)
+        judge = PlanMeter(self.model, self.calibration, chosen_in)
+        self.planner = ChainSearch(judge=judge, price=depth_price(judge.ffns), cache=chosen_in)
 
     def row(self, dropped: Sequence[int], groups: Sequence[Sequence[int]] = (), norm: Any = "fold") -> dict[str, Any]:
         """One plan, measured on held-out text."""
@@ -72,7 +73,7 @@ def numbers(quality: Quality) -> dict[str, Any]:
 
 def drop_curves(study: Study) -> dict[str, Any]:
     """Perplexity when attentions go one by one, in the order of each score and greedily."""
-    orders: dict[str, tuple[int, ...]] = {"greedy": study.planner.order}
+    orders: dict[str, tuple[int, ...]] = {"greedy": study.planner.first(len(study.meter.mixers))}
     scores = {}
     for method in METHODS:
         found = attention_scores(study.model, study.calibration, method, cache=CACHE / f"scores_{method}.json")
@@ -99,11 +100,11 @@ def intensity(study: Study) -> dict[str, Any]:
     model = study.planner.without(dropped)
     rows = [{"variant": "unfused", **study.row(dropped)}]
     for depth in range(model.ffns - 1, study.planner.depths(dropped)[0] - 1, -1):
-        by_eye = equal_cuts(model, depth, 1, 1)
+        by_eye = model.equal_cuts(depth, 1, 1)
         for norm in ("last", "fold"):
             if by_eye is not None:
                 rows.append({"variant": f"paper's rule, norm={norm}", **study.row(dropped, by_eye, norm)})
-        best = study.planner.best_at(dropped, depth)
+        best = study.planner.try_at(dropped, depth)
         if best is not None:
             rows.append({"variant": "planner", **study.row(dropped, best.plan.groups, best.plan.norm)})
     return {"dropped": list(dropped), "rows": rows}
@@ -129,7 +130,7 @@ def against_removal(study: Study) -> dict[str, Any]:
     depths = range(study.meter.ffns - 1, study.planner.depths(dropped)[0] - 1, -1)
     order = cheapest_ffns(study, dropped, len(depths))
     for depth in depths:
-        best = study.planner.best_at(dropped, depth)
+        best = study.planner.try_at(dropped, depth)
         removed = sorted(order[: study.meter.ffns - depth])
         fused = None if best is None else study.row(dropped, best.plan.groups, best.plan.norm)
         found = numbers(evaluate(without(study, dropped, removed), study.heldout, study.model))
@@ -185,8 +186,8 @@ def against_the_eye(study: Study) -> dict[str, Any]:
         for dropped in study.planner.drops(number):
             model = study.planner.without(dropped)
             for depth in study.planner.depths(dropped)[:-1]:
-                by_eye = equal_cuts(model, depth, 1, 1)
-                best = study.planner.best_at(dropped, depth)
+                by_eye = model.equal_cuts(depth, 1, 1)
+                best = study.planner.try_at(dropped, depth)
                 if by_eye is None or best is None:
                     continue
                 paper = FusionPlan(dropped_attention=dropped, groups=by_eye, norm="last")

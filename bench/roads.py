@@ -35,9 +35,10 @@ from fxfusion.cost.layer_table import LayerTable
 from fxfusion.errors import PlanError
 from fxfusion.models.fingerprint import decoder_layers
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.latency import Price, depth_price, predicted_latency
-from fxfusion.planning.roads.screen import ROADS, RefitMeter, Road, Screen
-from fxfusion.planning.roads.search import RoadSearch
+from fxfusion.planning.price import Price, depth_price, predicted_latency
+from fxfusion.planning.roads import ROADS
+from fxfusion.planning.scores import RefitMeter, Screen
+from fxfusion.planning.windows import WindowSearch
 
 DEPTHS = (10, 9, 8, 7, 6)
 REFITTED_DEPTHS = (9, 8, 7)  # a refit takes far longer than a measurement
@@ -59,9 +60,10 @@ class Study:
         self.costs: dict[Any, float] = {}
         self.prices: dict[int, Price] = {}
 
-    def search(self, roads: Sequence[Road], price: Price) -> RoadSearch:
+    def search(self, roads: Sequence[str], price: Price) -> WindowSearch:
         """On the calibration text; all searches share what windows cost."""
-        return RoadSearch(Screen(self.chooser, tuple(roads), max_window=5, costs=self.costs), price, self.chooser)
+        screen = Screen(self.chooser, tuple(roads), max_window=5, costs=self.costs)
+        return WindowSearch(judge=self.chooser, price=price, screen=screen)
 
     def row(self, plan: FusionPlan, refit: bool = True) -> dict[str, Any]:
         """A plan on held-out text: as it is, and after a refit on the calibration text."""
@@ -95,12 +97,12 @@ def fronts(study: Study) -> dict[str, Any]:
     return found
 
 
-def all_searches(study: Study, price: Price) -> dict[str, RoadSearch]:
+def all_searches(study: Study, price: Price) -> dict[str, WindowSearch]:
     """One for each road, and one for several."""
-    return {**{road: study.search((road,), price) for road in ROADS}, "mixed": study.search(ROADS, price)}
+    return {**{road: study.search((road,), price) for road in ROADS}, "mixed": study.search(tuple(ROADS), price)}
 
 
-def in_turn(searches: Mapping[str, RoadSearch]) -> Iterator[tuple[str, RoadSearch]]:
+def in_turn(searches: Mapping[str, WindowSearch]) -> Iterator[tuple[str, WindowSearch]]:
     """The one for several roads comes last, and is told what the others tried."""
     for name, search in searches.items():
         if name == "mixed":
@@ -122,7 +124,7 @@ def equal_latency(study: Study, tp: int = 8) -> list[dict[str, Any]]:
     return rows
 
 
-def best_at(search: RoadSearch, most: float) -> FusionPlan | None:
+def best_at(search: WindowSearch, most: float) -> FusionPlan | None:
     """None where the road does not get there."""
     try:
         return search.best_at(most).plan

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import Format, read, read_share
-from fxfusion.cli.plan import Arguments, choose_plan, plan_work, show_windows
+from fxfusion.cli.options import Format, Method, read, read_share
+from fxfusion.cli.plan import asked_for, choose_plan, plan_work, show_windows
 from fxfusion.cli.recover import write_refitted
 from fxfusion.cli.results_folder import PLAN, contents, digest
 from fxfusion.cli.screen import number
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fxfusion.analysis.quality import Quality
+    from fxfusion.planning.request import Request
 
 _SEQUENCES = 256  # a refit wants some 50,000 tokens
 _HELD_OUT = 8  # one batch in so many
@@ -43,7 +44,7 @@ def auto(
     which is refitted in closed form. Without a budget: the least latency within 1% of the perplexity. An eighth of
     the text is held out; the loss that is reported is measured there. MODEL_DIR stays as it is.
     """
-    arguments: Arguments = {
+    arguments = {
         "max_perplexity_increase": read(max_perplexity_increase, read_share, "--max-perplexity-increase"),
         "target_depth": target_depth,
         "max_members": max_members,
@@ -51,20 +52,21 @@ def auto(
         "after_refit": True,
         **choice.arguments(),
     }
+    asked = asked_for(arguments)
     run.check(PLAN, output=output)
     from fxfusion.cli import inputs
 
     inputs.check_format(run.model_dir, format)
     if run.dry_run:
         parts = [Work("refit on all text but an eighth"), Work("loss on the eighth, and speed here")]
-        return run.plan_dry_run([*plan_work(run, arguments), *parts], [PLAN, output])
-    return _make(run, arguments, output, format)
+        return run.plan_dry_run([*plan_work(run, asked, Method.loss.value), *parts], [PLAN, output])
+    return _make(run, asked, output, format)
 
 
-def _make(run: Session, arguments: Arguments, output: Path, format: Format) -> dict[str, Any]:
+def _make(run: Session, asked: Request, output: Path, format: Format) -> dict[str, Any]:
     """Choose, refit, measure on held-out text, time, write; what `--json` prints."""
     text, held_out = divided(run.batches)
-    chosen = choose_plan(run, arguments, text)
+    chosen = choose_plan(run, asked, text)
     result: dict[str, Any] = {**chosen.to_dict(), "text": run.text_facts, "output": None}
     if not chosen.plan.groups and not chosen.plan.dropped_attention:
         show_windows(run, result)
@@ -83,7 +85,7 @@ def _make(run: Session, arguments: Arguments, output: Path, format: Format) -> d
     show_windows(run, result)
     _show_speed(run, result["speed"])
     perplexities = [float(each.perplexity) for each in quality.values()]
-    run.screen.line(over_budget(chosen.budget.max_perplexity_increase, *perplexities) or "", "bold yellow")
+    run.screen.line(over_budget(asked.budget.max_perplexity_increase, *perplexities) or "", "bold yellow")
     run.screen.line(f"written: {output} ({format.value}), plan: {run.folder.file(PLAN)}")
     return result
 

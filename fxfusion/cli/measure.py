@@ -9,7 +9,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import Method, Unit, read, read_layers, show_layers, show_members
+from fxfusion.cli.options import Method, Unit, read, read_layers, read_roads, show_layers, show_members
 from fxfusion.cli.results_folder import MEASURED, MODEL, PLANS, SWEEP, SWEEP_PLOT, SWEEP_TABLE
 from fxfusion.cli.screen import Screen
 from fxfusion.cli.session import Known, Session, Work, command
@@ -18,6 +18,7 @@ from fxfusion.errors import OptionError
 if TYPE_CHECKING:
     from fxfusion.analysis.dependency import DependencyMatrix
     from fxfusion.analysis.scores import AttentionScores
+    from fxfusion.planning.request import Request
     from fxfusion.planning.sweep import Sweep
 
 Greedy = Annotated[bool, typer.Option("--greedy", help="Also drop one after the other, scoring anew after each drop.")]
@@ -158,43 +159,51 @@ def sweep(
     hardware: options.Hardware = None,
     tp: options.Tp = 1,
     precision: options.Precision = "bf16",
+    roads: options.Roads = None,
+    after_refit: options.AfterRefit = None,
+    max_window: options.MaxWindow = None,
 ) -> dict[str, Any]:
-    """Measure the best plan for every depth and several numbers of dropped attentions.
+    """Measure the best plan for every depth and several numbers of dropped attentions, or over several roads.
 
     Plans that no other beats in both depth and loss form the front; with --hardware also those that none beats in both
     predicted latency (decoding one sequence) and loss. Every plan is kept as soon as it is measured.
     """
-    numbers, groups = read(drops, read_layers, "--drops"), limits.arguments()
-    if hardware is None and (tp, precision) != (1, "bf16"):
-        raise OptionError("--tp, --precision: name the --hardware that latency is predicted for")
-    options.check_hardware(hardware)
+    from fxfusion.planning.request import Request
+
+    arguments = {
+        **limits.arguments(),
+        "drops": read(drops, read_layers, "--drops"),
+        "norm": None if norm is None else norm.value,
+        "hardware": hardware,
+        "roads": read(roads, read_roads, "--roads"),
+        "after_refit": bool(after_refit),
+        "max_window": max_window,
+    }
+    asked = Request.of({**arguments, "tp": tp, "precision": precision, "every_depth": True})
     run.check(MODEL, SWEEP, SWEEP_TABLE, SWEEP_PLOT)
     if run.dry_run:
-        return run.plan_dry_run(_sweep_work(run, method.value), [SWEEP, SWEEP_TABLE, SWEEP_PLOT, PLANS])
-    from fxfusion.cost import Workload
-
-    model = run.model  # first: then the folder knows its layers
-    most, there = max(numbers or [0]), len(run.folder.attention_layers())
-    if most > there:
-        raise OptionError(f"--drops: {most} attention layers are to go, the model has {there}")
-    found = fxfusion.sweep(
-        model,
-        run.batches,
-        drops=numbers,
-        **groups,
-        norm=None if norm is None else norm.value,
-        method=method.value,
-        hardware=hardware,
-        workload=None if hardware is None else Workload(precision=precision, tp=tp),
-        cache=run.folder.path,
-        progress=True,
-    )
+        return run.plan_dry_run(_sweep_work(run, asked, method.value), [SWEEP, SWEEP_TABLE, SWEEP_PLOT, PLANS])
+    found = _swept(run, {**arguments, "method": method.value}, tp, precision)
     _save(run, found)
     _show_sweep(run, found)
     return found.to_dict()
 
 
-def _sweep_work(run: Session, method: str) -> list[Work]:
+def _swept(run: Session, arguments: dict[str, Any], tp: int, precision: str) -> Sweep:
+    """`arguments`: of `fxfusion.sweep`. Raises `OptionError` for more layers than there are."""
+    from fxfusion.cost import Workload
+
+    model = run.model  # first: then the folder knows its layers
+    most, there = max(arguments["drops"] or [0]), len(run.folder.attention_layers())
+    if most > there:
+        raise OptionError(f"--drops: {most} attention layers are to go, the model has {there}")
+    workload = None if arguments["hardware"] is None else Workload(precision=precision, tp=tp)
+    return fxfusion.sweep(model, run.batches, **arguments, workload=workload, cache=run.folder.path, progress=True)
+
+
+def _sweep_work(run: Session, asked: Request, method: str) -> list[Work]:
+    if asked.roads is not None:
+        return [Work("loss of each window alone"), *([Work("refits")] if asked.after_refit else []), run.tried_work()]
     return [
         score_work(run, method, greedy=False),
         score_work(run, method, greedy=True),
@@ -213,7 +222,7 @@ def _show_sweep(run: Session, found: Sweep) -> None:
     rows: list[tuple[str, ...]] = []
     for point in found.points:
         plan, quality = point.measured.plan, point.measured.quality
-        groups = " ".join(f"[{show_members(group)}]" for group in plan.groups)
+        groups = " ".join(f"[{show_members(group)}{f' {group.mixers}' * group.is_window}]" for group in plan.groups)
         rows.append(
             (
                 f"{point.measured.depth}{' *' if point.on_front else ''}",

@@ -251,7 +251,7 @@ def _model(model: str | None) -> LayerTable:
 def _built(folder: Path) -> LayerTable:
     """The table of a model whose config alone does not tell it: built without weights and looked at."""
     from fxfusion.cli.inputs import graph_without_weights
-    from fxfusion.planning.latency import table_of_model
+    from fxfusion.planning.price import table_of_model
 
     return table_of_model(*graph_without_weights(folder, tokens=8))
 

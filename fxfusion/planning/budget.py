@@ -1,13 +1,16 @@
-"""What a plan may cost, what its groups may be, and what it was measured to cost."""
+"""What a plan may cost, what its groups may be, and what it was measured to cost. Nothing here loads torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fxfusion.analysis.quality import Quality
 from fxfusion.errors import OptionError
 from fxfusion.plan.fusion_plan import FusionPlan
+
+if TYPE_CHECKING:
+    from fxfusion.analysis.quality import Quality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,13 +19,14 @@ class Budget:
 
     `drop`: attention layers to drop, a number or (a float below 1) a fraction of those there are.
     `max_perplexity_increase`: relative, 0.05 for 5 %. `max_kl`: nats per token to the intact model.
-    `target_depth`: the FFN depth that remains.
+    `target_depth`: the FFN depth that remains. `max_latency` [ms]: as predicted for one decoded token.
     """
 
     drop: int | float | None = None
     max_perplexity_increase: float | None = None
     max_kl: float | None = None
     target_depth: int | None = None
+    max_latency: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("drop", "max_perplexity_increase", "max_kl", "target_depth"):
@@ -33,10 +37,19 @@ class Budget:
             raise OptionError(
                 f"drop: a fraction is at most 1.0, got {self.drop!r}; give a whole number of layers as int"
             )
+        if self.max_latency is not None and not self.max_latency > 0:
+            raise OptionError(f"max_latency: expected milliseconds above 0, got {self.max_latency!r}")
+        if self.target_depth is not None and self.max_latency is not None:
+            raise OptionError("target_depth and max_latency were both given; give one of them")
 
     @property
     def limits_quality(self) -> bool:
         return self.max_perplexity_increase is not None or self.max_kl is not None
+
+    @property
+    def most(self) -> float | None:
+        """The price that a plan may have: FFNs, or milliseconds; None where the price is to be as low as can be."""
+        return self.max_latency if self.target_depth is None else float(self.target_depth)
 
     def count(self, mixers: int) -> int | None:
         """How many of so many attentions to drop."""

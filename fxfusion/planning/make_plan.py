@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import nn
 
+from fxfusion.analysis.batches import Batch
 from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.quality import Batch, Quality
+from fxfusion.analysis.quality import Quality
 from fxfusion.analysis.scores import AttentionScores, Method
+from fxfusion.analysis.store import inside
+from fxfusion.cost import Hardware
 from fxfusion.cost.layer_table import cut_run
-from fxfusion.errors import OptionError, PlanError
+from fxfusion.errors import PlanError
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.plan.fusion_plan import FusionPlan, LayerScore, MadeBy, MeasuredQuality, Scores
 from fxfusion.plan.policy import NormMode
-from fxfusion.planning.budget import Budget, Limits, Measured
-from fxfusion.planning.planner import Planner, search
-from fxfusion.planning.roads.choose import RoadArguments, check_unused, choose, road_options, search_for
+from fxfusion.planning.chains import ChainSearch
+from fxfusion.planning.choice import Search
+from fxfusion.planning.price import Price, depth_price, predicted_latency
+from fxfusion.planning.request import Request
+from fxfusion.planning.scores import RefitMeter, Screen, divided, screened
+from fxfusion.planning.windows import WindowSearch
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+_MAX_WINDOW = 6
+Cache = str | os.PathLike[str] | None
 
 
 def make_plan(
@@ -41,10 +47,16 @@ def make_plan(
     method: Method = "loss",
     preset: Literal["paper", "automatic"] | None = None,
     splits: Iterable[int] | None = None,
-    cache: str | os.PathLike[str] | None = None,
+    cache: Cache = None,
     progress: bool = False,
     command: str | None = None,
-    **over_roads: Unpack[RoadArguments],
+    roads: Sequence[str] | None = None,
+    after_refit: bool | None = None,
+    max_window: int | None = None,
+    hardware: str | os.PathLike[str] | Hardware | None = None,
+    tp: int = 1,
+    precision: str = "bf16",
+    max_latency: float | None = None,
 ) -> FusionPlan:
     """Choose which attention to drop and which FFNs to fuse, by measurement, under a budget.
 
@@ -64,12 +76,12 @@ def make_plan(
         roads: how FFNs with attention between them may become neighbours: by `"drop"` (dropping it), `"hoist"`
             (moving it before them) or `"wide"` (moving it, as one attention); several may be mixed in one plan. Needs
             a budget: a depth, a latency, or a quality, within which the latency (without hardware: the depth) is
-            least. None: the attention is dropped that the arguments above name, and no other is touched.
+            least. None: the attention is dropped that the arguments above name or need, and no other is touched.
         after_refit: with roads, judge each plan by its loss after `fxfusion.refit`: three quarters of the batches are
             fitted to, the others judge. Windows that the model's modules cannot hold are left out.
         max_window: layers that become one at most (6).
         hardware, tp, precision: what the latency is predicted for, see `fxfusion.cost`: one token, decoded after
-            1,024. max_latency: in milliseconds.
+            1,024. max_latency: in milliseconds; the plan of least loss that is predicted to take no longer.
         preset: `"automatic"`: drop and hoist, after refit, within 1 % of the perplexity, the least latency on one H100
             (other arguments change that). `"paper"` leaves the leading and the last FFN of each run out and takes the
             norm of a group's last member; groups are cut at `splits` (layers at which one begins) or where `max_bytes`
@@ -78,8 +90,9 @@ def make_plan(
         progress: say how far it is, on the error stream. command: what is noted in the plan as its maker.
 
     Without any budget only chains that the model has already are fused. Of the plans within the budget the one with
-    the fewest FFNs is chosen, among those the one with the least loss (the plainest, if none is measured better); the
-    first and last FFN of a chain stay out where measurement says that they cost more than their share.
+    the fewest FFNs (with hardware: the least latency) is chosen, among those the one with the least loss (the plainest,
+    if none is measured better); the first and last FFN of a chain stay out where measurement says that they cost more
+    than their share.
 
     Raises:
         OptionError: a budget that cannot be (negative, more layers than there are), or arguments that contradict
@@ -88,90 +101,100 @@ def make_plan(
         CaptureError: the model cannot be captured as one graph.
         SurgeryError: FFNs are hidden by adapters that are active on them.
     """
-    budget = Budget(
-        drop=drop, max_perplexity_increase=max_perplexity_increase, max_kl=max_kl, target_depth=target_depth
+    asked = Request.of(locals())
+    search = search_for(model, list(batches), asked, method, cache, progress)
+    return recorded(search, planned(search, asked), command)
+
+
+def search_for(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    asked: Request,
+    method: Method = "loss",
+    cache: Cache = None,
+    progress: bool = False,
+) -> Search:
+    """Everything that is needed to look for plans; nothing is measured yet."""
+    if asked.roads is not None:
+        return _over_roads(model, batches, asked, cache, progress)
+    judge = PlanMeter(model, batches, cache)
+    judge.refuse_hidden_ffns()
+    return ChainSearch(
+        judge=judge,
+        price=_price(judge, asked),
+        progress=progress,
+        limits=asked.limits,
+        norm=asked.norm,
+        method=method,
+        dropped=None if asked.dropped_attention is None else tuple(asked.dropped_attention),
+        cache=cache,
     )
-    limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
-    if preset == "automatic" or over_roads.get("roads") is not None:
-        _check_roads(preset, dropped_attention, splits)
-        options, budget = road_options(over_roads, budget, automatic=preset == "automatic")
-        searched = search_for(model, list(batches), options, budget, limits, norm, cache, progress)
-        return made(choose(searched, options, budget), model, command)
-    check_unused(over_roads)
-    if drop is not None and dropped_attention is not None:
-        raise OptionError("drop and dropped_attention were both given; the second names the layers itself")
-    _check_preset(preset, budget, limits, norm, splits)
-    planner = Planner(PlanMeter(model, list(batches), cache), limits, norm, method, cache, progress)
-    planner.meter.refuse_hidden_ffns()
-    if preset is None:
-        return recorded(planner, search(planner, budget, dropped_attention).plan, command)
-    return recorded(planner, _paper(planner, budget, dropped_attention, splits), command)
 
 
-def made(found: Measured, model: nn.Module, command: str | None) -> FusionPlan:
-    """The plan with its model, quality and maker."""
-    quality = quality_record(found.quality)
-    return found.plan.replace(model=facts_of(model), quality=quality, made_by=MadeBy.now(command=command))
+def _over_roads(model: nn.Module, batches: Sequence[Batch], asked: Request, cache: Cache, progress: bool) -> Search:
+    fitted, judged = divided(batches) if asked.after_refit else ([], list(batches))
+    folder = inside(cache, "roads_after_refit" if asked.after_refit else "roads")
+    judge = PlanMeter(model, judged, folder)
+    judge.refuse_hidden_ffns()
+    less = screened(judged)
+    meter = judge if len(less) == len(judged) else PlanMeter(judge.traced, less, inside(folder, "screen"))
+    screen = Screen(
+        meter,
+        tuple(asked.roads or ()),
+        norm=asked.norm or "fold",
+        limits=asked.limits,
+        max_window=asked.max_window or _MAX_WINDOW,
+        progress=progress,
+        in_modules=bool(asked.after_refit),
+    )
+    refitted = RefitMeter(judge, fitted, folder) if asked.after_refit else None
+    return WindowSearch(judge=judge, price=_price(meter, asked), progress=progress, screen=screen, refitted=refitted)
 
 
-def _check_roads(preset: str | None, dropped: Sequence[int] | None, splits: Iterable[int] | None) -> None:
-    """Raises `OptionError` for arguments that decide what the planner decides over several roads."""
-    if dropped is not None or splits is not None:
-        raise OptionError("dropped_attention and splits name layers; over several roads the planner does that")
-    if preset not in (None, "automatic"):
-        raise OptionError(f"preset={preset!r} does not go with roads: the planner decides by measurement there")
+def _price(meter: PlanMeter, asked: Request) -> Price:
+    """What is to be low: the predicted latency where a device is named and no depth."""
+    if asked.hardware is None or asked.every_depth or asked.budget.target_depth is not None:
+        return depth_price(meter.ffns)
+    return predicted_latency(meter, asked.hardware, asked.tp, asked.precision)
 
 
-def _check_preset(
-    preset: str | None, budget: Budget, limits: Limits, norm: NormMode | None, splits: Iterable[int] | None
-) -> None:
-    """Raises `OptionError` for a budget of quality or depth: a rule measures nothing, so it cannot keep it."""
-    if preset is None:
-        if splits is not None:
-            raise OptionError("splits belong to preset='paper'; the planner cuts by measurement")
-        return
-    if preset != "paper":
-        raise OptionError(f"preset: expected 'paper' or 'automatic', got {preset!r}")
-    given = {name: getattr(budget, name) for name in ("max_perplexity_increase", "max_kl", "target_depth")}
-    given |= {name: getattr(limits, name) for name in ("max_members", "max_width", "max_dependency")}
-    named = next((name for name, value in given.items() if value is not None), None)
-    if named is not None:
-        raise OptionError(f"{named}: preset='paper' is a rule that keeps no such budget")
-    if norm == "fold":
-        raise OptionError("norm: preset='paper' takes the norm of a group's last member, norm='last'")
+def planned(search: Search, asked: Request) -> FusionPlan:
+    """The plan that was asked for: the best that is measured, or what the paper's rule says."""
+    if asked.preset != "paper":
+        return search.choose(asked.budget).plan
+    assert isinstance(search, ChainSearch), "the paper's rule goes without roads"
+    return _by_the_papers_rule(search, asked)
 
 
-def _paper(planner: Planner, budget: Budget, dropped: Sequence[int] | None, splits: Iterable[int] | None) -> FusionPlan:
-    """The paper's rule on the run of attentions that is cheapest to drop (or those given)."""
+def _by_the_papers_rule(search: ChainSearch, asked: Request) -> FusionPlan:
+    """On the run of attentions that is cheapest to drop (or those given)."""
+    dropped = search.dropped
     if dropped is None:
-        number = budget.count(len(planner.meter.mixers)) or 0
-        dropped = planner.drops(number)[-1]
-    begins, groups = frozenset(splits or ()), []
-    for chain in planner.meter.chains(dropped):
+        dropped = search.drops(asked.budget.count(len(search.judge.mixers)) or 0)[-1]
+    begins, groups = frozenset(asked.splits or ()), []
+    for chain in search.judge.chains(dropped):
         run = chain.members[int(chain.leading) : -1]
         sizes = dict(zip(chain.members, chain.bytes, strict=True))
-        groups += [group for group in cut_run(run, begins, sizes, planner.limits.max_bytes) if len(group) > 1]
+        groups += [group for group in cut_run(run, begins, sizes, asked.limits.max_bytes) if len(group) > 1]
     useless = begins - {group[0] for group in groups}
     if useless:
         raise PlanError(f"splits: no group begins at layer {min(useless)}")
     return FusionPlan(groups=groups, dropped_attention=sorted(dropped), norm="last")
 
 
-def recorded(planner: Planner, plan: FusionPlan, command: str | None = None) -> FusionPlan:
+def recorded(search: Search, plan: FusionPlan, command: str | None = None, seed: int | None = None) -> FusionPlan:
     """The plan with what it was made for, from and by."""
-    scores = planner.known_scores
-    return FusionPlan(
-        groups=plan.groups,
-        dropped_attention=plan.dropped_attention,
-        norm=plan.norm,
-        model=facts_of(planner.meter.model),
+    scores, known = search.known_scores, search.found.get(plan)
+    quality = search.judge.known_quality(plan) if known is None else known.quality
+    return plan.replace(
+        model=facts_of(search.judge.model),
         scores=None if scores is None else _scores(scores),
-        quality=quality_record(planner.meter.known_quality(plan)),
-        made_by=MadeBy.now(command=command),
+        quality=_quality_record(quality),
+        made_by=MadeBy.now(command=command, seed=seed),
     )
 
 
-def quality_record(found: Quality | None) -> MeasuredQuality | None:
+def _quality_record(found: Quality | None) -> MeasuredQuality | None:
     """What a plan keeps of its measured quality; None where nothing was measured (a rule measures nothing)."""
     if found is None:
         return None

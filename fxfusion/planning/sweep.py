@@ -9,32 +9,26 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fxfusion.analysis.meter import PlanMeter
-from fxfusion.analysis.quality import Batch
+from fxfusion.analysis.batches import Batch
 from fxfusion.analysis.scores import Method
 from fxfusion.cost import Hardware, Workload
-from fxfusion.errors import OptionError, PlanError
+from fxfusion.errors import OptionError
 from fxfusion.files import replacing
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.policy import NormMode
-from fxfusion.planning.budget import Budget, Limits, Measured
-from fxfusion.planning.latency import predicted_latency
-from fxfusion.planning.planner import Planner
-from fxfusion.planning.roads.choose import RoadOptions, search_for
-from fxfusion.planning.roads.screen import Road
-from fxfusion.planning.roads.search import RoadSearch
-from fxfusion.report.progress import each
+from fxfusion.planning.budget import Measured
+from fxfusion.planning.choice import ANYTHING, Search
+from fxfusion.planning.make_plan import search_for
+from fxfusion.planning.price import predicted_latency
+from fxfusion.planning.request import Request
 
 _KIND = "sweep"
-_MOST_DROPS = 6  # numbers of dropped attentions that a sweep tries by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +153,7 @@ def sweep(
     workload: Workload | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
-    roads: Sequence[Road] | None = None,
+    roads: Sequence[str] | None = None,
     after_refit: bool = False,
     max_window: int | None = None,
 ) -> Sweep:
@@ -171,24 +165,14 @@ def sweep(
 
     Raises `OptionError` for arguments that contradict each other.
     """
-    limits = Limits(max_members=max_members, max_width=max_width, max_bytes=max_bytes, max_dependency=max_dependency)
     if workload is not None and hardware is None:
-        raise OptionError("workload: name the hardware that it runs on")
-    if roads is None and (after_refit or max_window is not None):
-        raise OptionError(f"{'after_refit' if after_refit else 'max_window'}: goes with roads")
-    if roads is not None and drops is not None:
-        raise OptionError("drops: over several roads the planner itself decides what is dropped")
-    if roads is None:
-        meter = PlanMeter(model, list(batches), cache)
-        meter.refuse_hidden_ffns()
-        planner = Planner(meter, limits, norm, method, cache, progress)
-        run = partial(run_sweep, planner, _default_drops(len(meter.mixers)) if drops is None else drops)
-    else:
-        options = RoadOptions(roads=roads, after_refit=after_refit, max_window=max_window)
-        search = search_for(model, list(batches), options, Budget(target_depth=1), limits, norm, cache, progress)
-        meter, run = search.judge, partial(sweep_roads, search)
-    found = run(None if hardware is None else predicted_latency(meter, hardware, workload=workload).of)
-    return found if hardware is None else replace(found, predicted_for=_setting(Hardware.of(hardware), workload))
+        raise OptionError("workload: name the device that it runs on, such as hardware='h100'")
+    asked = Request.of({**locals(), "every_depth": True})
+    search = search_for(model, list(batches), asked, method, cache, progress)
+    if hardware is None:
+        return run_sweep(search, drops)
+    found = run_sweep(search, drops, predicted_latency(search.judge, hardware, workload=workload).of)
+    return replace(found, predicted_for=_setting(Hardware.of(hardware), workload))
 
 
 def _setting(device: Hardware, workload: Workload | None) -> str:
@@ -196,28 +180,18 @@ def _setting(device: Hardware, workload: Workload | None) -> str:
     return f"{device.name}, tp {work.tp}, {work.precision}, batch {work.batch}, {work.phase} at {work.context} tokens"
 
 
-def run_sweep(planner: Planner, drops: Sequence[int], latency: Callable[[FusionPlan], float] | None = None) -> Sweep:
-    """A sweep with a planner that may have measured things already. `latency`: what predicts it [ms]."""
+def run_sweep(
+    search: Search, drops: Sequence[int] | None = None, latency: Callable[[FusionPlan], float] | None = None
+) -> Sweep:
+    """A sweep with a search that may have measured things already. `latency`: what predicts it [ms]."""
     found: dict[tuple[int, int], Measured] = {}
-    for number in each(drops, planner.progress, "sweep"):
-        for dropped in planner.drops(number):
-            for depth in planner.depths(dropped):
-                best = planner.best_at(dropped, depth)
-                key = (number, depth)
-                if best is not None and (key not in found or best.cost < found[key].cost):
-                    found[key] = best
-    return _swept(found.values(), planner.meter.ffns, latency)
-
-
-def sweep_roads(search: RoadSearch, latency: Callable[[FusionPlan], float] | None = None) -> Sweep:
-    """The best plan over some roads at every depth that they reach."""
-    ffns = search.judge.ffns
-    found = {ffns: search.intact}
-    for depth in each(range(ffns - 1, 0, -1), search.screen.progress, "sweep"):
-        with suppress(PlanError):  # the windows that can be had do not reach it
-            best = search.best_at(depth)
-            found[best.depth] = best
-    return _swept(found.values(), ffns, latency)
+    for start, depth in search.every_depth(drops):
+        best = search.intact if not start and depth == search.judge.ffns else search.try_at(start, depth, ANYTHING)
+        if best is not None:
+            key = (len(start), best.depth)
+            if key not in found or best.cost < found[key].cost:
+                found[key] = best
+    return _swept(found.values(), search.judge.ffns, latency)
 
 
 def _swept(found: Iterable[Measured], ffns: int, latency: Callable[[FusionPlan], float] | None) -> Sweep:
@@ -241,11 +215,6 @@ def _front(points: Sequence[SweepPoint], place: Callable[[SweepPoint], float]) -
     return found
 
 
-def _default_drops(mixers: int) -> tuple[int, ...]:
-    half = mixers // 2
-    return tuple(sorted({round(index * half / (_MOST_DROPS - 1)) for index in range(_MOST_DROPS)}))
-
-
 def _row(point: SweepPoint) -> list[Any]:
     measured, quality = point.measured, point.measured.quality
     values = (
@@ -259,7 +228,7 @@ def _row(point: SweepPoint) -> list[Any]:
         int(point.on_front),
         *("" if value is None else f"{float(value):.6g}" for value in values),
         " ".join(map(str, measured.plan.dropped_attention)),
-        "; ".join(" ".join(map(str, group)) for group in measured.plan.groups),
+        "; ".join(" ".join(map(str, [*group, *[group.mixers] * group.is_window])) for group in measured.plan.groups),
         measured.plan.norm,
         "" if point.latency_ms is None else f"{point.latency_ms:.6g}",
         "" if point.latency_ms is None else int(point.on_latency_front),

@@ -277,7 +277,24 @@ def test_wrong_numbers_are_named(run: Run, sweep_args: list[object], drops: str,
 
 def test_a_setting_without_hardware_is_named(run: Run, sweep_args: list[object]) -> None:
     ran = run(*sweep_args, "--tp", 8)
-    assert ran.code == 2 and "name the --hardware" in ran.error
+    assert ran.code == 2 and "--tp: name the device that it is about, such as --hardware h100" in ran.error
+
+
+@pytest.mark.slow
+def test_a_sweep_over_roads_has_a_plan_for_every_depth(run: Run, sweep_args: list[object], results: Path) -> None:
+    args = [*sweep_args, "--roads", "hoist,drop", "--max-window", 3]
+    ran = run(*args, "--json")
+    assert ran.code == 0, ran.err
+    assert [point["depth"] for point in ran.json["points"]] == [1, 2, 3]
+    with (results / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[2]["groups"] == "" and rows[0]["groups"].startswith("0 1 2")
+    for point, row in zip(ran.json["points"], rows, strict=True):
+        assert ("hoist" in row["groups"]) == any(isinstance(group, dict) for group in point["groups"])
+    dry = run(*args, "--dry-run", "--json").json
+    assert [part["what"] for part in dry["work"]][0] == "loss of each window alone"
+    wrong = run(*sweep_args, "--roads", "hoist", "--drops", "1")
+    assert wrong.code == 2 and "--drops: over several roads the planner itself decides that" in wrong.error
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------

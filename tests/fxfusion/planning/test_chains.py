@@ -1,4 +1,4 @@
-"""planner, make_plan and sweep: within the budget, the best that was measured, and cached."""
+"""The search in chains: within the budget, the best that was measured; and what make_plan and sweep keep of it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fxfusion.analysis.scores import attention_scores
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.policy import NormMode
-from fxfusion.planning import planner as planner_file
+from fxfusion.planning import chains as module
 from fxfusion.planning.budget import Budget, Limits
+from fxfusion.planning.chains import ChainSearch
 from fxfusion.planning.make_plan import make_plan
-from fxfusion.planning.partition import candidates, equal_cuts
-from fxfusion.planning.planner import Planner, search
+from fxfusion.planning.price import depth_price
 from fxfusion.planning.sweep import run_sweep
 from tests.tiny_lm import TinyLm, ids
 
@@ -29,57 +29,64 @@ LAYERS = 5
 NORMS: tuple[NormMode, ...] = ("fold", "last")
 
 
+def searching(meter: PlanMeter, **more: Any) -> ChainSearch:
+    """By FFN depth."""
+    return ChainSearch(judge=meter, price=depth_price(meter.ffns), **more)
+
+
 @pytest.fixture(scope="module")
-def planner() -> Planner:
-    """One planner for all tests that only ask; what it measured stays known."""
-    return Planner(PlanMeter(TinyLm(LAYERS), BATCHES))
+def search() -> ChainSearch:
+    """One search for all tests that only ask; what it measured stays known."""
+    return searching(PlanMeter(TinyLm(LAYERS), BATCHES))
 
 
-def test_a_fraction_of_the_attention_is_dropped_and_fused(planner: Planner) -> None:
-    found = search(planner, Budget(drop=0.4))
+def test_a_fraction_of_the_attention_is_dropped_and_fused(search: ChainSearch) -> None:
+    found = search.choose(Budget(drop=0.4))
     assert len(found.plan.dropped_attention) == 2 and found.depth <= LAYERS
     assert found.depth == LAYERS - sum(len(group) - 1 for group in found.plan.groups)
+    fused = [member for group in found.plan.groups for member in group]
+    assert fused and found.fused_bytes == sum(search.judge.members[member][1] for member in fused)
 
 
-def test_at_a_depth_the_best_of_all_proposals_is_taken(planner: Planner) -> None:
-    found = search(planner, Budget(target_depth=3))
+def test_at_a_depth_the_best_of_all_proposals_is_taken(search: ChainSearch) -> None:
+    found = search.choose(Budget(target_depth=3))
     assert found.depth == 3
     rivals = [
-        planner.measure(planner.without(dropped), groups)
-        for dropped in planner.drops(LAYERS - 3)
-        for groups in candidates(planner.without(dropped), planner.limits, 3)
+        search.measure(chains.plan(groups))
+        for chains in map(search.without, search.drops(LAYERS - 3))
+        for groups in chains.candidates(3)
     ]
-    alone = search(planner, Budget(target_depth=3, drop=2))
+    alone = search.choose(Budget(target_depth=3, drop=2))
     assert len(rivals) > 1 and max(rival.cost for rival in rivals) > found.cost, "and there was something to choose"
-    better = [planner.meter.difference(rival.plan, found.plan) for rival in rivals]
+    better = [search.judge.difference(rival.plan, found.plan) for rival in rivals]
     assert not any(difference.below_zero(choices=len(rivals)) for difference in better)
     assert alone.depth == 3
 
 
-def test_quality_limits_bind(planner: Planner) -> None:
-    loose = search(planner, Budget(max_kl=1e9))
+def test_quality_limits_bind(search: ChainSearch) -> None:
+    loose = search.choose(Budget(max_kl=1e9))
     assert loose.depth == 1 and len(loose.plan.dropped_attention) >= LAYERS - 1
-    costs = sorted(float(planner.unfused((layer,)).kl or 0.0) for layer in range(LAYERS))
-    tight = search(planner, Budget(max_kl=costs[0] / 2))
+    costs = sorted(float(search.unfused((layer,)).quality.kl or 0.0) for layer in range(LAYERS))
+    tight = search.choose(Budget(max_kl=costs[0] / 2))
     assert tight.plan == FusionPlan() and tight.depth == LAYERS
-    middle = search(planner, Budget(max_kl=costs[-1]))
+    middle = search.choose(Budget(max_kl=costs[-1]))
     assert float(middle.quality.kl or 9.0) <= costs[-1] and loose.depth <= middle.depth < tight.depth
 
 
-def test_what_cannot_be_had_says_what_can(planner: Planner) -> None:
+def test_what_cannot_be_had_says_what_can(search: ChainSearch) -> None:
     with pytest.raises(PlanError, match=r"no plan fits the budget; without the attention of \[.*\]: . to 5 FFNs"):
-        search(planner, Budget(drop=1, target_depth=1))
+        search.choose(Budget(drop=1, target_depth=1))
     with pytest.raises(PlanError, match="nats before anything is fused"):
-        search(planner, Budget(drop=2, max_kl=1e-9))
+        search.choose(Budget(drop=2, max_kl=1e-9))
     with pytest.raises(OptionError, match="the model has 5"):
-        search(planner, Budget(drop=6))
+        search.choose(Budget(drop=6))
 
 
 def test_limits_reach_the_groups() -> None:
-    limited = Planner(PlanMeter(TinyLm(LAYERS), BATCHES), Limits(max_members=2))
+    limited = searching(PlanMeter(TinyLm(LAYERS), BATCHES), limits=Limits(max_members=2))
     found = limited.fused((1, 2, 3, 4))
     assert max(len(group) for group in found.plan.groups) == 2
-    free = Planner(limited.meter).fused((1, 2, 3, 4))
+    free = searching(limited.judge).fused((1, 2, 3, 4))
     assert max(len(group) for group in free.plan.groups) == 5
 
 
@@ -121,7 +128,7 @@ class PricedMeter(PlanMeter):
 def test_a_costly_end_stays_out_and_a_cheap_one_does_not(
     per_merge: float, extra: dict[int, float], group: tuple[int, ...]
 ) -> None:
-    priced = Planner(PricedMeter(per_merge, extra), norm="fold")
+    priced = searching(PricedMeter(per_merge, extra), norm="fold")
     full = priced.fused((2, 3, 4))
     assert full.plan.groups == ((1, 2, 3, 4),)
     assert priced.without_costly_ends(full).plan.groups == (group,)
@@ -141,10 +148,10 @@ def test_a_costly_end_stays_out_and_a_cheap_one_does_not(
 def test_the_papers_norm_stays_unless_the_members_own_are_measured_better(
     last: float, noise: float, fixed: NormMode | None, chosen: NormMode
 ) -> None:
-    priced = Planner(PricedMeter(0.01, last=last, noise=noise), norm=fixed)
-    found = priced.best_at((1, 2, 3, 4), 3)
+    priced = searching(PricedMeter(0.01, last=last, noise=noise), norm=fixed)
+    found = priced.try_at((1, 2, 3, 4), 3)
     assert found is not None and found.plan.norm == chosen
-    assert found.plan.groups == equal_cuts(priced.without((1, 2, 3, 4)), 3, 1, 1) == ((1, 2, 3),)
+    assert found.plan.groups == priced.without((1, 2, 3, 4)).equal_cuts(3, 1, 1) == ((1, 2, 3),)
 
 
 @pytest.mark.parametrize(
@@ -154,35 +161,35 @@ def test_the_papers_norm_stays_unless_the_members_own_are_measured_better(
 def test_other_groups_are_taken_only_if_measured_better(gain: float, noise: float, inside: bool) -> None:
     """Layer 2 costs more, and one proposal fuses without it; an interval that only just excludes zero is not enough
     for the best of several."""
-    found = Planner(PricedMeter(0.01, {2: gain}, noise=noise)).best_at((1, 2, 3, 4), 3)
+    found = searching(PricedMeter(0.01, {2: gain}, noise=noise)).try_at((1, 2, 3, 4), 3)
     assert found is not None and found.plan.groups == (((1, 2, 3),) if inside else ((0, 1), (3, 4)))
 
 
 def test_a_budget_takes_what_keeps_it_even_if_not_surely_better() -> None:
-    priced = Planner(PricedMeter(0.01, {2: 0.1}, last=0.3, noise=0.2))
+    priced = searching(PricedMeter(0.01, {2: 0.1}, last=0.3, noise=0.2))
     dropped = (1, 2, 3, 4)
-    free, bound = priced.best_at(dropped, 3), priced.best_at(dropped, 3, Budget(max_kl=0.05))
+    free, bound = priced.try_at(dropped, 3), priced.try_at(dropped, 3, Budget(max_kl=0.05))
     assert free is not None and free.plan.groups == ((1, 2, 3),)
     assert bound is not None and bound.plan.groups == ((0, 1), (3, 4)) and bound.plan.norm == "fold"
-    between = priced.best_at(dropped, 3, Budget(max_kl=0.15))
+    between = priced.try_at(dropped, 3, Budget(max_kl=0.15))
     assert between is not None and between.plan.groups == ((1, 2, 3),) and between.plan.norm == "fold"
-    assert priced.best_at(dropped, 3, Budget(max_kl=0.01)) is None
+    assert priced.try_at(dropped, 3, Budget(max_kl=0.01)) is None
 
 
 def test_beyond_the_papers_rule_own_norms_stay_unless_the_last_is_measured_better() -> None:
     for last, noise, chosen in ((-0.1, 0.2, "fold"), (-0.1, 0.01, "last")):
-        found = Planner(PricedMeter(0.01, last=last, noise=noise)).fused((1, 2, 3, 4))
+        found = searching(PricedMeter(0.01, last=last, noise=noise)).fused((1, 2, 3, 4))
         assert found.plan.groups == ((0, 1, 2, 3, 4),) and found.plan.norm == chosen
 
 
-def test_both_norms_are_measured_on_the_model(planner: Planner) -> None:
-    model = planner.without((1, 2, 3, 4))
-    fold, last = (planner.measure(model, [(1, 2, 3)], norm) for norm in NORMS)
+def test_both_norms_are_measured_on_the_model(search: ChainSearch) -> None:
+    chains = search.without((1, 2, 3, 4))
+    fold, last = (search.measure(chains.plan([(1, 2, 3)], norm)) for norm in NORMS)
     assert fold.cost != last.cost and fold.plan.norm == "fold" and last.plan.norm == "last"
-    difference = planner.meter.difference(fold.plan, last.plan)
+    difference = search.judge.difference(fold.plan, last.plan)
     assert difference.value == pytest.approx(fold.cost - last.cost, abs=1e-6)
     assert difference.low <= difference.value <= difference.high
-    itself = planner.meter.difference(last.plan, last.plan)
+    itself = search.judge.difference(last.plan, last.plan)
     assert itself == Estimate(0.0, 0.0, 0.0) and not itself.below_zero()
 
 
@@ -221,25 +228,10 @@ def test_a_cache_of_another_model_or_text_is_refused(tmp_path: Path) -> None:
 def test_the_preset_leaves_the_ends_out() -> None:
     plan = make_plan(TinyLm(LAYERS), BATCHES, dropped_attention=(1, 2, 3, 4), preset="paper")
     assert plan.groups == ((1, 2, 3),) and plan.norm == "last", "0 leads, 4 is last"
-    with pytest.raises(OptionError, match="belong to preset"):
+    with pytest.raises(OptionError, match="splits: it goes with preset='paper'"):
         make_plan(TinyLm(LAYERS), BATCHES, splits=[2])
     with pytest.raises(PlanError, match="no group begins at layer 0"):
         make_plan(TinyLm(LAYERS), BATCHES, dropped_attention=(1, 2, 3, 4), preset="paper", splits=[0])
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"drop": 2, "dropped_attention": [1]}, "drop and dropped_attention were both given"),
-        ({"preset": "paper", "drop": 2, "max_kl": 0.1}, "max_kl: preset='paper' is a rule"),
-        ({"preset": "paper", "drop": 2, "max_members": 3}, "max_members: preset='paper' is a rule"),
-        ({"preset": "paper", "drop": 2, "norm": "fold"}, "norm: preset='paper' takes the norm of a group's last"),
-        ({"preset": "eye"}, "expected 'paper' or 'automatic', got 'eye'"),
-    ],
-)
-def test_arguments_that_contradict_each_other_are_refused(more: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        make_plan(TinyLm(LAYERS), BATCHES, **more)
 
 
 def test_only_as_many_attentions_are_dropped_greedily_as_are_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,16 +241,16 @@ def test_only_as_many_attentions_are_dropped_greedily_as_are_to_go(monkeypatch: 
         asked.append(drop)
         return attention_scores(*given, drop=drop, **more)
 
-    monkeypatch.setattr(planner_file, "attention_scores", scored)
-    fresh = Planner(PlanMeter(TinyLm(LAYERS), BATCHES))
+    monkeypatch.setattr(module, "attention_scores", scored)
+    fresh = searching(PlanMeter(TinyLm(LAYERS), BATCHES))
     first = [fresh.first(number) for number in (2, 1, 3, LAYERS)]
     assert asked == [2, 4, LAYERS], "2 and 1 are known, 3 is twice as many, and no more than there are"
     assert [len(one) for one in first] == [2, 1, 3, LAYERS] and all(one == first[-1][: len(one)] for one in first)
-    assert fresh.order == first[-1] and len(asked) == 3
+    assert fresh.first(LAYERS) == first[-1] and len(asked) == 3
 
 
-def test_a_sweep_has_a_front(planner: Planner, tmp_path: Path) -> None:
-    found = run_sweep(planner, (0, 1, 3))
+def test_a_sweep_has_a_front(search: ChainSearch, tmp_path: Path) -> None:
+    found = run_sweep(search, (0, 1, 3))
     assert {len(point.measured.plan.dropped_attention) for point in found.points} == {0, 1, 3}
     front = found.front
     assert [p.measured.depth for p in front] == sorted({p.measured.depth for p in front})
@@ -274,9 +266,9 @@ def test_a_sweep_has_a_front(planner: Planner, tmp_path: Path) -> None:
         assert found.plot(tmp_path / f"sweep.{suffix}").stat().st_size > 1000
 
 
-def test_the_measured_quality_is_that_of_the_plan(planner: Planner) -> None:
-    found = search(planner, Budget(drop=2))
-    model = planner.meter.model
+def test_the_measured_quality_is_that_of_the_plan(search: ChainSearch) -> None:
+    found = search.choose(Budget(drop=2))
+    model = search.judge.model
     losses = []
     for batch in BATCHES:
         logits = model.planned(batch, found.plan.dropped_attention, found.plan.groups)

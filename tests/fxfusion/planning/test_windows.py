@@ -1,11 +1,9 @@
-"""Proposals against trying all of them, and the search against all plans of a priced meter."""
+"""The search over roads against all plans of a priced meter."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from itertools import combinations
 from typing import Any, cast
 
 import pytest
@@ -14,10 +12,12 @@ from fxfusion.analysis.quality import Quality
 from fxfusion.errors import NotFusedError, PlanError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.budget import Budget
-from fxfusion.planning.latency import Price, depth_price, latency_price, merged
-from fxfusion.planning.roads.screen import ROADS, RefitMeter, Road, Screen, Segment
-from fxfusion.planning.roads.search import Offer, Proposal, RoadSearch, front, propose
-from tests.fxfusion.planning.roads.priced_meter import LAYERS, Loss, PricedMeter, all_plans, loss_of, quality_of
+from fxfusion.planning.price import Price, depth_price, latency_price, merged
+from fxfusion.planning.roads import ROADS, check_roads
+from fxfusion.planning.roads.road import Road, Segment
+from fxfusion.planning.scores import RefitMeter, Screen
+from fxfusion.planning.windows import WindowSearch
+from tests.fxfusion.planning.priced_meter import LAYERS, Loss, PricedMeter, all_plans, loss_of, quality_of
 
 
 class PricedRefit:
@@ -35,11 +35,16 @@ class PricedRefit:
 
 
 def search(
-    roads: Sequence[Road] = ROADS, price: Price | None = None, refit: Loss | None = None, **meter: Any
-) -> RoadSearch:
+    roads: Sequence[str] = tuple(ROADS), price: Price | None = None, refit: Loss | None = None, **meter: Any
+) -> WindowSearch:
     refitted = None if refit is None else cast(RefitMeter, PricedRefit(refit))
     screen = Screen(PricedMeter(**meter), tuple(roads), max_window=6)
-    return RoadSearch(screen, price or depth_price(LAYERS), screen.meter, refitted)
+    return over(screen, price, refitted)
+
+
+def over(screen: Screen, price: Price | None = None, refitted: RefitMeter | None = None) -> WindowSearch:
+    price = price or depth_price(LAYERS)
+    return WindowSearch(judge=screen.meter, price=price, screen=screen, refitted=refitted)
 
 
 def latency_of(plan: FusionPlan) -> float:
@@ -53,9 +58,9 @@ def latency_of(plan: FusionPlan) -> float:
 LATENCY = latency_price(latency_of)
 
 
-@pytest.mark.parametrize("roads", [("hoist",), ("drop",), ("drop", "hoist"), ROADS])
+@pytest.mark.parametrize("roads", [("hoist",), ("drop",), ("drop", "hoist"), tuple(ROADS)])
 @pytest.mark.parametrize("depth", [5, 3, 1])
-def test_at_a_depth_no_plan_loses_less(roads: tuple[Road, ...], depth: int) -> None:
+def test_at_a_depth_no_plan_loses_less(roads: tuple[str, ...], depth: int) -> None:
     found = search(roads).best_at(depth)
     least = min(loss_of(plan) for plan in all_plans(LAYERS, roads) if LAYERS - merged(plan) <= depth)
     assert found.depth <= depth and found.cost == pytest.approx(least)
@@ -70,9 +75,9 @@ def test_at_a_latency_no_plan_loses_less(most: float) -> None:
 
 
 def test_more_roads_never_lose_more() -> None:
-    tried: set[Road] = set()
+    tried: set[str] = set()
     for most in (14.0, 12.0, 10.0):
-        alone: dict[Road, float] = {}
+        alone: dict[str, float] = {}
         for road in ROADS:
             with suppress(PlanError):  # moving attention alone does not get that far
                 alone[road] = search([road], LATENCY).best_at(most).cost
@@ -99,7 +104,7 @@ def test_windows_that_cannot_be_had_together_are_taken_one_by_one() -> None:
             return super().quality(plan)
 
     screen = Screen(Apart(), ("hoist",), max_window=2)
-    found = RoadSearch(screen, depth_price(LAYERS), screen.meter).cheapest(Budget(max_kl=1.0))
+    found = over(screen).cheapest(Budget(max_kl=1.0))
     assert len(found.plan.groups) == 1
 
 
@@ -168,61 +173,21 @@ def test_what_cannot_be_had_is_said() -> None:
     assert search(["drop", "hoist"], refused=pairs).best_at(4).plan.dropped_attention, "dropping still can"
 
 
-def offers(seed: int, whole: bool = True) -> list[Offer]:
-    draw = random.Random(seed)
-    found = []
-    for first in range(LAYERS):
-        for last in range(first + 1, min(LAYERS, first + 3)):
-            saved = float(last - first) if whole else draw.uniform(0.1, 1.0) * (last - first)
-            found += [Offer(Segment(first, last, road), draw.random(), saved) for road in ("hoist", "wide")]
-    return found
+def test_a_new_road_is_a_class_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says itself what it adds to a plan: it drops the attention of layers 2 and 4 alone."""
 
+    class Even(Road):
+        name = "even"
 
-def all_sets(given: list[Offer]) -> list[tuple[float, float, frozenset[Segment]]]:
-    """Cost, saved and segments of every set of disjoint offers."""
-    found = []
-    for size in range(LAYERS // 2 + 1):
-        for chosen in combinations(given, size):
-            layers = [layer for offer in chosen for layer in offer.segment.layers]
-            if len(layers) == len(set(layers)):
-                cost, saved = sum(one.cost for one in chosen), sum(one.saved for one in chosen)
-                found.append((cost, saved, frozenset(one.segment for one in chosen)))
-    return found
+        def segment(self, first: int, last: int, mixers: Collection[int]) -> Segment | None:
+            return Segment(first, last, self.name) if first == last and first in (2, 4) else None
 
+        def parts(self, segment: Segment, mixers: Collection[int]) -> dict[str, list[Any]]:
+            return {"dropped_attention": list(segment.layers)}
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("keep", [1, 3])
-def test_each_price_has_its_best_sets(seed: int, keep: int) -> None:
-    given = offers(seed)
-    found = propose(LAYERS, given, keep)
-    for price in range(LAYERS):
-        mine = [one.cost for one in found if one.saved == price]
-        rivals = sorted(cost for cost, saved, _ in all_sets(given) if saved == price)[:keep]
-        assert mine == pytest.approx(rivals)
-    assert found[0] == Proposal() and all(_sums_fit(one, given) for one in found)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_front_over_prices_that_are_no_whole_numbers(seed: int) -> None:
-    given = offers(seed, whole=False)
-    found = front(propose(LAYERS, given))
-    everything = all_sets(given)
-    assert len(found) > 3
-    for one in found:  # prices are told apart up to 1/256 of the most that can be saved
-        step = max(saved for _, saved, _ in everything) / 256
-        better = [cost for cost, saved, _ in everything if saved >= one.saved + LAYERS * step]
-        assert not better or min(better) >= one.cost - 1e-12
-    costs, saved = [one.cost for one in found], [one.saved for one in found]
-    assert costs == sorted(costs) and saved == sorted(saved)
-
-
-def test_without_offers_there_is_the_model_as_it_is() -> None:
-    assert propose(3, []) == [Proposal()] and Proposal().segments == ()
-
-
-def _sums_fit(proposal: Proposal, given: list[Offer]) -> bool:
-    by_segment = {offer.segment: offer for offer in given}
-    parts = [by_segment[segment] for segment in proposal.segments]
-    cost, saved = sum(one.cost for one in parts), sum(one.saved for one in parts)
-    ordered = list(proposal.segments) == sorted(proposal.segments)
-    return ordered and (cost, saved) == pytest.approx((proposal.cost, proposal.saved))
+    monkeypatch.setitem(ROADS, "even", Even())
+    assert check_roads(["even", "hoist"]) == ("hoist", "even")
+    found = search(["hoist", "even"], LATENCY)
+    best = found.best_at(3.0 * LAYERS - 4.0)
+    assert best.plan.dropped_attention == (2, 4) and {one.road for one in found.screen.costs} == {"hoist", "even"}
+    assert best.cost < search(["hoist"], LATENCY).best_at(3.0 * LAYERS - 4.0).cost

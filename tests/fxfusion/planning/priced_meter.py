@@ -8,7 +8,8 @@ from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Estimate, Quality
 from fxfusion.errors import NotFusedError
 from fxfusion.plan.fusion_plan import FusionPlan, Member
-from fxfusion.planning.roads.screen import ROADS, Segment, plan_of
+from fxfusion.planning.roads import ROADS, plan_of
+from fxfusion.planning.roads.road import Segment
 from tests.tiny_lm import TinyLm
 
 LAYERS = 6
@@ -74,7 +75,7 @@ def quality_of(loss: float, noise: float = 0.0) -> Quality:
     return Quality(loss=one, perplexity=one.exp(), tokens=1, sequences=2, kl=one, top1=one, loss_increase=one)
 
 
-def all_plans(layers: int, roads: Sequence[str] = ROADS, most: int = 6) -> Iterator[FusionPlan]:
+def all_plans(layers: int, roads: Sequence[str] = tuple(ROADS), most: int = 6) -> Iterator[FusionPlan]:
     """Every plan of disjoint segments, with at most one attention dropped beside those that the road drops."""
     segments: list[Segment] = []
     for first in range(layers):

@@ -1,10 +1,11 @@
-"""choose: from arguments to a plan, on real models; and what cannot be asked for."""
+"""make_plan and sweep: from arguments to a plan, over roads and by latency; and what cannot be asked for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,11 @@ from fxfusion.cost.simulate import simulate
 from fxfusion.errors import OptionError, PlanError
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.latency import depth_price, merged, predicted_latency, table_of_model
 from fxfusion.planning.make_plan import make_plan
-from fxfusion.planning.roads import screen as screen_file
-from fxfusion.planning.roads.screen import Road
+from fxfusion.planning.price import Price, depth_price, merged, predicted_latency, table_of_model
+from fxfusion.planning.scores import Screen
 from fxfusion.planning.sweep import sweep
-from tests.fxfusion.planning.roads.priced_meter import all_plans
+from tests.fxfusion.planning.priced_meter import all_plans
 from tests.fxfusion.recovery.own_text import model_of, own_text
 from tests.tiny_lm import TinyLm, ids
 
@@ -49,7 +49,7 @@ def _bare(plan: FusionPlan) -> FusionPlan:
     return FusionPlan(groups=plan.groups, dropped_attention=plan.dropped_attention)
 
 
-def _costs(model: TinyLm, layers: int, roads: Sequence[Road]) -> dict[FusionPlan, float]:
+def _costs(model: TinyLm, layers: int, roads: Sequence[str]) -> dict[FusionPlan, float]:
     """The loss of every plan that leaves two FFNs at most."""
     meter = PlanMeter(model, BATCHES)
     plans = (plan for plan in all_plans(layers, roads) if depth_price(layers).of(plan) <= 2)
@@ -94,34 +94,21 @@ def test_latency_is_that_of_the_cost_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ({"roads": ["hoist"]}, "roads need a budget"),
-        ({"roads": ["raise"], "target_depth": 3}, "expected some of drop, hoist, wide"),
-        ({"roads": ["hoist"], "target_depth": 3, "drop": 2}, "drop: over several roads"),
-        ({"roads": ["hoist"], "target_depth": 3, "dropped_attention": [1]}, "dropped_attention and splits"),
-        ({"roads": ["hoist"], "max_latency": 1.0}, "max_latency: name the hardware"),
-        ({"roads": ["hoist"], "max_latency": -1.0, "hardware": "h100"}, "max_latency: expected milliseconds"),
-        (
-            {"roads": ["hoist"], "max_latency": 1.0, "hardware": "h100", "target_depth": 2},
-            "target_depth and max_latency",
-        ),
         ({"roads": ["hoist"], "max_kl": 1.0, "hardware": "h100"}, "TinyLm has no config"),
-        ({"roads": ["hoist"], "target_depth": 3, "max_dependency": 0.1}, "max_dependency"),
-        ({"roads": ["hoist"], "target_depth": 3, "max_window": 1}, "max_window"),
-        ({"after_refit": True, "target_depth": 3}, "after_refit: goes with roads"),
-        ({"hardware": "h100"}, "hardware: goes with roads"),
-        ({"roads": ["hoist"], "after_refit": True, "target_depth": 3, "batches": BATCHES[:1]}, "two batches at least"),
+        ({"max_kl": 1.0, "hardware": "h100"}, "TinyLm has no config"),
+        ({"roads": ["hoist"], "after_refit": True, "target_depth": 3}, "two batches at least"),
+        ({"roads": ["hoist"]}, "roads: they need a budget"),
     ],
 )
-def test_what_cannot_be_asked_for(arguments: dict[str, Any], named: str) -> None:
-    batches = arguments.pop("batches", BATCHES)
+def test_what_cannot_be_asked_of_this_model(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(OptionError, match=named):
-        make_plan(TinyLm(LAYERS), batches, **arguments)
+        make_plan(TinyLm(LAYERS), BATCHES[:1], **arguments)
 
 
 def test_a_budget_that_no_plan_keeps_says_what_is_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlanError, match=r"at 2 FFNs the best one costs \+"):
         make_plan(TinyLm(LAYERS), BATCHES, roads=["hoist"], target_depth=2, max_kl=1e-9)
-    monkeypatch.setattr(screen_file, "windows", lambda *_: iter(()))
+    monkeypatch.setattr(Screen, "windows", lambda *_: iter(()))
     with pytest.raises(PlanError, match="no plan reaches 2 FFNs; the windows that can be had reach 4 FFNs"):
         make_plan(TinyLm(LAYERS), BATCHES, roads=["hoist"], target_depth=2)
 
@@ -153,11 +140,65 @@ def test_a_sweep_over_roads_has_the_best_plan_at_every_depth(tmp_path: Path) -> 
     ("arguments", "named"),
     [
         ({"roads": ["hoist"], "drops": [1]}, "drops: over several roads"),
-        ({"after_refit": True}, "after_refit: goes with roads"),
-        ({"max_window": 3}, "max_window: goes with roads"),
         ({"roads": ["hoist"], "hardware": "h100"}, "TinyLm has no config"),
     ],
 )
 def test_what_no_sweep_can_be_asked_for(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(OptionError, match=named):
         sweep(TinyLm(LAYERS), BATCHES, **arguments)
+
+
+class Configured(TinyLm):
+    """The tiny model with a config, so that latency can be predicted."""
+
+    def __init__(self) -> None:
+        super().__init__(LAYERS)
+        sizes = {"num_attention_heads": 4, "vocab_size": 13, "intermediate_size": None}
+        fields = {"hidden_size": self.head.in_features} | sizes
+        self.config = SimpleNamespace(to_dict=lambda: fields)
+
+
+@pytest.fixture(scope="module")
+def configured() -> tuple[PlanMeter, Price]:
+    meter = PlanMeter(Configured(), BATCHES)
+    return meter, predicted_latency(meter, "h100")
+
+
+def _every_plan(meter: PlanMeter, price: Price) -> list[tuple[float, float]]:
+    """Predicted latency and loss of each plan that drops attention and fuses neighbours."""
+    dropping = (plan for plan in all_plans(LAYERS, ["drop"]))
+    return [(price.of(plan), float(meter.quality(plan).loss_increase or 0.0)) for plan in dropping]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("roads", [None, ["drop"]])
+@pytest.mark.parametrize("share", [0.9, 0.7])
+def test_at_a_latency_the_loss_is_low_with_roads_and_without(
+    configured: tuple[PlanMeter, Price], roads: list[str] | None, share: float
+) -> None:
+    meter, price = configured
+    most = price.of(FusionPlan()) * share
+    plan = make_plan(meter.model, BATCHES, roads=roads, max_latency=most, hardware="h100")
+    assert price.of(plan) <= most and plan.quality is not None and plan.quality.loss_increase is not None
+    rivals = sorted(loss for latency, loss in _every_plan(meter, price) if latency <= most)
+    assert plan.quality.loss_increase <= rivals[len(rivals) // 4] < rivals[-1], "among the best, and others are worse"
+
+
+@pytest.mark.slow
+def test_within_a_quality_the_latency_is_low_without_roads(configured: tuple[PlanMeter, Price]) -> None:
+    meter, price = configured
+    loose, tight = (make_plan(meter.model, BATCHES, max_kl=kl, hardware="h100") for kl in (1e9, 1e-9))
+    assert price.of(loose) == min(latency for latency, _ in _every_plan(meter, price)), "everything dropped and fused"
+    assert tight.groups == () and tight.dropped_attention == ()
+    by_depth = make_plan(meter.model, BATCHES, max_kl=1e9)
+    assert price.of(loose) <= price.of(by_depth)
+
+
+@pytest.mark.slow
+def test_a_latency_that_no_plan_has_says_what_can_be_had(configured: tuple[PlanMeter, Price]) -> None:
+    meter, price = configured
+    least = min(latency for latency, _ in _every_plan(meter, price))
+    with pytest.raises(PlanError, match=rf"no plan fits the budget; .*: {least:.4g} to .* ms"):
+        make_plan(meter.model, BATCHES, max_latency=least * 0.9, hardware="h100")
+    kept = make_plan(meter.model, BATCHES, dropped_attention=[2], max_latency=1e9, hardware="h100")
+    assert kept.dropped_attention == (2,) and kept.groups == (), "what is asked for is reached without fusing"

@@ -17,9 +17,9 @@ from fxfusion.cost.layer_table import Layer
 from fxfusion.errors import OptionError
 from fxfusion.models.traced import TracedModel
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.planning.latency import depth_price, latency_price, merged, predicted_latency, table_of_model
+from fxfusion.planning.chains import ChainSearch
 from fxfusion.planning.make_plan import make_plan
-from fxfusion.planning.planner import Planner
+from fxfusion.planning.price import depth_price, latency_price, merged, predicted_latency, table_of_model
 from fxfusion.planning.sweep import run_sweep, sweep
 from tests.tiny_lm import TinyLm, ids
 
@@ -81,9 +81,9 @@ def test_latency_of_plans() -> None:
 
 
 def test_a_sweep_with_latencies_has_a_second_front(tmp_path: Path) -> None:
-    planner = Planner(PlanMeter(Configured(), BATCHES))
-    latency = predicted_latency(planner.meter, "h100", workload=WORK).of
-    found = run_sweep(planner, (0, 2), latency)
+    meter = PlanMeter(Configured(), BATCHES)
+    latency = predicted_latency(meter, "h100", workload=WORK).of
+    found = run_sweep(ChainSearch(judge=meter, price=depth_price(meter.ffns)), (0, 2), latency)
     for point in found.points:
         assert point.latency_ms == latency(point.measured.plan)
         beaten = any(
@@ -110,7 +110,7 @@ def test_a_sweep_takes_a_device_and_a_plan_keeps_its_quality(tmp_path: Path) -> 
     assert setting in found.to_csv(tmp_path / "sweep.csv").read_text()
     assert setting in found.plot(tmp_path / "sweep.svg").read_text()
     assert sweep(model, BATCHES, drops=[1]).predicted_for is None
-    with pytest.raises(OptionError, match="workload: name the hardware"):
+    with pytest.raises(OptionError, match="workload: name the device"):
         sweep(model, BATCHES, drops=[1], workload=WORK)
     plan = make_plan(model, BATCHES, drop=2)
     assert plan.quality is not None and plan.quality.tokens == 3 * 8
