@@ -264,7 +264,7 @@ def _time(subject: Subject, settings: Settings, tokens: int) -> dict[str, Any]:
 
 
 def write_report(subject: Subject, settings: Settings, screen: Screen) -> None:
-    screen.step(7, "Look at it", "A map of the model before and after, with every refusal and every pass.")
+    screen.step(7, "Look at it", "A map of the layers, with every refusal and every pass.")
     assert subject.report is not None
     path = subject.report.to_html(settings.html, title="fxfusion demo", overwrite=settings.overwrite).resolve()
     subject.result["html"] = str(path)

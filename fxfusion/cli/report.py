@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fxfusion.report.results import (
         Interval,
         Layer,
-        Matrix,
+        Mixer,
         Model,
         PlanFacts,
         QualityRow,
@@ -81,6 +81,7 @@ def report(
 
 def collect(folder: ResultsFolder) -> Results:
     """Everything that is there. Raises `FxFusionError` where nothing is, or a file is broken."""
+    from fxfusion.analysis.heat_map import for_page
     from fxfusion.report.results import Results
 
     latest = _part(folder, QUALITY, lambda found: found["latest"]) or {}
@@ -91,12 +92,12 @@ def collect(folder: ResultsFolder) -> Results:
         model=_part(folder, MODEL, _model),
         layers=_part(folder, MODEL, lambda found: _layers(found, plan, scores, matrices)) or (),
         score_method=method,
-        matrix=_matrix(matrices[0]) if matrices else None,
+        matrix=for_page(matrices[0]) if matrices else None,
         plan=None if plan is None else _plan(plan, text),
         report=_part(folder, COMPILED, fxfusion.FusionReport.from_dict),
         quality=_part(folder, QUALITY, lambda _: _quality(latest)) or (),
         speed=_part(folder, QUALITY, lambda _: _speed(latest)) or (),
-        sweep=_part(folder, SWEEP, lambda found: _sweep(found, folder)) or (),
+        sweep=_part(folder, SWEEP, _sweep) or (),
         samples=_part(folder, QUALITY, lambda _: _samples(latest)) or (),
         notes=_notes(latest, plan, folder),
     )
@@ -160,17 +161,6 @@ def _matrices(folder: ResultsFolder, plan: FusionPlan | None) -> list[Dependency
     return [DependencyMatrix.load(place) for place in places if (place / MATRIX_FACTS).is_file()]
 
 
-def _matrix(found: DependencyMatrix) -> Matrix:
-    """What stands on and below the diagonal was not measured."""
-    from fxfusion.report.results import Matrix
-
-    values = found.values.tolist()
-    rows = tuple(
-        tuple(value if column > row else None for column, value in enumerate(line)) for row, line in enumerate(values)
-    )
-    return Matrix(layers=tuple(found.layers), values=rows, unit=found.unit, dropped=tuple(found.dropped_attention))
-
-
 def _layers(
     found: Found,
     plan: FusionPlan | None,
@@ -181,13 +171,15 @@ def _layers(
 
     dropped = set() if plan is None else set(plan.dropped_attention)
     groups = {} if plan is None else {member: index for index, group in enumerate(plan.groups) for member in group}
+    # The attention of a window's first layer stands first anyway.
+    moved = set() if plan is None else {member for group in plan.groups if group.is_window for member in group[1:]}
     whole = next((matrix for matrix in matrices if matrix.unit == "block"), None)
     cosines = {} if whole is None else dict(zip(whole.layers, whole.cosine.tolist(), strict=True))
     ratios = {} if whole is None else dict(zip(whole.layers, whole.ratio.tolist(), strict=True))
     return tuple(
         Layer(
             number=layer["number"],
-            mixer="none" if not layer["has_mixer"] else "dropped" if layer["number"] in dropped else "kept",
+            mixer=_mixer(layer, dropped, moved),
             width=layer["width"],
             group=groups.get(layer["number"]),
             score=scores.get(layer["number"]),
@@ -196,6 +188,12 @@ def _layers(
         )
         for layer in found["layers"]
     )
+
+
+def _mixer(layer: Found, dropped: Container[int], moved: Container[int | str]) -> Mixer:
+    if not layer["has_mixer"]:
+        return "none"
+    return "dropped" if layer["number"] in dropped else "moved" if layer["number"] in moved else "kept"
 
 
 def _read_plan(folder: ResultsFolder, latest: Found) -> tuple[FusionPlan | None, str]:
@@ -217,6 +215,7 @@ def _plan(plan: FusionPlan, text: str) -> PlanFacts:
     return PlanFacts(
         dropped_attention=plan.dropped_attention,
         groups=plan.groups,
+        mixers=tuple(group.mixers for group in plan.groups),
         norm=plan.norm,
         made_by=", ".join(filter(None, facts)),
         yaml=text,
@@ -265,15 +264,13 @@ def _text(sample: Found, part: str) -> str:
     return " ".join(map(str, sample[part])) if written is None else written
 
 
-def _sweep(found: Found, folder: ResultsFolder) -> tuple[SweepPoint, ...]:
-    """The page counts residual blocks: FFNs and the attention that is left."""
+def _sweep(found: Found) -> tuple[SweepPoint, ...]:
     from fxfusion.report.results import SweepPoint
 
-    mixers = len(folder.attention_layers())
     return tuple(
         SweepPoint(
             label=_label(point),
-            depth=point["depth"] + mixers - len(point["dropped_attention"]),
+            depth=point["depth"],
             dropped=len(point["dropped_attention"]),
             fused_bytes=point["fused_bytes"],
             loss=_interval(point["quality"]["loss"]),

@@ -1,7 +1,8 @@
-"""Short forms of module paths and of the sentences that hold them, for tables and the page."""
+"""Short forms of numbers, of module paths and of the sentences that hold them, for tables and pages."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -46,18 +47,27 @@ class _Run:
     def __str__(self) -> str:
         if self.place is None:
             return ".".join(self.parts)
-        return ".".join([*self.parts[: self.place], _ranges(self.numbers), *self.parts[self.place + 1 :]])
+        return ".".join([*self.parts[: self.place], ranges(self.numbers), *self.parts[self.place + 1 :]])
 
 
-def _ranges(numbers: Sequence[int]) -> str:
+def ranges(numbers: Sequence[int], between: str = ",") -> str:
     """`0-3,9` for 0 1 2 3 9."""
     runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+    for one in numbers:
+        if runs and one == runs[-1][-1] + 1:
+            runs[-1].append(one)
         else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+            runs.append([one])
+    return between.join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`12,288`, `0.0123`, `1.2e-07`: short, and without an exponent where a reader expects none."""
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    places = digits - 1 - math.floor(math.log10(abs(value))) if value else 0
+    text = f"{round(value, places):,.{max(0, places)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def tail(name: str) -> str:

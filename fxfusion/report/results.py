@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from fxfusion.errors import FxFusionError
 from fxfusion.report.model import FusionReport
 
-Mixer = Literal["kept", "dropped", "none"]
+Mixer = Literal["kept", "moved", "dropped", "none"]
 Unit = Literal["block", "ffn"]
 
 
@@ -60,8 +60,9 @@ class Model(_Part):
 class Layer(_Part):
     """One decoder layer.
 
-    `mixer`: its attention is kept, dropped by the plan, or was never there. `width`: intermediate channels of its
-    FFN, 0 without one. `group`: index of the plan's group. `score`: what its attention is worth.
+    `mixer`: its attention is kept, moved before the FFNs of its group, dropped by the plan, or was never there.
+    `width`: intermediate channels of its FFN, 0 without one. `group`: index of the plan's group. `score`: what its
+    attention is worth.
     `cosine`: cos(X, f(X)) of the stream before and after the layer; `ratio`: ||h|| / ||X|| with h = f(X) - X.
     """
 
@@ -98,10 +99,14 @@ class Matrix(_Part):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanFacts(_Part):
-    """The plan. `made_by`: command, date and versions in one line; `yaml`: the plan file's text."""
+    """The plan. `mixers`: of each group, what becomes of the attention between its FFNs: none, hoist or wide.
+
+    `made_by`: command, date and versions in one line; `yaml`: the plan file's text.
+    """
 
     dropped_attention: tuple[int, ...] = ()
     groups: tuple[tuple[int | str, ...], ...] = ()
+    mixers: tuple[str, ...] = ()
     norm: str = "fold"
     made_by: str = ""
     yaml: str = ""

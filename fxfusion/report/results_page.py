@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fxfusion.errors import FxFusionError
 from fxfusion.files import replacing
 from fxfusion.report import results_tables as tables
-from fxfusion.report.charts.heat_map import colour_scale, heat_map
-from fxfusion.report.charts.layer_map import layer_map
-from fxfusion.report.charts.scale import number
-from fxfusion.report.charts.scatter import panels
+from fxfusion.report.charts.figure import Chart
+from fxfusion.report.charts.heat_map import heat_map
+from fxfusion.report.charts.layer_map import map_of_layers
+from fxfusion.report.charts.measures import measures, panels
 from fxfusion.report.html import environment, graph_rows
-from fxfusion.report.results import PlanFacts, Results
+from fxfusion.report.names import number
+from fxfusion.report.results import Matrix, PlanFacts, QualityRow, Results
 
 MAX_BYTES = 2_000_000
 
@@ -52,10 +54,17 @@ def write_results_page(
 
 def render(results: Results, title: str = "fxfusion results") -> str:
     """The page as text. Above 2 MB it does without the matrix as a table, then without the compiler's report."""
+    page = environment()
+    page.globals |= {"number": number, "numbers": tables.numbers}
+    template, parts = page.get_template("results.html.j2"), _parts(results)
     shortened: list[str] = []
     for left_out in ("", "the values of the matrix as a table", "what the compiler found"):
-        shortened += [left_out] if left_out else []
-        text = _render(results, title, shortened)
+        if left_out:
+            shortened.append(left_out)
+            parts["notes"] = [*results.notes, f"Left out, to keep the page below 2 MB: {', '.join(shortened)}."]
+        if len(shortened) == 2:
+            parts |= {"graphs": [], "empty": 0}
+        text = template.render(parts, title=title, value_table=not shortened)
         if len(text.encode()) <= MAX_BYTES:
             return text
     raise FxFusionError(
@@ -64,37 +73,50 @@ def render(results: Results, title: str = "fxfusion results") -> str:
     )
 
 
-def _render(results: Results, title: str, shortened: Sequence[str]) -> str:
-    heat = heat_map(results.matrix, results.plan) if results.matrix and results.matrix.layers else None
-    graphs, empty = graph_rows(results.report) if results.report and len(shortened) < 2 else ([], 0)
-    colours, powers = colour_scale()
-    titles = [tables.layer_title(layer) for layer in results.layers]
-    notes = [f"Left out, to keep the page below 2 MB: {', '.join(shortened)}."] if shortened else []
-    page = environment()
-    page.globals |= {"number": number, "numbers": tables.numbers, "row_title": tables.row_title}
-    return page.get_template("results.html.j2").render(
-        title=title,
+def _parts(results: Results) -> dict[str, Any]:
+    """What the template shows."""
+    matrix = results.matrix if results.matrix and results.matrix.layers else None
+    graphs, empty = graph_rows(results.report) if results.report else ([], 0)
+    sweep = tables.sweep(results.sweep)
+    return dict(
         facts=_facts(results),
         tiles=_tiles(results),
-        notes=[*results.notes, *notes],
-        map=layer_map(results.layers, results.score_method) if results.layers else None,
-        layers=list(zip(results.layers, titles, tables.layer_cells(results.layers), strict=True)),
-        heat=heat,
-        unit=results.matrix.unit if results.matrix else "",
-        value_table=not shortened,
-        colours=colours,
-        powers=powers,
+        notes=results.notes,
+        map=map_of_layers(results.layers, results.score_method) if results.layers else None,
+        layers=list(zip(results.layers, tables.layer_cells(results.layers), strict=True)),
+        matrix=matrix,
+        heat=heat_map(matrix, results.plan) if matrix else None,
+        values=_values(matrix) if matrix else [],
+        inside=tables.inside_groups(matrix, results.plan) if matrix else [],
+        unmeasured=tables.unmeasured(matrix) if matrix else "",
         plan=results.plan,
         plan_groups=tables.plan_groups(results.plan, results.layers) if results.plan else [],
         quality=tables.quality(results.quality) if results.quality else None,
+        quality_chart=_quality_chart(results.quality),
         speed=tables.speed(results.speed) if results.speed else None,
-        sweep=tables.sweep(results.sweep) if results.sweep else None,
+        speed_chart=measures("speed", "times faster", [(row.name, row.ratio) for row in results.speed], 1.0),
+        sweep=sweep if results.sweep else None,
         front=[point.front for point in results.sweep],
-        panels=panels(results.sweep),
+        panels=panels(results.sweep, [tables.row_title(row, sweep.heads) for row in sweep.rows]),
         samples=[tables.texts(sample) for sample in results.samples],
         graphs=graphs,
         empty=empty,
         missing=_missing(results),
+    )
+
+
+def _values(matrix: Matrix) -> list[list[float | None]]:
+    """To four digits."""
+    return [[value if value is None else float(f"{value:.4g}") for value in row] for row in matrix.values]
+
+
+def _quality_chart(rows: Sequence[QualityRow]) -> Chart | None:
+    """The increase of the loss, paired by token: marginal intervals of two losses overlap where it is far from zero.
+    Without it, the loss or the perplexity."""
+    return (
+        measures("quality", "loss increase (nats per token)", [(row.name, row.loss_increase) for row in rows], 0.0)
+        or measures("quality", "loss (nats per token)", [(row.name, row.loss) for row in rows])
+        or measures("quality", "perplexity", [(row.name, row.perplexity) for row in rows])
     )
 
 

@@ -6,12 +6,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fxfusion.report.charts.scale import runs
-from fxfusion.report.charts.scatter import Strip, strip
-from fxfusion.report.html import HUES
-from fxfusion.report.results import Interval, Layer, PlanFacts, QualityRow, Sample, SpeedRow, SweepPoint
+from fxfusion.report.charts.figure import HUES
+from fxfusion.report.names import number, ranges
+from fxfusion.report.results import Interval, Layer, Matrix, PlanFacts, QualityRow, Sample, SpeedRow, SweepPoint
 
-MIXERS = {"kept": "attention kept", "dropped": "attention dropped", "none": "no attention"}
+MIXERS = {
+    "kept": "attention kept",
+    "moved": "attention moved before the FFNs of its group",
+    "dropped": "attention dropped",
+    "none": "no attention",
+}
+_BETWEEN = {"none": "", "hoist": "goes first, one after another", "wide": "goes first, all reading one input"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +42,32 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Measures by name. `plotted`: the column that `strip` draws beside the table."""
+    """Measures by name."""
 
     heads: tuple[str, ...]
     rows: tuple[Row, ...]
-    plotted: str = ""
-    strip: Strip | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRow:
-    """A group of the plan. `width` is empty where a layer's width is not known."""
+    """A group of the plan. `width` is empty where a layer's width is not known, `attention` where none lies between."""
 
     hue: int
     members: str
     count: int
     width: str
+    attention: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inside:
+    """How much the layers of a group depend on each other; `where`: the pair that does most."""
+
+    hue: int
+    group: int
+    mean: str
+    largest: str
+    where: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +83,7 @@ class Texts:
 
 def numbers(layers: Sequence[int]) -> str:
     """`4-8, 10` for 4 5 6 7 8 10; `none` for none."""
-    found = runs(layers)
-    return ", ".join(str(first) if size == 1 else f"{first}-{first + size - 1}" for first, size in found) or "none"
+    return ranges(sorted(set(layers)), ", ") or "none"
 
 
 def cell(found: Interval | None, places: int, factor: float = 1.0) -> Cell:
@@ -128,13 +142,41 @@ def plan_groups(plan: PlanFacts, layers: Sequence[Layer]) -> list[GroupRow]:
         places = [member for member in group if isinstance(member, int)]
         members = numbers(places) if len(places) == len(group) else ", ".join(map(str, group))
         width = f"{sum(known):,}" if all(known) else ""
-        rows.append(GroupRow(hue=index % HUES, members=members, count=len(group), width=width))
+        attention = _BETWEEN[plan.mixers[index]] if plan.mixers else ""
+        rows.append(GroupRow(hue=index % HUES, members=members, count=len(group), width=width, attention=attention))
     return rows
 
 
+def inside_groups(matrix: Matrix, plan: PlanFacts | None) -> list[Inside]:
+    """One row for each group of the plan that has two layers of the matrix."""
+    rows = []
+    for index, group in enumerate(plan.groups if plan else ()):
+        cells = [at for at, layer in enumerate(matrix.layers) if layer in group]
+        pairs = [(matrix.values[row][column], row, column) for row in cells for column in cells if column > row]
+        found = [(value, row, column) for value, row, column in pairs if value is not None]
+        if not pairs:
+            continue
+        largest, row, column = max(found, default=(0.0, 0, 0))
+        rows.append(
+            Inside(
+                hue=index % HUES,
+                group=index,
+                mean=number(sum(value for value, _, _ in found) / len(found)) if found else "",
+                largest=number(largest) if found else "not measured",
+                where=f"{matrix.layers[row]} → {matrix.layers[column]}" if found else "",
+            )
+        )
+    return rows
+
+
+def unmeasured(matrix: Matrix) -> str:
+    """Layers with a value above the diagonal that is not measured; "" where there are none."""
+    layers = [layer for at, layer in enumerate(matrix.layers) if None in matrix.values[at][at + 1 :]]
+    return numbers(layers) if layers else ""
+
+
 def quality(found: Sequence[QualityRow]) -> Table:
-    """Those measures that any row has. The increase of the loss is drawn, paired by token: marginal intervals of two
-    losses overlap where it is far from zero. Without it, the loss or the perplexity."""
+    """Those measures that any row has."""
     measures = (
         ("loss", 3, 1.0, [row.loss for row in found]),
         ("perplexity", 2, 1.0, [row.perplexity for row in found]),
@@ -144,15 +186,8 @@ def quality(found: Sequence[QualityRow]) -> Table:
         ("top 5 agrees, %", 1, 100.0, [row.top5 for row in found]),
     )
     known = [measure for measure in measures if any(measure[3])]
-    by_head = {measure[0]: measure for measure in known}
-    plotted = next((by_head[head] for head in ("loss increase", "loss", "perplexity") if head in by_head), None)
     cells = [[cell(column[at], places, factor) for _, places, factor, column in known] for at in range(len(found))]
-    return Table(
-        heads=tuple(head for head, *_ in known),
-        rows=_named([row.name for row in found], cells),
-        plotted=plotted[0] if plotted else "",
-        strip=strip(plotted[3], 0.0 if plotted[0] == "loss increase" else None) if plotted else None,
-    )
+    return Table(heads=tuple(head for head, *_ in known), rows=_named([row.name for row in found], cells))
 
 
 def _named(names: Sequence[str], cells: Sequence[Sequence[Cell]]) -> tuple[Row, ...]:
@@ -160,10 +195,9 @@ def _named(names: Sequence[str], cells: Sequence[Sequence[Cell]]) -> tuple[Row, 
 
 
 def speed(found: Sequence[SpeedRow]) -> Table:
-    """Ratio and control of each row; the ratio is drawn, with 1 as "no difference"."""
+    """Ratio and control of each row."""
     rows = _named([row.name for row in found], [[cell(row.ratio, 3), cell(row.control, 3)] for row in found])
-    drawn = strip([row.ratio for row in found], 1.0)
-    return Table(heads=("times faster", "control"), rows=rows, plotted="times faster", strip=drawn)
+    return Table(heads=("times faster", "control"), rows=rows)
 
 
 def sweep(found: Sequence[SweepPoint]) -> Table:

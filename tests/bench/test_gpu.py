@@ -17,7 +17,7 @@ from bench.whole_models import Case, WindowCase
 # What may not be needed: the machine with the GPU has torch, transformers, networkx, tabulate and pydantic.
 RUN = """
 import sys
-for name in ("rich", "matplotlib", "typer", "hypothesis", "jinja2", "scipy", "websocket"):
+for name in ("rich", "matplotlib", "typer", "hypothesis", "jinja2", "scipy", "playwright"):
     sys.modules[name] = None
 from bench.gpu import main
 main()

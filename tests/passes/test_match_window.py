@@ -238,7 +238,7 @@ def test_rules_apply_beside_a_window() -> None:
     assert found == [["layers.0", "layers.1"], ["layers.2", "layers.3", "layers.4"]]
     assert [group.mixers for group in report.groups] == ["hoist", "none"]
     assert [block.window for block in report.main.blocks_before if block.kind == "mixer"] == [None, 0]
-    assert "Windows (approximate" in str(report) and "moved, group 0" in _page(report)
+    assert "Windows (approximate" in str(report) and "moved before the FFNs of its window, group 0" in _page(report)
 
 
 def _page(report: Any) -> str:

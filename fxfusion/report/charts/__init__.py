@@ -1,1 +1,1 @@
-"""Geometry of the charts on the page of results: numbers in, places and paths out. The templates draw them."""
+"""The charts of the pages, drawn by matplotlib, as SVG that goes into the page and follows its colours."""

@@ -1,117 +1,110 @@
-"""The dependency matrix as coloured cells: SVG paths in cells, so that 126 x 126 of them stay small.
+"""The dependency matrix as a picture: row = removed block, column = measured block, on a logarithmic scale.
 
-Source: figure 3 of the paper (log scale from 2^-9 to 2^-1).
+Source: arXiv 2503.18908, figure 3 (scale from 2^-9 to 2^-1). The colours are those of "viridis": their lightness rises
+evenly, so that they read without colour vision too.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from fxfusion.report.charts.scale import Tick, layer_ticks, runs
-from fxfusion.report.html import HUES
+from fxfusion.report.charts.figure import Chart, ink, inline, layer_ticks, new_figure, style
 from fxfusion.report.results import Matrix, PlanFacts
 
-_LOWEST, _HIGHEST = -9, -1  # powers of two at the ends of the colour scale
-_STEPS = 4  # colours per power of two
-# The colour map "viridis" at each power of two: its lightness rises evenly, so it reads without colour vision too.
-_VIRIDIS = ("440154", "472d7b", "3b528b", "2c728e", "21918c", "28ae80", "5ec962", "addc30", "fde725")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LOWEST, HIGHEST = 2.0**-9, 2.0**-1
+NOUNS = {"ffn": "FFN", "block": "layer"}
+
+_COLOURS = "viridis"
+_MARK = "#d6409f"  # of layers without attention: not among those colours
+_CELL, _LEAST, _MOST = 34, 280, 540  # pixels: of a cell, and of the side of all cells
+_LEFT, _BOTTOM, _GAP, _SCALE, _RIGHT = 52, 44, 16, 18, 108  # pixels beside the cells
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outline:
-    """A group on the heat map: a square on the diagonal, in cells. `largest`: pair of layers and value."""
-
-    group: int
-    hue: int
-    first: int
-    size: int
-    largest: tuple[int, int, float] | None
-    mean: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeatMap:
-    """`fills`: colour and path of its cells. `strips`: layers without attention, as first cell and number of cells."""
-
-    layers: tuple[int, ...]
-    fills: tuple[tuple[str, str], ...]
-    ticks: tuple[Tick, ...]
-    outlines: tuple[Outline, ...]
-    strips: tuple[tuple[int, int], ...]
-    missing: tuple[int, ...]
-    rows: list[list[float | None]]
-
-
-def heat_map(matrix: Matrix, plan: PlanFacts | None) -> HeatMap:
-    """The matrix as coloured cells. What is zero on and below the diagonal is left blank, as what is not measured."""
-    place = {layer: index for index, layer in enumerate(matrix.layers)}
+def heat_map(matrix: Matrix, plan: PlanFacts | None) -> Chart:
+    """The chart of the page, with the groups of the plan outlined."""
     dropped = matrix.dropped or (plan.dropped_attention if plan else ())
-    groups = plan.groups if plan else ()
-    outlines = [_outline(matrix, place, index, group) for index, group in enumerate(groups)]
-    return HeatMap(
-        layers=matrix.layers,
-        fills=tuple((colour(step), path) for step, path in _fills(matrix)),
-        ticks=layer_ticks(matrix.layers),
-        outlines=tuple(outline for outline in outlines if outline is not None),
-        strips=tuple(runs(place[layer] for layer in dropped if layer in place)),
-        missing=tuple(matrix.layers[at] for at, row in enumerate(matrix.values) if None in row[at + 1 :]),
-        rows=[[value if value is None else float(f"{value:.4g}") for value in row] for row in matrix.values],
-    )
+    with style():
+        figure = draw(matrix, plan.groups if plan else (), dropped)
+        title = f"How much each {NOUNS[matrix.unit]} depends on each earlier one"
+        return inline(figure, "heat", title, "The table below holds the same values.", over=figure.axes[:1])
 
 
-def measured(matrix: Matrix) -> Iterator[tuple[int, int, float]]:
-    """Row, column and value of the cells that say something."""
-    for row, values in enumerate(matrix.values):
-        for column, value in enumerate(values):
-            if value is not None and (column > row or value):
-                yield row, column, value
+def draw(
+    matrix: Matrix, groups: Sequence[Sequence[int | str]] = (), dropped: Sequence[int] = (), title: str = ""
+) -> Figure:
+    """Values beyond the scale take the colour of its end; what is not measured, or zero by definition, is left blank.
+
+    `dropped`: layers without attention, marked on the diagonal.
+    """
+    count = len(matrix.layers)
+    side = min(_MOST, max(_LEAST, _CELL * count))
+    width, height = _LEFT + side + _GAP + _SCALE + _RIGHT, _BOTTOM + side + (36 if title else 10)
+    figure = new_figure(width, height)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((_LEFT / width, _BOTTOM / height, side / width, side / height))
+    axes.set_facecolor(ink("line"))
+    marked = [at for at, layer in enumerate(matrix.layers) if layer in dropped]
+    axes.imshow(_cells(matrix, marked), interpolation="none")
+    for axis in (axes.xaxis, axes.yaxis):
+        layer_ticks(axis, matrix.layers)
+    noun = NOUNS[matrix.unit]
+    axes.set_xlabel(f"{noun} whose contribution is measured{'' if noun == 'layer' else ' (layer)'}")
+    axes.set_ylabel(f"{noun} that is removed{'' if noun == 'layer' else ' (layer)'}")
+    axes.set_title(title, color=ink("text"))
+    _outline(axes, matrix, groups)
+    left = _LEFT + side + _GAP
+    _scale(figure.add_axes((left / width, _BOTTOM / height, _SCALE / width, side / height)))
+    if marked:
+        from matplotlib.patches import Patch
+
+        axes.legend([Patch(color=_MARK)], ["layer without attention"], loc="lower left", facecolor=ink("card"))
+    return figure
 
 
-def colour_step(value: float) -> int:
-    """The step of the colour scale, from 0 for 2^-9 and less to the last for 2^-1 and more."""
-    power = math.log2(value) if value > 0 else -math.inf
-    return round(_STEPS * (min(_HIGHEST, max(_LOWEST, power)) - _LOWEST))
+def _cells(matrix: Matrix, marked: Sequence[int]) -> Any:
+    """`[layers, layers, 4]`: the colour of each cell."""
+    import numpy
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm, to_rgba
+
+    values = numpy.array(matrix.values, dtype=float)  # None is not a number
+    shown = numpy.isfinite(values) & ((values != 0) | numpy.triu(numpy.ones_like(values, dtype=bool), 1))
+    # A distance of exactly zero has no logarithm: it is as independent as can be.
+    scaled = LogNorm(LOWEST, HIGHEST, clip=True)(numpy.where(shown, values, LOWEST).clip(min=LOWEST))
+    colours = colormaps[_COLOURS](scaled)
+    colours[~shown] = 0.0
+    colours[marked, marked] = to_rgba(_MARK)
+    return colours
 
 
-def colour(step: int) -> str:
-    """`#rrggbb` of a step, between the two colours it lies between."""
-    index, part = divmod(step, _STEPS)
-    ends = [_VIRIDIS[index], _VIRIDIS[min(index + 1, len(_VIRIDIS) - 1)]]
-    low, high = ([int(end[at : at + 2], 16) for at in (0, 2, 4)] for end in ends)
-    return "#" + "".join(f"{round(a + (b - a) * part / _STEPS):02x}" for a, b in zip(low, high, strict=True))
+def _outline(axes: Any, matrix: Matrix, groups: Sequence[Sequence[int | str]]) -> None:
+    """A square around each group that is named by layer numbers, white with a dark rim to be seen on every colour."""
+    from matplotlib.patches import Rectangle
+
+    for group in groups:
+        cells = [at for at, layer in enumerate(matrix.layers) if layer in group]
+        if len(cells) > 1:
+            size = cells[-1] - cells[0] + 1
+            for colour, width in (("#000000", 4.0), ("#fcfcfc", 1.8)):
+                corner = (cells[0] - 0.5, cells[0] - 0.5)
+                axes.add_patch(Rectangle(corner, size, size, fill=False, edgecolor=colour, linewidth=width))
 
 
-def colour_scale() -> tuple[list[str], list[Tick]]:
-    """Colours from low to high, and each power of two at its place among them."""
-    steps = _STEPS * (_HIGHEST - _LOWEST)
-    ticks = [Tick(100.0 * _STEPS * index / steps, str(_LOWEST + index)) for index in range(_HIGHEST - _LOWEST + 1)]
-    return [colour(step) for step in range(steps + 1)], ticks
+def _scale(axes: Any) -> None:
+    """The colours from low to high."""
+    import numpy
+    from matplotlib import colormaps
 
-
-def _fills(matrix: Matrix) -> list[tuple[int, str]]:
-    """Step and path, one path for all cells of a step: neighbours in a row share one rectangle."""
-    cells: dict[tuple[int, int], list[int]] = {}
-    for row, column, value in measured(matrix):
-        cells.setdefault((colour_step(value), row), []).append(column)
-    paths: dict[int, list[str]] = {}
-    for (step, row), columns in cells.items():
-        paths.setdefault(step, []).extend(f"M{first} {row}h{size}v1h-{size}z" for first, size in runs(columns))
-    return [(step, "".join(paths[step])) for step in sorted(paths)]
-
-
-def _outline(matrix: Matrix, place: dict[int, int], index: int, group: Sequence[int | str]) -> Outline | None:
-    cells = [place[member] for member in group if isinstance(member, int) and member in place]
-    if len(cells) < 2:  # named by module paths, or not in the matrix
-        return None
-    inside = [found for found in measured(matrix) if found[0] in cells and found[1] in cells]
-    largest = max(inside, key=lambda found: found[2], default=None)
-    return Outline(
-        group=index,
-        hue=index % HUES,
-        first=min(cells),
-        size=max(cells) - min(cells) + 1,
-        largest=largest and (matrix.layers[largest[0]], matrix.layers[largest[1]], largest[2]),
-        mean=sum(value for _, _, value in inside) / len(inside) if inside else None,
-    )
+    colours = colormaps[_COLOURS](numpy.linspace(0, 1, 128))[:, None]
+    axes.imshow(colours, origin="lower", aspect="auto", extent=(0, 1, -9, -1), interpolation="none")
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.yaxis.set_label_position("right")
+    powers = range(-9, 0)
+    labels = [f"{2.0**power:.2g}" for power in powers]
+    axes.set_yticks(powers, labels=[f"{labels[0]} or less", *labels[1:-1], f"{labels[-1]} or more"])
+    axes.set_ylabel("cosine distance (low: independent)")

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fxfusion.analysis.dependency import DependencyMatrix
-from fxfusion.analysis.heat_map import HIGHEST, LOWEST, heat_map
+from fxfusion.analysis.heat_map import for_page, heat_map
 from fxfusion.errors import OptionError
+from fxfusion.report.charts.figure import style
+from fxfusion.report.charts.heat_map import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -52,36 +54,37 @@ def picture(path: Path) -> Tensor:
     return torch.from_numpy(imread(path).copy())
 
 
-def cells(image: Tensor, count: int) -> Tensor:
-    """The colour at the middle of each cell, `[count, count, 3]`. The frame is the square of dark lines at the left."""
-    dark = (image[..., :3].mean(dim=-1) < 0.5).float()
-    rows = (dark.mean(dim=1) > 0.5).nonzero()[:, 0]
-    top, bottom = int(rows.min()), int(rows.max())
-    left = int((dark[top:bottom].mean(dim=0) > 0.9).nonzero()[:, 0].min())
-    middles = (torch.arange(count) + 0.5) / count * (bottom - top)
-    return image[(top + middles).long()[:, None], (left + middles).long()[None, :], :3]
+def cells(path: Path, shown: DependencyMatrix) -> Tensor:
+    """The colour at the middle of each cell of a picture, `[count, count, 3]`."""
+    found = for_page(shown)
+    with style():
+        figure = draw(found, dropped=found.dropped, title="How much")
+        figure.draw_without_rendering()
+    image, box = picture(path), figure.axes[0].bbox
+    scale, count = len(image) / float(figure.bbox.height), len(found.layers)
+    middles = (torch.arange(count) + 0.5) / count
+    rows = (figure.bbox.height - box.y1 + middles * box.height) * scale
+    columns = (box.x0 + middles * box.width) * scale
+    return image[rows.long()[:, None], columns.long()[None, :], :3]
 
 
-def test_colours_follow_the_logarithm_from_blue_to_red(tmp_path: Path) -> None:
+def test_colours_follow_the_logarithm_from_dark_to_light(tmp_path: Path) -> None:
     values = torch.zeros(6, 6)
     values[0] = torch.tensor([0, 2.0**-12, 2.0**-9, 2.0**-5, 2.0**-1, 0.9])
-    path = heat_map(matrix(values), tmp_path / "map.png")
-    colours = cells(picture(path), 6)
+    colours = cells(heat_map(matrix(values), tmp_path / "map.png"), matrix(values))
     below, low, middle, high, above = colours[0, 1:]
     assert torch.equal(below, low) and torch.equal(high, above)  # beyond the scale: the end's colour
-    assert float(low[2]) > float(low[0]) + 0.3 and float(high[0]) > float(high[2]) + 0.3
-    assert float(middle[0]) > 0.9 and float(middle[1]) > 0.9  # 2^-5 is the middle of 2^-9 to 2^-1: yellow
+    assert float(low.mean()) + 0.1 < float(middle.mean()) < float(high.mean()) - 0.1
     grey = colours[3, 1]
-    assert float(grey.max() - grey.min()) < 0.02 < float(low.max() - low.min())
+    assert float(grey.max() - grey.min()) < 0.05 < float(low.max() - low.min())
     assert torch.equal(colours[2, 2], grey) and torch.equal(colours[1, 4], low)  # exactly 0, above the diagonal
-    assert (LOWEST, HIGHEST) == (2**-9, 2**-1)
 
 
 def test_all_words_and_numbers_are_there(tmp_path: Path) -> None:
     path = heat_map(matrix(random(12)), tmp_path / "map.svg")
     found = texts(path)
     assert {str(layer) for layer in range(10, 22)} <= set(found)
-    assert {f"$2^{{{power}}}$" for power in range(-9, 0)} <= set(found)
+    assert {"0.002 or less", "0.031", "0.5 or more"} <= set(found)
     for words in ("FFN that is removed (layer)", "FFN whose contribution is measured (layer)"):
         assert words in found
     assert "How much each FFN depends on each earlier one" in found
@@ -89,15 +92,15 @@ def test_all_words_and_numbers_are_there(tmp_path: Path) -> None:
     assert "layer without attention" not in found
     block = dataclasses.replace(matrix(random(3)), unit="block")
     named = texts(heat_map(block, tmp_path / "block.svg", title="My model"))
-    assert "My model" in named and "block that is removed (layer)" in named
+    assert "My model" in named and "layer that is removed" in named
     assert "How much each block depends on each earlier one" not in named
 
 
 def test_layers_without_attention_are_marked(tmp_path: Path) -> None:
     marked = matrix(random(6), attention=(10, 11, 15))
     assert "layer without attention" in texts(heat_map(marked, tmp_path / "map.svg"))
-    colours = cells(picture(heat_map(marked, tmp_path / "map.png")), 6)
-    plain = cells(picture(heat_map(matrix(random(6)), tmp_path / "plain.png")), 6)
+    colours = cells(heat_map(marked, tmp_path / "map.png"), marked)
+    plain = cells(heat_map(matrix(random(6)), tmp_path / "plain.png"), matrix(random(6)))
     differs = [bool((colours[place, place] - plain[place, place]).abs().max() > 0.2) for place in range(6)]
     assert differs == [False, False, True, True, True, False]
 
@@ -106,7 +109,7 @@ def test_a_deep_model_shows_some_of_its_layer_numbers(tmp_path: Path) -> None:
     found = texts(heat_map(matrix(random(128)), tmp_path / "map.svg"))
     numbers = [int(text) for text in found if text.isdigit()]
     columns, rows = numbers[: len(numbers) // 2], numbers[len(numbers) // 2 :]
-    assert columns == rows == list(range(10, 138, 5))
+    assert columns == rows == list(range(10, 138, 10))
     image = picture(heat_map(matrix(random(128)), tmp_path / "map.png"))
     assert image.shape[0] > 128 * 8  # several points a cell
 

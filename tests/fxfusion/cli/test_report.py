@@ -64,6 +64,13 @@ def test_layers_are_marked_by_the_plan(folder: ResultsFolder) -> None:
     assert found.score_method == "loss"
 
 
+def test_attention_that_a_window_moves_is_marked(folder: ResultsFolder) -> None:
+    FusionPlan(groups=[{"members": [0, 1], "mixers": "hoist"}]).save(folder.file("plan.yaml"))
+    found = collect(folder)
+    assert [layer.mixer for layer in found.layers] == ["kept", "moved", "kept"]
+    assert found.plan is not None and found.plan.mixers == ("hoist",)
+
+
 def test_quality_speed_and_text_are_those_of_the_last_evaluation(folder: ResultsFolder) -> None:
     speed = {"1 token a call": {"fused_against": {"unfused": estimate(2.0)}, "control": estimate(1.0)}}
     more = {"speed": speed, "generation": {"samples": [SAMPLE | TEXTS, SAMPLE | dict.fromkeys(TEXTS)]}}
@@ -92,11 +99,11 @@ def test_a_plan_without_attention_is_noted(folder: ResultsFolder) -> None:
     assert "drops every attention" in collect(folder).notes[0]
 
 
-def test_depth_counts_ffns_and_attention(folder: ResultsFolder) -> None:
+def test_a_plan_of_a_sweep_is_shown_at_its_ffn_depth(folder: ResultsFolder) -> None:
     point = {"depth": 2, "dropped_attention": [1, 2], "groups": [[1, 2]], "fused_bytes": 8, "on_front": True}
     folder.write("sweep.json", {"points": [{**point, "quality": QUALITY}]})
     (found,) = collect(folder).sweep
-    assert found.depth == 2 + LAYERS - 2 and found.dropped == 2 and found.front
+    assert found.depth == 2 and found.dropped == 2 and found.front
     assert found.label == "dropped 1-2; fused [1-2]"
 
 
@@ -111,7 +118,7 @@ def test_the_matrix_of_the_plan_goes_first(folder: ResultsFolder) -> None:
     save_matrix(folder.matrix("ffn", []), "ffn", ())
     save_matrix(folder.matrix("block", []), "block", ())
     found = collect(folder)
-    assert found.matrix is not None and found.matrix.unit == "ffn" and found.matrix.dropped == ()
+    assert found.matrix is not None and found.matrix.unit == "ffn" and found.matrix.dropped == (2,)  # never had any
     assert found.matrix.values[0] == (None, pytest.approx(0.1), pytest.approx(0.2))
     assert [layer.cosine for layer in found.layers] == pytest.approx([0.1, 0.2, 0.3])
     PLAN.save(folder.file("plan.yaml"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fxfusion.report import results_tables as tables
-from fxfusion.report.results import Interval, Layer, PlanFacts, QualityRow, Sample, SpeedRow, SweepPoint
+from fxfusion.report.results import Interval, Layer, Matrix, PlanFacts, QualityRow, Sample, SpeedRow, SweepPoint
 from fxfusion.report.results_tables import Cell
 
 
@@ -57,35 +57,39 @@ def test_a_layer_in_words() -> None:
 
 
 def test_a_group_is_as_wide_as_its_layers_where_all_are_known() -> None:
-    plan = PlanFacts(groups=((1, 2), (5, 6), ("a.mlp", "b.mlp")))
+    plan = PlanFacts(groups=((1, 2), (5, 6), ("a.mlp", "b.mlp")), mixers=("hoist", "none", "none"))
     rows = tables.plan_groups(plan, [Layer(number=1, width=1000), Layer(number=2, width=500), Layer(number=5, width=1)])
-    assert [(row.members, row.count, row.width) for row in rows] == [
-        ("1-2", 2, "1,500"),
-        ("5-6", 2, ""),
-        ("a.mlp, b.mlp", 2, ""),
+    assert [(row.members, row.count, row.width, row.attention) for row in rows] == [
+        ("1-2", 2, "1,500", "goes first, one after another"),
+        ("5-6", 2, "", ""),
+        ("a.mlp, b.mlp", 2, "", ""),
     ]
 
 
 def test_only_measured_qualities_get_a_column() -> None:
     found = tables.quality([QualityRow(name="a", perplexity=Interval(20.0, 19.0, 21.0)), QualityRow(name="b")])
-    assert (found.heads, found.plotted) == (("perplexity",), "perplexity")
+    assert found.heads == ("perplexity",)
     assert [row.cells[0].value for row in found.rows] == ["20.00", ""]
-    assert tables.quality([QualityRow(name="a")]).strip is None
 
 
-def test_the_increase_of_the_loss_is_drawn_rather_than_the_loss() -> None:
-    loss, increase = Interval(3.1, 2.9, 3.3), Interval(0.02, 0.01, 0.03)
-    found = tables.quality([QualityRow(name="a", loss=loss, loss_increase=increase)])
-    assert (found.heads, found.plotted) == (("loss", "loss increase"), "loss increase")
-    assert found.strip is not None and found.strip.rows[0] is not None and found.strip.anchor is not None
-    assert found.strip.anchor < found.strip.rows[0].left  # no difference lies outside the interval
-
-
-def test_speed_is_drawn_against_one() -> None:
+def test_each_speed_has_its_control() -> None:
     found = tables.speed([SpeedRow(name="decode", ratio=Interval(1.5, 1.4, 1.6))])
-    assert found.strip is not None and found.strip.rows[0] is not None
-    assert found.strip.anchor is not None and found.strip.anchor < found.strip.rows[0].left
     assert [one.value for one in found.rows[0].cells] == ["1.500", ""]
+
+
+def test_groups_say_their_largest_dependency() -> None:
+    values = ((0, 0.1, 0.2, 0.9), (0, 0, 0.4, 0.8), (0, 0, 0, 0.7), (0, 0, 0, 0))
+    plan = PlanFacts(groups=((3, 4, 5), ("a.mlp", "b.mlp"), (6,)))
+    (found,) = tables.inside_groups(Matrix(layers=(3, 4, 5, 6), values=values), plan)  # one has two layers of it
+    assert (found.group, found.mean, found.largest, found.where) == (0, "0.233", "0.4", "4 → 5")
+    assert tables.inside_groups(Matrix(layers=(3, 4), values=((0, 1), (0, 0))), None) == []
+
+
+def test_rows_without_values_are_named() -> None:
+    matrix = Matrix(layers=(3, 4), values=((0.0, None), (0.0, 0.0)))
+    (found,) = tables.inside_groups(matrix, PlanFacts(groups=((3, 4),)))
+    assert (found.mean, found.largest, found.where) == ("", "not measured", "") and tables.unmeasured(matrix) == "3"
+    assert tables.unmeasured(Matrix(layers=(3, 4), values=((None, 0.1), (None, None)))) == ""
 
 
 def test_a_plan_of_a_sweep_in_words() -> None:

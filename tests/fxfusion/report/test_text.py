@@ -6,7 +6,7 @@ import pytest
 
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.report import ChainSummary, FusionReport, GraphReport, GroupSummary, MemberSummary
-from fxfusion.report.names import alike, compact, tail
+from fxfusion.report.names import alike, compact, number, ranges, tail
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,18 @@ def test_compact(names: list[str], short: str) -> None:
 
 def test_tail_starts_at_the_first_number() -> None:
     assert [tail("model.layers.3.mlp"), tail("3"), tail("head")] == ["3.mlp", "3", "head"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (12288, "12,288"), (0.012345, "0.0123"), (1.0, "1"), (-0.5, "-0.5"), (1.2e-7, "1.2e-07")],
+)
+def test_number(value: float, text: str) -> None:
+    assert number(value, 5 if value == 12288 else 3) == text
+
+
+def test_ranges() -> None:
+    assert ranges([3, 4, 5, 7, 8, 10], ", ") == "3-5, 7-8, 10" and ranges([]) == ""
 
 
 def refusal(code: RefusalCode, message: str, layer: str) -> Refusal:
