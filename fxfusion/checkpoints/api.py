@@ -17,6 +17,8 @@ from torch import nn
 from fxfusion.checkpoints import canonical_load, canonical_save
 from fxfusion.checkpoints.companions import Card, Companions, card_text
 from fxfusion.checkpoints.folder import check_replaceable
+from fxfusion.checkpoints.gguf import load as gguf_load
+from fxfusion.checkpoints.gguf.header import is_gguf
 from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.nemotron_nas.members import load_unfused
@@ -103,17 +105,18 @@ def from_pretrained(
     shards: int = 1,
     progress: bool = False,
 ) -> Any:
-    """Load a model folder: a canonical one with its plan applied, a plain one of `transformers`, or nemotron-nas.
+    """Load a model: a canonical folder with its plan applied, a plain one of `transformers`, nemotron-nas, a GGUF file.
 
     The folder need not be trusted: no pickle is read and no code of it is run; names, shapes and sizes are checked
     before memory is taken for them. Peak memory is the model and the widest group; where transformers stores a model
     in another form than its modules have (experts one by one, say), it is what its own `from_pretrained` takes.
 
     Args:
-        directory: the folder.
+        directory: the folder, or the GGUF file: of an architecture and quantisation that transformers reads (package
+            `gguf`: `pip install "fxfusion[real]"`), whole, and with nothing in it that would be left aside.
         dtype: what floating-point tensors are cast to, such as `torch.bfloat16` or `"bfloat16"`; None and `"auto"` keep
             them as they are stored. Tensors that transformers converts are read in one dtype, and a warning says where
-            that rounds.
+            that rounds. Quantised ones of a GGUF file are dequantised, to float32 without `dtype`.
         device: where the model goes.
         fused: apply the plan's groups; without, only the attention that it drops is dropped. A nemotron-nas folder
             that fxfusion wrote gives the model from before it was fused, of its own class: weights bit for bit with
@@ -131,6 +134,8 @@ def from_pretrained(
         OptionError: no such dtype.
     """
     dtype = _read_dtype(dtype)
+    if is_gguf(directory):
+        return gguf_load.load(directory, dtype=dtype, device=device)
     folder = SafeFolder.of(directory)
     kind = folder.json(canonical_load.CONFIG).get("model_type")
     if not isinstance(kind, str):

@@ -9,12 +9,15 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fxfusion.checkpoints.folder import write_file
+from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
+from fxfusion.checkpoints.gguf.load import load_tokenizer
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.errors import CheckpointError
 from fxfusion.plan.fusion_plan import FusionPlan
@@ -51,7 +54,7 @@ class Companions:
         if tokenizer is None:
             found = [one for one in names if _TOKENIZER.fullmatch(one)]
             files += found
-            tokenizer = None if found or base is not None else _from_cache(name)
+            tokenizer = None if found or base is not None else _not_in_folder(name)
             if tokenizer is None and not found:
                 where = f"{name} has none" if name else "where the model came from is not known"
                 warnings.warn(f"no tokenizer is saved: none was given, and {where} (tokenizer=...)", stacklevel=3)
@@ -90,11 +93,15 @@ def base_name(model: Any) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _from_cache(name: str) -> Any:
-    """The tokenizer of a model on the hub, if it is on this machine."""
+def _not_in_folder(name: str) -> Any:
+    """The tokenizer of a GGUF file, or of a model on the hub, if it is on this machine; None where there is none."""
     from transformers import AutoTokenizer
 
     if not name:
+        return None
+    if is_gguf(name):
+        with suppress(CheckpointError):
+            return load_tokenizer(name)
         return None
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
@@ -158,9 +165,13 @@ def card_text(model: Any, plan: FusionPlan, form: str, given: Card | Mapping[str
 
 
 def _metadata_of(name: str) -> dict[str, Any]:
-    """The front matter of the base model's own card; empty where there is none that can be read."""
+    """The front matter of the base model's own card, of a GGUF file its licence; empty where none can be read."""
     from huggingface_hub import ModelCard
 
+    if name and is_gguf(name):
+        said = GgufFile.read(name).metadata
+        keys = {key: f"general.{key.replace('_', '.')}" for key in _LICENCE_KEYS}
+        return {key: said[setting] for key, setting in keys.items() if isinstance(said.get(setting), str)}
     if not name or not Path(name).is_dir():
         return {}
     folder = SafeFolder.of(name)

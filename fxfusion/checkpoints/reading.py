@@ -203,7 +203,7 @@ def read_model(
     _check_before(reader, outline)
     try:
         with (
-            _silent(),
+            silent(),
             reporting(progress, "Reading", sum(one.nbytes for one in reader.stored.values()), is_bytes=True) as advance,
         ):
             model, found = type(outline).from_pretrained(
@@ -296,7 +296,7 @@ def _keep_dtypes(reader: CheckpointReader, model: Any) -> set[str]:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Without bars and reports of transformers: what is wrong is an error here."""
     from transformers.utils import logging as transformers_logging
 

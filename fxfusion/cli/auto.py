@@ -1,4 +1,4 @@
-"""`fxfusion auto MODEL_DIR --text FILE --output DIR`: from an ordinary model to a fused checkpoint, in one command."""
+"""`fxfusion auto MODEL --text FILE --output DIR`: from an ordinary model to a fused checkpoint, in one command."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def auto(
 
     Windows of layers become one: their attention goes first (or side by side, or away), their FFNs become one wide FFN,
     which is refitted in closed form. Without a budget: the least latency within 1% of the perplexity. An eighth of
-    the text is held out; the loss that is reported is measured there. MODEL_DIR stays as it is.
+    the text is held out; the loss that is reported is measured there. MODEL stays as it is.
     """
     arguments = {
         "max_perplexity_increase": read(max_perplexity_increase, read_share, "--max-perplexity-increase"),

@@ -1,4 +1,4 @@
-"""`fxfusion check MODEL_DIR`: is a model folder whole, and does it compute what it says?"""
+"""`fxfusion check MODEL`: is a model folder whole, and does it compute what it says?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fxfusion.cli.fuse import say_engines
-from fxfusion.cli.options import check_folder
+from fxfusion.cli.options import check_model
 from fxfusion.cli.session import Conversion, command
 from fxfusion.errors import FxFusionError
 
@@ -26,7 +26,7 @@ def check(run: Conversion) -> dict[str, Any]:
     Nothing of the folder is trusted: no pickle is read and no code of it is run. Of a folder with a plan, the fused
     model is compared with the parallel form of its members. Of a nemotron-nas folder, says which engines load it.
     """
-    check_folder(run.model_dir)
+    check_model(run.model_dir)
     planned, rows = _checks(run), list[dict[str, Any]]()
     result: dict[str, Any] = {"model": str(run.model_dir)}
     if run.dry_run:
@@ -59,12 +59,11 @@ def _engines(run: Conversion) -> dict[str, str | None] | None:
 
 def _checks(run: Conversion) -> dict[str, Callable[[], Verdict]]:
     """What can be checked of a folder, one after the other; each needs those before it."""
-    from fxfusion.checkpoints.canonical_load import read_plan
-    from fxfusion.checkpoints.reading import SafeFolder
+    from fxfusion.cli.inputs import stored_plan
 
     folder = _Folder(run)
     found = {"files": folder.files, "loads": folder.loads, "computes": folder.computes, "cache": folder.caches}
-    plan = read_plan(SafeFolder.of(run.model_dir))
+    plan = stored_plan(run.model_dir)
     return found | ({"fused": lambda: folder.fuses(plan)} if plan is not None and plan.groups else {})
 
 
@@ -76,11 +75,12 @@ class _Folder:
     logits: Any = None
 
     def files(self) -> Verdict:
+        from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
         from fxfusion.checkpoints.reading import CheckpointReader
 
-        reader = CheckpointReader.open(self.run.model_dir)
-        size = sum(facts.nbytes for facts in reader.stored.values())
-        return True, f"{len(reader.stored)} tensors, {size / 2**20:,.1f} MiB"
+        path = self.run.model_dir
+        stored = GgufFile.read(path).tensors if is_gguf(path) else CheckpointReader.open(path).stored.values()
+        return True, f"{len(stored)} tensors, {sum(one.nbytes for one in stored) / 2**20:,.1f} MiB"
 
     def loads(self) -> Verdict:
         self.model = self.run.load()

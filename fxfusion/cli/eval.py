@@ -1,4 +1,4 @@
-"""`fxfusion eval MODEL_DIR`: what a plan costs in quality, and what it gains in speed."""
+"""`fxfusion eval MODEL`: what a plan costs in quality, and what it gains in speed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import Compiler, check_folder
+from fxfusion.cli.options import Compiler, check_model
 from fxfusion.cli.results_folder import COMPILED, MODEL, PLAN, QUALITY, contents, digest
 from fxfusion.cli.screen import show_evaluation
 from fxfusion.cli.session import Session, Work, command
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fxfusion.plan.fusion_plan import FusionPlan
 
 Baseline = Annotated[
-    Path | None, typer.Option(help="Folder of the model to compare with.", show_default="the model itself, intact")
+    Path | None, typer.Option(metavar="MODEL", help="What to compare with.", show_default="the model itself, intact")
 ]
 Generate = Annotated[int, typer.Option(min=0, help="Also continue so many prompts greedily, and compare the texts.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Length of these continuations.")]
@@ -73,7 +73,7 @@ def evaluate(
     """
     chosen = _read_plan(run, plan)
     if baseline is not None:
-        check_folder(baseline)
+        check_model(baseline)
     if parts.speed and not chosen.groups:
         raise OptionError("--speed: there is nothing fused to time; give a --plan with groups")
     run.check(MODEL, QUALITY, COMPILED, reads=list(filter(None, (plan, baseline))))
@@ -97,7 +97,7 @@ def _read_plan(run: Session, file: Path | None) -> FusionPlan:
 
 def _work(plan: FusionPlan, baseline: Path | None, parts: Parts) -> list[Work]:
     found = [Work("the reference, and itself again as control", 2)]
-    found += [Work("the model of MODEL_DIR", 1)] if baseline is not None else []
+    found += [Work("the model itself", 1)] if baseline is not None else []
     dropped, groups = len(plan.dropped_attention), len(plan.groups)
     found += [Work(f"without the attention of {dropped} layers", 1)] if dropped else []
     found += [Work(f"compiled with {groups} group{'s' if groups > 1 else ''}", 1)] if groups else []
@@ -179,7 +179,9 @@ class Evaluation:
         from fxfusion.cli import inputs
 
         with self.run.screen.busy("loading the baseline"):
-            return inputs.load_model(self.baseline, self.run.torch_device, self.run.dtype_name)
+            model = inputs.load_model(self.baseline, self.run.torch_device, self.run.dtype_name)
+        self.run.tell_read(self.baseline, model.dtype)
+        return model
 
     @cached_property
     def logits(self) -> list[Tensor] | nn.Module:

@@ -1,4 +1,4 @@
-"""`fxfusion explain MODEL_DIR`: what would be fused in a model, from its config.json alone.
+"""`fxfusion explain MODEL`: what would be fused in a model, from its config.json, or a file's header, alone.
 
 The model is built without weights, so a model of any size takes no memory to speak of.
 """
@@ -13,7 +13,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import check_folder, read_layers
+from fxfusion.cli.options import check_model, read_layers
 from fxfusion.cli.session import Run, command
 from fxfusion.errors import OptionError
 from fxfusion.files import check_file
@@ -49,8 +49,8 @@ def explain(
 ) -> dict[str, Any]:
     """Show which FFNs of a model would be fused, and why others would not.
 
-    Reads config.json only: no weights, no network. Exit code 0 if something would be fused, 3 if not.
-    With --plan, the attention that the plan drops is dropped first.
+    Reads config.json, or the header of a GGUF file: no weights, no network. Exit code 0 if something would be fused, 3
+    if not. With --plan, the attention that the plan drops is dropped first.
     """
     chosen = read_policy(policy)
     layers = [read_layers(text, "--groups") for text in groups or ()]
@@ -60,6 +60,7 @@ def explain(
     if output is not None:
         check_file(output, "report", overwrite=run.overwrite, reads=[model_dir, *filter(None, [plan])])
     named = fxfusion.FusionPlan.load(plan) if plan else fxfusion.FusionPlan(groups=layers) if layers else None
+    run.tell_read(model_dir)
     report = explain_config(model_dir, chosen, named, length, batch)
     run.screen.line(str(report))
     if output is not None:
@@ -86,7 +87,7 @@ def explain_config(
     """Build the model that `folder` describes, without weights, and explain it on `[batch, length]` token ids."""
     # Checked before anything slow: a typing error should not cost the time to import torch.
     checked = None if plan else fxfusion.FusionPolicy.resolve(policy)
-    check_folder(folder)
+    check_model(folder)
 
     import torch
 

@@ -1,4 +1,4 @@
-"""`fxfusion fuse`, `export` and `unfuse`: from one model folder to another."""
+"""`fxfusion fuse`, `export` and `unfuse`: from one model to the folder of another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import Format, check_folder, check_output, show_layers, show_members
+from fxfusion.cli.options import Format, check_model, check_output, show_layers, show_members
 from fxfusion.cli.results_folder import QUALITY, ResultsFolder, contents
 from fxfusion.cli.screen import Screen
 from fxfusion.cli.session import Conversion, Run, command
@@ -44,7 +44,7 @@ def fuse(
     """Drop attention and fuse FFNs as a plan says, prove it, and write the result as a model folder.
 
     A canonical folder has the original weights, bit for bit, and the plan: plain transformers loads it as the
-    unfused model, fxfusion.from_pretrained as the fused one. MODEL_DIR stays as it is.
+    unfused model, fxfusion.from_pretrained as the fused one. MODEL stays as it is.
     """
     chosen, result = fxfusion.FusionPlan.load(plan), _started(run, output, plan, results) | {"format": format.value}
     from fxfusion.cli import inputs
@@ -73,7 +73,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a model in the nemotron-nas layout, with its fused FFNs as ordinary wide ones, and say who loads it.
 
-    MODEL_DIR is a canonical folder with its plan, or any Llama-like model, fused by --plan first. With --dry-run
+    MODEL is a canonical folder with its plan, or any Llama-like model, fused by --plan first. With --dry-run
     prints config and tensor index (all of it under --json); no weights are read, so any size is quick.
     """
     chosen = None if plan is None else fxfusion.FusionPlan.load(plan)
@@ -105,11 +105,10 @@ def unfuse(run: Conversion, output: options.Output, max_shard_size: options.Shar
     bit where norms were not folded, to rounding where they were. Dropped attention stays dropped: its weights are gone.
     """
     result = _started(run, output)
-    from fxfusion.checkpoints.canonical_load import PLAN, read_plan
-    from fxfusion.checkpoints.reading import SafeFolder
+    from fxfusion.checkpoints.canonical_load import PLAN
     from fxfusion.cli import inputs
 
-    plan = read_plan(SafeFolder.of(run.model_dir))
+    plan = inputs.stored_plan(run.model_dir)
     if plan is None:
         raise FxFusionError(f"{run.model_dir} has no {PLAN}: nothing says what was fused, or what its members were")
     if not plan.groups:
@@ -125,7 +124,7 @@ def unfuse(run: Conversion, output: options.Output, max_shard_size: options.Shar
 
 def _started(run: Conversion, output: Path, *reads: Path | None) -> dict[str, Any]:
     """What every result begins with, where the folders are fit to be read and written."""
-    check_folder(run.model_dir)
+    check_model(run.model_dir)
     check_output(output, run.overwrite, run.model_dir, *reads)
     return {"model": str(run.model_dir), "output": str(output), "dry_run": run.dry_run}
 
@@ -158,19 +157,19 @@ def _told(run: Conversion, name: str, model: PreTrainedModel, written: Path | No
 def outline(run: Conversion, plan: FusionPlan | None, format: Format, max_shard_size: str) -> dict[str, Any]:
     """What would be written, from config and plan alone: the fused model on the meta device in facts, and for the
     engines' layout config, index and who loads it."""
-    from fxfusion.checkpoints.canonical_load import read_plan
     from fxfusion.checkpoints.nemotron_nas.export import plan_export
     from fxfusion.checkpoints.nemotron_nas.load import outline_of
     from fxfusion.checkpoints.reading import SafeFolder
     from fxfusion.cli import inputs
     from fxfusion.models.ffn_surgery.fuse import fuse
 
-    folder = SafeFolder.of(run.model_dir)
+    path = run.model_dir
+    run.tell_read(path)
     with run.screen.busy("looking at the layers"):
-        fused_already = inputs.is_nemotron(run.model_dir)  # such a folder holds the fused form itself
-        model: Any = outline_of(folder) if fused_already else inputs.build_without_weights(run.model_dir)
+        fused_already = inputs.is_nemotron(path)  # such a folder holds the fused form itself
+        model: Any = outline_of(SafeFolder.of(path)) if fused_already else inputs.build_without_weights(path)
         before = facts(model)
-        chosen = plan or (None if fused_already else read_plan(folder))
+        chosen = plan or (None if fused_already else inputs.stored_plan(path))
         if chosen is not None:
             fuse(model, chosen)
     after = facts(model)

@@ -1,4 +1,4 @@
-"""`fxfusion generate MODEL_DIR --prompt TEXT`: text from a model folder, fused as its plan says."""
+"""`fxfusion generate MODEL --prompt TEXT`: text from a model folder, fused as its plan says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 import fxfusion
 from fxfusion.cli import options
 from fxfusion.cli.fuse import outline
-from fxfusion.cli.options import Format, check_folder
+from fxfusion.cli.options import Format, check_model
 from fxfusion.cli.session import Conversion, command
 from fxfusion.errors import OptionError
 
@@ -34,9 +34,7 @@ NewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write for each pr
 Beams = Annotated[int, typer.Option(min=1, help="1 is greedy.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 does not sample.")]
 CacheOption = Annotated[Cache, typer.Option("--cache", help="Of keys and values.")]
-Draft = Annotated[
-    Path | None, typer.Option(metavar="MODEL_DIR", help="A model that guesses ahead (assisted decoding).")
-]
+Draft = Annotated[Path | None, typer.Option(metavar="MODEL", help="A model that guesses ahead (assisted decoding).")]
 
 
 @command
@@ -59,7 +57,7 @@ def generate(
         raise OptionError("--prompt: give the text to continue")
     chosen = None if plan is None else fxfusion.FusionPlan.load(plan)
     for folder in filter(None, (run.model_dir, draft)):
-        check_folder(folder)
+        check_model(folder)
     from fxfusion.cli.inputs import load_tokenizer
 
     tokenizer = load_tokenizer(run.model_dir)

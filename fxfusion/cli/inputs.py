@@ -27,14 +27,19 @@ from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.planned import analyse_without
 from fxfusion.analysis.texts import batches_from_text
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, read_plan
+from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
+from fxfusion.checkpoints.gguf.load import load as load_gguf
+from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
+from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
 from fxfusion.checkpoints.reading import SafeFolder
-from fxfusion.cli.options import Format, check_folder
+from fxfusion.cli.options import Format, check_model
 from fxfusion.errors import CheckpointError, FxFusionError, OptionError
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.plain_save import ADVICE
 from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.plan.fusion_plan import FusionPlan
 
 _PROBE = 8  # tokens
 
@@ -48,7 +53,9 @@ def is_nemotron(folder: Path) -> bool:
 
 
 def load_config(folder: Path) -> Any:
-    check_folder(folder)
+    check_model(folder)
+    if is_gguf(folder):
+        return read_gguf_config(GgufFile.read(folder))
     if is_nemotron(folder):
         return nemotron.read_config(SafeFolder.of(folder))
     try:
@@ -127,11 +134,16 @@ def check_format(folder: Path, format: Format) -> None:
         raise OptionError(f"--format canonical: {folder} is in the nemotron-nas layout, which has no canonical form")
 
 
+def stored_plan(path: Path) -> FusionPlan | None:
+    """The plan that a folder holds; a GGUF file holds none. Raises `PlanError`."""
+    return None if is_gguf(path) else read_plan(SafeFolder.of(path))
+
+
 def check_intact(folder: Path) -> None:
     """Plain transformers would load a canonical folder of a changed model, too, but not as that model. A nemotron-nas
     folder holds what it is.
     """
-    known = None if is_nemotron(folder) else read_plan(SafeFolder.of(folder))
+    known = None if is_nemotron(folder) else stored_plan(folder)
     if known is not None and (known.groups or known.dropped_attention or known.refit):
         was = "refitted" if known.refit else "fused, or lost attention,"
         raise FxFusionError(f"{folder} was {was} already ({PLAN}): give the folder of the model as it was")
@@ -157,7 +169,10 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     """
     config = causal_config(folder)
     wanted: Any = dtype if dtype != "auto" else ("float32" if device.type == "cpu" else "auto")
-    model = _load_nemotron(folder, device, wanted) if is_nemotron(folder) else _load(folder, config, device, wanted)
+    if is_gguf(folder) or is_nemotron(folder):
+        model = _load_own(folder, device, wanted)
+    else:
+        model = _load(folder, config, device, wanted)
     try:
         require_causal(model, torch.arange(_PROBE)[None] % vocabulary(config))
     except ValueError as error:
@@ -165,8 +180,11 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     return model
 
 
-def _load_nemotron(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
-    model = nemotron.load(folder, device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
+def _load_own(path: Path, device: torch.device, dtype: str) -> PreTrainedModel:
+    """What fxfusion reads itself: a nemotron-nas folder, or a GGUF file."""
+    known = None if dtype == "auto" else getattr(torch, dtype)
+    load = load_gguf if is_gguf(path) else nemotron.load
+    model: PreTrainedModel = load(path, device=device, dtype=known)
     model.config.use_cache = False
     return model
 
@@ -198,6 +216,8 @@ def _load(folder: Path, config: Any, device: torch.device, dtype: str) -> PreTra
 
 
 def load_tokenizer(folder: Path) -> Any:
+    if is_gguf(folder):
+        return load_gguf_tokenizer(folder)
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

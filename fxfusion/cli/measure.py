@@ -1,4 +1,4 @@
-"""`fxfusion score`, `matrix` and `sweep MODEL_DIR`: what attention is worth, how much blocks depend on each other, and
+"""`fxfusion score`, `matrix` and `sweep MODEL`: what attention is worth, how much blocks depend on each other, and
 what every depth costs."""
 
 from __future__ import annotations

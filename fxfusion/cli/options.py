@@ -73,7 +73,10 @@ class DType(str, Enum):
 
 
 ModelDir = Annotated[
-    Path, typer.Argument(metavar="MODEL_DIR", help="A local model folder; nothing is downloaded.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="A local model folder, or a GGUF file; nothing is downloaded.", show_default=False
+    ),
 ]
 Text = Annotated[
     list[Path] | None,
@@ -224,11 +227,20 @@ def _values(given: Any) -> dict[str, Any]:
     return {field.name: getattr(given, field.name) for field in fields(given)}
 
 
-def check_folder(folder: Path) -> None:
-    """Raises `FxFusionError` where there is no config.json."""
-    if not (folder / "config.json").is_file():
-        what = "no such folder" if not folder.is_dir() else "the folder has no config.json"
-        raise FxFusionError(f"{folder}: {what}; give the local folder of a model (nothing is downloaded)")
+def check_model(path: Path) -> None:
+    """Raises `FxFusionError` where there is neither a folder with a config.json nor a GGUF file that can be read."""
+    from fxfusion.checkpoints.gguf.header import SUFFIX, GgufFile, is_gguf
+
+    if is_gguf(path):
+        GgufFile.read(path)
+    elif not (path / "config.json").is_file():
+        what, advice = "no such folder", "give the local folder of a model, or a GGUF file"
+        if path.is_file():
+            what = "neither a model folder nor a GGUF file"
+        elif path.is_dir():
+            what, files = "the folder has no config.json", sorted(one.name for one in path.glob(f"*{SUFFIX}"))
+            advice = f"to read the GGUF file in it, give {path / files[0]}" if files else advice
+        raise FxFusionError(f"{path}: {what}; {advice} (nothing is downloaded)")
 
 
 def check_output(output: Path, overwrite: bool, *reads: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""`fxfusion plan MODEL_DIR`: which attention to drop or move and which FFNs to fuse, under a budget, as a plan file."""
+"""`fxfusion plan MODEL`: which attention to drop or move and which FFNs to fuse, under a budget, as a plan file."""
 
 from __future__ import annotations
 

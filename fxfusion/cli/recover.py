@@ -1,4 +1,4 @@
-"""`fxfusion refit` and `recover MODEL_DIR --output DIR`: a fused model made good in closed form, or by training."""
+"""`fxfusion refit` and `recover MODEL --output DIR`: a fused model made good in closed form, or by training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 import fxfusion
 from fxfusion.cli import options
 from fxfusion.cli.fuse import say_plan
-from fxfusion.cli.options import DType, Format, check_folder, read, read_bytes, show_layers
+from fxfusion.cli.options import DType, Format, check_model, read, read_bytes, show_layers
 from fxfusion.cli.results_folder import contents, digest
 from fxfusion.cli.session import Session, Work, command
 from fxfusion.errors import FxFusionError
@@ -69,7 +69,7 @@ MemoryLimit = Annotated[
 ]
 
 
-IntactDir = Annotated[Path, typer.Option("--reference", metavar="MODEL_DIR", help="The intact model's folder.")]
+IntactDir = Annotated[Path, typer.Option("--reference", metavar="MODEL", help="The intact model.")]
 Steps = Annotated[int, typer.Option(min=1, help="Of the optimiser, a batch each.")]
 Rate = Annotated[
     float | None, typer.Option("--learning-rate", help="The largest.", show_default="1e-4, with --lora 5e-4")
@@ -106,7 +106,7 @@ def refit(
     """Drop attention and fuse FFNs as a plan says, refit what reads and writes the stream, and write the result.
 
     Repairs in closed form, from calibration text, what dropping and fusing cost: no training, no change of shapes or
-    speed. A layer is changed only where that helps on text that was not fitted to. MODEL_DIR stays as it is; a run that
+    speed. A layer is changed only where that helps on text that was not fitted to. MODEL stays as it is; a run that
     was stopped goes on from --results.
     """
     chosen = fxfusion.FusionPlan.load(plan)
@@ -233,7 +233,7 @@ def recover(
     An eighth of the text decides which weights are kept; where none are better than at the start, nothing is written.
     Take much text (--sequences 2000), and refit first. A run that is stopped goes on in the same --results.
     """
-    check_folder(reference)
+    check_model(reference)
     run.check(output=output, reads=[reference])
     from fxfusion.cli import inputs
 

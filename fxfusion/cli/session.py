@@ -25,7 +25,7 @@ import typer
 from typer.models import ArgumentInfo
 
 from fxfusion.cli import options
-from fxfusion.cli.options import DType, check_folder
+from fxfusion.cli.options import DType, check_model
 from fxfusion.cli.results_folder import PLANS, ResultsFolder, digest, kind_of
 from fxfusion.cli.screen import Screen
 from fxfusion.errors import FxFusionError, OptionError, PlanError
@@ -64,10 +64,17 @@ class Run:
         """What is said after Ctrl-C."""
         return "nothing was written"
 
+    def tell_read(self, path: Path, dtype: object = None) -> None:
+        """Say what a GGUF file is, and what its weights were read as; folders have files that say it."""
+        from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
+
+        if is_gguf(path):
+            self.screen.note(f"read {GgufFile.read(path).told(dtype)}")
+
 
 @dataclass(kw_only=True)
 class Conversion(Run):
-    """The options of a command that reads a model folder, and what it does with it."""
+    """The options of a command that reads a model, and what it does with it."""
 
     model_dir: options.ModelDir
     device: options.Device = "cpu"
@@ -79,16 +86,19 @@ class Conversion(Run):
         return "no folder was changed"
 
     def load(self, folder: Path | None = None, *, fused: bool = True) -> Any:
-        """The model of a folder; without `fused`, its plan drops attention and fuses nothing."""
+        """The model of a folder or file; without `fused`, its plan drops attention and fuses nothing."""
         path = folder or self.model_dir
-        check_folder(path)
+        check_model(path)
         with self.screen.busy(f"loading {path}"):
             from fxfusion.checkpoints.api import from_pretrained
             from fxfusion.cli.inputs import pick_device
 
             dtype = None if self.dtype is DType.auto else self.dtype.value
             device = pick_device(self.device)
-        return from_pretrained(path, dtype=dtype, device=device, fused=fused, progress=self.screen.notes.is_terminal)
+        loud = self.screen.notes.is_terminal
+        model = from_pretrained(path, dtype=dtype, device=device, fused=fused, progress=loud)
+        self.tell_read(path, model.dtype)
+        return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +205,7 @@ class Session(Run):
 
             inputs.check_intact(self.model_dir)
             model = inputs.load_model(self.model_dir, self.torch_device, self.dtype.value)
+        self.tell_read(self.model_dir, model.dtype)
         self.folder.make()
         self._check_folder(model)
         return model
@@ -245,7 +256,7 @@ class Session(Run):
         `writes`: files in the results folder by name, others by path and kind. `output`: a model's folder. `reads`:
         what is read beside model and text. Raises `OptionError`: over what is read, or over what is not ours.
         """
-        check_folder(self.model_dir)
+        check_model(self.model_dir)
         if not self.text:
             raise OptionError("--text: name a text file, a folder of text files, or token ids (.safetensors)")
         for path in self.text:
@@ -354,7 +365,7 @@ def _parameters_of(kind: type[Any], defaults: Mapping[str, Any]) -> Iterator[ins
 
 
 def _option_of(parameter: inspect.Parameter) -> str:
-    """`--drop-attention` of a parameter `drop_attention`, `MODEL_DIR` of an argument."""
+    """`--drop-attention` of a parameter `drop_attention`, `MODEL` of an argument."""
     found = next(iter(getattr(parameter.annotation, "__metadata__", ())), None)
     if isinstance(found, ArgumentInfo):
         return str(found.metavar)

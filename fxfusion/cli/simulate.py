@@ -40,7 +40,7 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A layer table (a name such as llama-3.3-70b, or a file), a config.json, or a folder with one.",
+        help="A layer table (a name such as llama-3.3-70b, or a file), a config.json, its folder, or a GGUF file.",
         show_default=False,
     ),
 ]
@@ -107,7 +107,7 @@ def simulate(
         return _calibrate(run, output, device)
     work = {"tp": tp, "precision": precision, "batch": batch, "context": length, "phase": phase.value}
     request = Request(
-        table=_model(model),
+        table=_model(run, model),
         hardware=hardware or _HARDWARE,
         work={**work, "kv_precision": kv_precision},
         price=price,
@@ -234,11 +234,15 @@ def _calibrate(run: Run, path: Path | None, device: str) -> dict[str, Any]:
     return found.to_dict()
 
 
-def _model(model: str | None) -> LayerTable:
+def _model(run: Run, model: str | None) -> LayerTable:
     if model is None:
-        raise OptionError("MODEL: name a layer table, a config.json, or a folder with one")
+        raise OptionError("MODEL: name a layer table, a config.json, a folder with one, or a GGUF file")
+    from fxfusion.checkpoints.gguf.header import is_gguf
     from fxfusion.cost.read_table import UndecidedError, read_table
 
+    if is_gguf(model):
+        run.tell_read(Path(model))
+        return _built(Path(model))
     try:
         return read_table(model)
     except UndecidedError:
