@@ -163,7 +163,7 @@ class RefitMeter:
     def __init__(self, meter: PlanMeter, fitted: Sequence[Batch], cache: str | os.PathLike[str] | None = None) -> None:
         self.meter, self.fitted = meter, list(fitted)
         path = inside(cache, "refitted_plans.json")
-        self.known = Qualities(path, lambda: {**meter.facts(), "fitted": text_key(self.fitted)})
+        self.known = Qualities(path, lambda: {**meter.facts(), "fitted": text_key(self.fitted), "sides": "both"})
 
     def knows(self, plan: FusionPlan) -> bool:
         """Whether it was measured before."""
