@@ -82,12 +82,11 @@ def write_gguf(
     change: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray[Any, Any]] | None = None,
     leave_out: str = "",
-    raw: gguf.GGMLQuantizationType | None = None,
 ) -> dict[str, Tensor]:
     """Write a file, its matrices as `kind`; returns the values that a reader finds, by the model's names.
 
     `change`: settings that are others, or None for no such setting. `tensors`: more of them. `leave_out`: one by its
-    name in the file. `raw`: what the matrices claim to be.
+    name in the file.
     """
     writer = gguf.GGUFWriter(path, architecture)
     known = {**settings(layers), **(tokenizer_settings() if tokenizer else {}), **(change or {})}
@@ -102,7 +101,7 @@ def write_gguf(
         which = gguf.GGMLQuantizationType[kind if weight.dim() > 1 else "F32"]
         if name_of(name) != leave_out:
             data = _permuted(stored, name)
-            writer.add_tensor(name_of(name), data, raw_dtype=(raw if weight.dim() > 1 else None) or which)
+            writer.add_tensor(name_of(name), data, raw_dtype=which)
     for name, data in (tensors or {}).items():
         writer.add_tensor(name, data)
     writer.write_header_to_file()

@@ -100,7 +100,7 @@ def test_a_file_of_this_machine(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "MODEL: name a layer table, a config.json, or a folder with one"),
+        ([], "MODEL: name a layer table, a config.json, a folder with one, or a GGUF file"),
         (["no-such-model"], "no-such-model: no such file or folder with a config.json, and no table of that name"),
         (["llama-3.3-70b", "--hardware", "h1000"], "no device 'h1000'"),
         (["llama-3.3-70b", "--precision", "fp9"], "--precision: expected one of fp4"),
