@@ -167,10 +167,21 @@ def inline(figure: Figure, name: str, title: str, text: str, *, over: Sequence[A
     )
     drawn = re.sub(r"^.*?<svg .*?</style>\s*</defs>", lambda _: head, stream.getvalue(), count=1, flags=re.DOTALL)
     drawn = re.sub(r'<g id="[^"]*"', "<g", drawn)
+    drawn = _numbered(drawn, name)  # ids are digests of places, which layouts give to the last bit but one
     drawn = re.sub(r"font-family: [^;\"]*;? ?", "", drawn)
     drawn = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", drawn)  # how older versions name it
     drawn = re.sub(r"(fill|stroke): (#\w{6})", lambda found: f"{found[1]}: {_VARIABLES.get(found[2], found[2])}", drawn)
     return Chart(svg=Markup(drawn), width=round(width), area=_percent(figure, Bbox.union([a.bbox for a in over])))
+
+
+def _numbered(svg: str, name: str) -> str:
+    """The same with ids that only depend on their order."""
+    known: dict[str, str] = {}
+    return re.sub(
+        r'(id="|url\(#|href="#)([a-z]+[0-9a-f]{10})\b',
+        lambda found: found[1] + known.setdefault(found[2], f"{name}-{len(known)}"),
+        svg,
+    )
 
 
 def with_spots(chart: Chart, figure: Figure, axes: Any, found: Sequence[tuple[float, float, str, str]]) -> Chart:
