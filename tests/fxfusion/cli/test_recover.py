@@ -68,8 +68,9 @@ def test_only_what_was_refitted_is_changed(place: Path) -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     attention = {name for name in before if ".1.self_attn." in name or ".2.self_attn." in name}
     norms = {f"model.layers.{layer}.input_layernorm.weight" for layer in (1, 2)}
-    refitted = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2, 3)}
-    assert changed <= attention | norms | refitted | {"model.layers.3.self_attn.o_proj.weight"}
+    ends = [f"{layer}.mlp.{name}_proj" for layer in (1, 2, 3) for name in ("gate", "up", "down")]
+    ends += [f"3.self_attn.{name}_proj" for name in "qkvo"]
+    assert changed <= attention | norms | {f"model.layers.{end}.weight" for end in ends}
     assert {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)} <= changed
 
 
