@@ -45,7 +45,7 @@ parts = []
 refit(model, plan, list(text.split(8)), "intact", later="none", penalties=(0.01,), memory_limit=limit,
       on_layer=lambda layer, fit: parts.append(fit.parts))
 done = True
-print(json.dumps({"used": peak[0] - start, "parts": parts[0]}))
+print(json.dumps({"used": peak[0] - start, "parts": parts[-1]}))
 """
 
 
