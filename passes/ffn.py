@@ -12,6 +12,7 @@ Source: arXiv 2503.18908, equations 1 to 5.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -62,7 +63,7 @@ class Piece:
         return len(range(self.start, self.stop, self.step))
 
 
-class Middle:
+class Middle(ABC):
     """How an activation treats the intermediate channels: what is matched, checked and built of it.
 
     `no_module`: why no wider module computes a group of them; empty where one does. `is_apart`: whether it is computed
@@ -72,25 +73,25 @@ class Middle:
     no_module: ClassVar[str] = ""
     is_apart: ClassVar[bool] = False
 
+    @abstractmethod
     def misfit(self, nodes: Sequence[fx.Node], inputs: Inputs, before: Refused | None) -> Refused | None:
         """Why the nodes are no such middle. `before`: what the kind before this one said."""
-        raise NotImplementedError
 
     def misfit_of(self, members: Sequence[FfnNode]) -> Refused | None:
         """Why members, alike but for their constants, do not fit together."""
         return None
 
+    @abstractmethod
     def joined(self, wide: WideBuilder) -> fx.Node:
         """Builds what the down projection of one wide FFN reads, `[..., sum of widths]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def apart(self, wide: WideBuilder) -> list[fx.Node]:
         """Builds what each member's own down projection reads, `[..., width]`."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class End:
+class End(ABC):
     """What stands between a down projection and the branch: what is checked, built, packed and weighed of it.
 
     `no_module`: as of `Middle`. `steps`: what multiplies the result of `down` or is added to it, in order, where that
@@ -104,15 +105,15 @@ class End:
         """What must be alike in the members of a group."""
         return ()
 
-    def check(self, down: fx.Node) -> None:
+    def check(self, down: fx.Node) -> None:  # noqa: B027 (the plain end has nothing to check)
         """Raises `Refused` where it only looked like this kind. Asked once for each structure."""
 
-    def check_axes(self, down: fx.Node, stream: fx.Node) -> None:
+    def check_axes(self, down: fx.Node, stream: fx.Node) -> None:  # noqa: B027 (nor axes to make anew)
         """Raises `Refused` where tokens are grouped in a way that cannot be made anew."""
 
+    @abstractmethod
     def branches(self, wide: WideBuilder) -> Iterator[tuple[fx.Node, fx.Node]]:
         """Builds what is added to the stream, in order, each with an old branch whose dtype it gets."""
-        raise NotImplementedError
 
     def packs_down(self, group: Group) -> bool:
         """Whether the down projections are among the packed weights of a group that has some."""

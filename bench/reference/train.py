@@ -335,7 +335,7 @@ def parse_arguments() -> argparse.Namespace:
     yes_no = argparse.BooleanOptionalAction
     parser.add_argument("--autocast", action=yes_no, help="bfloat16 (default: where it is fast)")
     parser.add_argument("--compile", action=yes_no, default=True)
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoint, corpus, log")
+    parser.add_argument("--work", type=Path, default=HERE / "training", help="checkpoint, corpus, log")
     parser.add_argument("--output", type=Path, default=HERE / "model", help="the trained model")
     parser.add_argument("--log-every", type=int, default=10, help="steps per log line")
     parser.add_argument("--export", action="store_true", help="only export the newest checkpoint")
