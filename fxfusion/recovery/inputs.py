@@ -7,8 +7,9 @@
     W = argmin || n_i W_i^T - s W^T ||^2 + penalty || W - W0 ||^2  =  W_i M^T,   M = argmin || n_i - s M^T ||^2 + ...
 
 so sums over tokens are of `[hidden, hidden]`, however wide the layers are. Much of what a member's stream lacks is
-linear in what is there; shapes and speed stay. The penalty, and whether anything is changed, is decided by the stream
-after the block on text for validation. An approximation, measured like the other side (`fit.py`).
+linear in what is there; shapes and speed stay. The penalty is the one whose layers come nearest on text for validation,
+by sums of it; whether anything is changed is decided by the stream after the block there. An approximation, measured
+like the other side (`fit.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from fxfusion.recovery.fit import Fitted
 from fxfusion.recovery.gram import GramSums
 from fxfusion.recovery.readers import Part, Reader
 from fxfusion.recovery.streams import Streams
+
+_SAMPLE = 256  # channels of a part's results that a penalty is judged by
+_TRIED = 2  # penalties on the stream itself, the likeliest first
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,32 +52,64 @@ class InputFitter:
         device = own[reader.parts[0].weight].device
         sums = GramSums(reader.hidden + 1, reader.hidden * len(reader.sources), device, bias=True)
         for now, wanted in self.calibration.entries(reader):
-            sums.add(torch.cat([now, now.new_ones(now.shape[0], 1)], dim=1), torch.cat(wanted, dim=1))
-        before = best = self._error(reader)
-        penalty, kept, why = None, old, "no penalty was better on the text for validation"
-        for share in self.penalties if sums.scale > 0 else ():
-            maps = {bias: _Map.of(sums, share, bias) for bias in {part.bias is not None for part in reader.parts}}
-            if None in maps.values():
-                why = "its sums are singular"
-                continue
+            sums.add(_with_ones(now), torch.cat(wanted, dim=1))
+        before = self._error(reader)
+        found = [(share, maps) for share in self.penalties if (maps := _maps(sums, share, reader)) is not None]
+        for share, maps in self._likeliest(reader, found, old)[:_TRIED]:
             for part in reader.parts:
                 self._put(part, maps[part.bias is not None], own, old)
-            error = self._error(reader)
-            if error < best:
-                penalty, best, kept = share, error, {name: value.detach().clone() for name, value in own.items()}
+            after = self._error(reader)
+            if after < before:
+                return Fitted(penalty=share, before=before, after=after, applied=True, parts=1)
         for name, value in own.items():
-            value.copy_(kept[name])
-        applied = penalty is not None
-        return Fitted(penalty=penalty, before=before, after=best, applied=applied, parts=1, why="" if applied else why)
+            value.copy_(old[name])
+        why = "no penalty was better on the text for validation" if found else "its sums are singular"
+        return Fitted(penalty=None, before=before, after=before, applied=False, parts=1, why=why)
 
-    def _put(self, part: Part, found: _Map | None, own: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
-        """Give the rows of a part their new values."""
-        assert found is not None
+    def _likeliest(
+        self, reader: Reader, found: Sequence[tuple[float, _Maps]], old: Mapping[str, Tensor]
+    ) -> Sequence[tuple[float, _Maps]]:
+        """The penalties in the order of how near their layers come to the reference's on the text for validation, by
+        sums alone: of each part's results a sample of channels, as a part of their size."""
+        if len(found) < 2:
+            return found
+        gram: Tensor | float = 0.0
+        for now, wanted in self.validation.entries(reader):
+            rows = torch.cat([_with_ones(now), *wanted], dim=1)
+            gram = gram + (rows.t() @ rows).double()
+        assert isinstance(gram, Tensor)
+        errors = [0.0] * len(found)
+        for part in reader.parts:
+            source, shift, before = (
+                None if value is None else value[:: -(-len(value) // _SAMPLE)] for value in self._values(part, old)
+            )
+            assert source is not None and before is not None
+            columns = slice(reader.hidden * (part.member + 1) + 1, reader.hidden * (part.member + 2) + 1)
+            wanted_rows = gram.new_zeros(len(source), len(gram))
+            wanted_rows[:, columns] = source.double()
+            if shift is not None:
+                wanted_rows[:, reader.hidden] = shift.double()
+            size = max(float(((wanted_rows @ gram) * wanted_rows).sum()), 1e-300)
+            for number, (_, maps) in enumerate(found):
+                new = maps[part.bias is not None].applied(part.member, source, shift, before)
+                lacking = wanted_rows.clone()
+                lacking[:, : new.shape[1]] -= new.double()
+                errors[number] += float(((lacking @ gram) * lacking).sum()) / size
+        return [found[number] for number in sorted(range(len(found)), key=errors.__getitem__)]
+
+    def _values(self, part: Part, old: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of a part's rows: the reference's weight and bias, and what they are before the refit, a bias as one more
+        column."""
         before = _out_in(old[part.weight], part.transposed)[part.rows]
         source = _out_in(self.source.get_parameter(part.source), part.source_transposed)[part.source_rows]
         shift = None if part.source_bias is None else self.source.get_parameter(part.source_bias)[part.source_rows]
         if part.bias is not None:
             before = torch.cat([before, old[part.bias][part.rows][:, None]], dim=1)
+        return source, shift, before
+
+    def _put(self, part: Part, found: _Map, own: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> None:
+        """Give the rows of a part their new values."""
+        source, shift, before = self._values(part, old)
         new = found.applied(part.member, source, shift, before)
         hidden = source.shape[1]
         _out_in(own[part.weight], part.transposed)[part.rows] = new[:, :hidden].to(before.dtype)
@@ -123,14 +159,30 @@ class _Map:
         return new if shift is None else new + torch.outer(shift.to(kind), self.ones.to(kind))
 
 
-def check_memory(readers: Sequence[Reader], limit: int) -> None:
-    """Raises `OptionError` where the sums and maps of a reader take more than `limit` bytes."""
+_Maps = Mapping[bool, _Map]  # for layers without a bias, and with one
+
+
+def _maps(sums: GramSums, share: float, reader: Reader) -> _Maps | None:
+    """None where the sums are singular."""
+    found = {bias: _Map.of(sums, share, bias) for bias in {part.bias is not None for part in reader.parts}}
+    known = {bias: one for bias, one in found.items() if one is not None}
+    return known if sums.scale > 0 and len(known) == len(found) else None
+
+
+def check_memory(readers: Sequence[Reader], penalties: int, limit: int) -> None:
+    """Raises `OptionError` where the sums of a reader, and its maps for so many penalties, take more than `limit`
+    bytes."""
     for reader in readers:
-        needed = 8 * (5 + 3 * len(reader.sources)) * (reader.hidden + 1) ** 2
+        width = len(reader.sources) + 1
+        needed = 8 * (reader.hidden + 1) ** 2 * width * (penalties + 2 + 2 * width)
         if needed > limit:
             raise OptionError(
                 f'memory_limit: {reader.name} take {needed:,} bytes, and the limit is {limit:,} (or sides="out")'
             )
+
+
+def _with_ones(rows: Tensor) -> Tensor:
+    return torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
 
 
 def _out_in(stored: Tensor, transposed: bool) -> Tensor:

@@ -187,7 +187,7 @@ class _Work:
     def _passes(self, step: Step) -> int:
         """Over how many batches a step goes."""
         fit, decide = len(self.texts.fit), len(self.texts.decide)
-        return fit + decide * (1 if isinstance(step, Projection) else 1 + len(self.how.penalties))
+        return fit + decide * (1 if isinstance(step, Projection) else 2 + (len(self.how.penalties) > 1))
 
     def _known(self, store: Store, steps: Sequence[Step]) -> list[Fitted]:
         """What an earlier call found, put into the model. Raises `OptionError` where it is broken or does not fit."""
@@ -229,7 +229,7 @@ class _Work:
             reference = self.reference.graph(self.texts.fit[0].inputs)
             known = find_readers(self.model, graph, recipe, linears_of(self.source, reference), chosen)
             readers = choose_readers(known, chosen, chosen[0].layer, self.how.later)
-            check_memory(readers, self.how.limit - 2 * self.how.room)
+            check_memory(readers, len(self.how.penalties), self.how.limit - 2 * self.how.room)
         steps: list[Step] = sorted([*readers, *chosen], key=lambda one: (one.place, isinstance(one, Projection)))
         for name, value in self._parameters(*steps).items():
             if type(value.detach()) is not Tensor or not value.is_floating_point():

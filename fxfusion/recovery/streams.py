@@ -42,13 +42,17 @@ class _Passing:
         self.model, self.room = model, room
         self.kept: list[Run | None] = [None] * len(batches)
 
-    def values(self, number: int, graph: TracedGraph, batch: TokenBatch, wanted: list[fx.Node], keep: fx.Node) -> Run:
-        run = graph.run(batch.inputs, keep=[*wanted, keep], base=self.kept[number])
-        self.kept[number] = run.keeping([keep]) if self._fits(run, keep) else None
+    def values(
+        self, number: int, graph: TracedGraph, batch: TokenBatch, wanted: list[fx.Node], keep: fx.Node, *more: fx.Node
+    ) -> Run:
+        """`keep`: the stream to go on from; `more`: what saves some of that way, kept too where there is room."""
+        run = graph.run(batch.inputs, keep=[*wanted, keep, *more], base=self.kept[number])
+        fitting = next((kept for kept in ([keep, *more], [keep]) if self._fits(run, kept)), None)
+        self.kept[number] = None if fitting is None else run.keeping(fitting)
         return run
 
-    def _fits(self, run: Run, keep: fx.Node) -> bool:
-        values = [run[keep], *(run.values[node] for node in run.shared)]
+    def _fits(self, run: Run, kept: Sequence[fx.Node]) -> bool:
+        values = [run.values[node] for node in (*kept, *run.shared)]
         size = sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
         return size * len(self.kept) <= self.room
 
@@ -66,9 +70,10 @@ class Streams:
         room: int,
         advance: Callable[[int], None] = lambda steps: None,
     ) -> None:
-        self.batches, self.advance = batches, advance
+        self.batches, self.room, self.advance = batches, room, advance
         self.traced = traced
-        self._own, self._reference = _Passing(self.traced, batches, room // 2), _Passing(reference, batches, room // 2)
+        self._own, self._reference = _Passing(self.traced, batches, room // 2), _Passing(reference, batches, room // 4)
+        self._aims: dict[int, tuple[Target, Tensor]] = {}
         self._sites: dict[int, list[Site]] = {}
         self._known: dict[int, dict[str, Linear]] = {}
 
@@ -112,10 +117,9 @@ class Streams:
             graph, other = self.graph(number), self._reference.model.graph(batch.inputs)
             site, aim = self._site(graph, reader), aim_of(reader, other)
             own = self._own.values(number, graph, batch, [site.after], site.before)
-            values = self._reference.values(number, other, batch, [*aim.plus, *aim.minus], aim.keep)
             seen = batch.seen.reshape(-1)
             kind = torch.promote_types(own[site.after].dtype, torch.float32)
-            target = _sum_of(aim, values, seen, kind)
+            target = self._target(number, batch, aim, seen, kind)
             now = _tokens(own[site.after], seen, kind)
             if reader.target is None:
                 now = now - _tokens(own[site.before], seen, kind)
@@ -132,11 +136,11 @@ class Streams:
     def _rows(self, number: int, batch: TokenBatch, projection: Projection) -> Rows:
         graph, other = self.graph(number), self._reference.model.graph(batch.inputs)
         site, aim = self._site(graph, projection), target_of(projection, other)
-        own = self._own.values(number, graph, batch, [site.linear.input, site.after], site.before)
-        values = self._reference.values(number, other, batch, [*aim.plus, *aim.minus], aim.keep)
+        # What the layer reads is kept too: once it is refitted only its own product has to be computed again.
+        own = self._own.values(number, graph, batch, [site.after], site.before, site.linear.input)
         kind = torch.promote_types(own[site.linear.input].dtype, torch.float32)
         seen = batch.seen.reshape(-1)
-        target = _sum_of(aim, values, seen, kind)
+        target = self._target(number, batch, aim, seen, kind)
         now = _tokens(own[site.after], seen, kind)
         scale = scale_of(site, graph, batch.inputs)
         inputs = _tokens(own[site.linear.input], seen, kind)
@@ -148,6 +152,19 @@ class Streams:
             scale=scale,
             size=float(target.square().sum(dtype=torch.float64)),
         )
+
+    def _target(self, number: int, batch: TokenBatch, aim: Target, seen: Tensor, kind: torch.dtype) -> Tensor:
+        """What the stream should be, kept until another one is asked for, where there is room."""
+        known = self._aims.get(number)
+        if known is not None and known[0] == aim:
+            return known[1]
+        graph = self._reference.model.graph(batch.inputs)
+        values = self._reference.values(number, graph, batch, [*aim.plus, *aim.minus], aim.keep)
+        target = _sum_of(aim, values, seen, kind)
+        self._aims.pop(number, None)
+        if target.numel() * target.element_size() * len(self.batches) <= self.room // 4:
+            self._aims[number] = aim, target
+        return target
 
     def _site(self, graph: TracedGraph, projection: Projection | Reader) -> Site:
         if id(graph) not in self._sites:

@@ -17,7 +17,7 @@ from fxfusion.errors import FxFusionError, OptionError
 
 _EVERY = 8  # one sequence in so many decides, where no text for validation is given
 _TOKENS_PER_CHANNEL = 4  # calibration tokens under which a layer of so many channels is likely to be overfitted
-_CHECKED = 16_384  # calibration tokens that the intact model is measured on at most, in batches from all of the text
+_CHECKED = 4_096  # calibration tokens that the intact model is measured on at most, in batches from all of the text
 _NOISE = 0.8  # times ln(vocabulary): text that the intact model predicts no better than this tells nothing
 
 
