@@ -43,11 +43,19 @@ class PlannedModel:
     def __call__(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         batch = {"input_ids": input_ids, **inputs}
         graph = self.traced.graph(batch)
+        with torch.no_grad():
+            return self._program(graph).run(graph, batch)
+
+    def program(self, graph: TracedGraph) -> tuple[fx.GraphModule, list[Tensor]]:
+        """The fused graph for inputs of one shape, and the packed weights that it takes after them."""
+        found = self._program(graph)
+        return found.module, found.packed
+
+    def _program(self, graph: TracedGraph) -> _Program:
         if id(graph) not in self._programs:
             shared = next(iter(self._programs.values()), None)
             self._programs[id(graph)] = _Program(graph, self.plan, shared)
-        with torch.no_grad():
-            return self._programs[id(graph)].run(graph, batch)
+        return self._programs[id(graph)]
 
     def report(self, input_ids: Tensor, **inputs: Any) -> GraphReport:
         """What was fused, for inputs like these."""

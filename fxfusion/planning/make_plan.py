@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from fxfusion.analysis.batches import Batch
+from fxfusion.analysis.batches import Batch, text_key
 from fxfusion.analysis.meter import PlanMeter
 from fxfusion.analysis.quality import Quality
 from fxfusion.analysis.scores import AttentionScores, Method
-from fxfusion.analysis.store import inside
+from fxfusion.analysis.store import Store, inside, model_key
+from fxfusion.analysis.window_meter import WindowMeter
 from fxfusion.cost import Hardware
 from fxfusion.cost.layer_table import cut_run
 from fxfusion.errors import PlanError
@@ -21,9 +23,10 @@ from fxfusion.plan.fusion_plan import FusionPlan, LayerScore, MadeBy, MeasuredQu
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.chains import ChainSearch
 from fxfusion.planning.choice import Search
+from fxfusion.planning.halving import Halving
 from fxfusion.planning.price import Price, depth_price, predicted_latency
 from fxfusion.planning.request import Request
-from fxfusion.planning.scores import RefitMeter, Screen, divided, screened
+from fxfusion.planning.scores import RefitMeter, Screen, divided, in_fours, screened
 from fxfusion.planning.windows import WindowSearch
 
 _MAX_WINDOW = 6
@@ -146,9 +149,16 @@ def _over_roads(model: nn.Module, batches: Sequence[Batch], asked: Request, cach
         max_window=asked.max_window or _MAX_WINDOW,
         progress=progress,
         in_modules=bool(asked.after_refit),
+        halving=_halving(meter, less, inside(folder, "windows.json")),
     )
     refitted = RefitMeter(judge, fitted, folder) if asked.after_refit else None
     return WindowSearch(judge=judge, price=_price(meter, asked), progress=progress, screen=screen, refitted=refitted)
+
+
+def _halving(meter: PlanMeter, batches: Sequence[Batch], path: Path | None) -> Halving:
+    parts = in_fours(batches)
+    store = Store(path, "measured windows", lambda: {"model": model_key(meter.traced), "text": text_key(parts)})
+    return Halving(WindowMeter(meter.traced, parts), store)
 
 
 def _price(meter: PlanMeter, asked: Request) -> Price:

@@ -5,6 +5,8 @@ Windows are measured from short to long, and hopeless ones are left out:
     size 1: what a road offers for a single layer; size 2: all; size 3: those whose two windows of size 2 cost no more
     than a ceiling; ...
 
+Of many windows only the hopeful ones are measured closely (`halving.py`).
+
 Source: arXiv 2503.18908, appendix B (windows of layers, picked greedily).
 """
 
@@ -24,6 +26,7 @@ from fxfusion.errors import NotFusedError, OptionError, PlanError, SurgeryError
 from fxfusion.plan.fusion_plan import FusionPlan, Member
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Limits
+from fxfusion.planning.halving import FEWEST, Halving, steps
 from fxfusion.planning.roads import ROADS, plan_of, window
 from fxfusion.planning.roads.road import Segment
 from fxfusion.recovery.refit import refit
@@ -42,7 +45,8 @@ class Screen:
     """`costs`: increase of the loss [nats per token] of each segment alone; `refused`: why others cannot be had.
 
     `roads`: names, in order. `max_window`: layers of a window at most. `in_modules`: leave out windows that the model's
-    modules cannot hold, as plans that are refitted need.
+    modules cannot hold, as plans that are refitted need. `halving`: ranks many windows at a part of the price; without
+    it `meter` measures each.
     """
 
     meter: PlanMeter
@@ -52,6 +56,7 @@ class Screen:
     max_window: int = 6
     progress: bool = False
     in_modules: bool = False
+    halving: Halving | None = None
     costs: dict[Segment, float] = field(default_factory=dict)
     refused: dict[Segment, str] = field(default_factory=dict)
     layers: int = field(init=False)
@@ -104,20 +109,38 @@ class Screen:
         return self.limits.allow(one.size, sum(widths), sum(sizes))
 
     def _measure(self, what: str, segments: Sequence[Segment]) -> None:
-        with reporting(self.progress and bool(segments), f"windows: {what}", len(segments)) as advance:
-            for segment in segments:
-                if segment not in self.costs and segment not in self.refused:
-                    self._measure_one(segment)
+        unknown = [one for one in segments if one not in self.costs and one not in self.refused]
+        halving = self.halving if len(unknown) > FEWEST else None
+        count = len(unknown) if halving is None else steps(len(unknown))
+        with reporting(self.progress and bool(unknown), f"windows: {what}", count) as advance:
+            if halving is not None:
+                self._halve(halving, unknown, advance)
+            for segment in unknown if halving is None else ():
+                self._measure_one(segment)
                 advance(1)
 
+    def _halve(self, halving: Halving, segments: Sequence[Segment], advance: Callable[[int], None]) -> None:
+        plans = {}
+        for segment in segments:
+            try:
+                plans[segment] = self._plan(segment)
+            except SurgeryError as error:
+                self.refused[segment] = str(error)
+        self.costs |= halving.costs(plans, advance)
+        self.refused |= halving.refused
+
     def _measure_one(self, segment: Segment) -> None:
-        plan = plan_of([segment], self.mixers, self.norm)
         try:
-            if self.in_modules and segment.size > 1:
-                ROADS[segment.road].check(self.meter.model, self.meter.graph, plan)
-            self.costs[segment] = increase(self.meter, plan)
+            self.costs[segment] = increase(self.meter, self._plan(segment))
         except (NotFusedError, SurgeryError) as error:
             self.refused[segment] = str(error)
+
+    def _plan(self, segment: Segment) -> FusionPlan:
+        """Raises `SurgeryError` where modules cannot hold it, and must."""
+        plan = plan_of([segment], self.mixers, self.norm)
+        if self.in_modules and segment.size > 1:
+            ROADS[segment.road].check(self.meter.model, self.meter.graph, plan)
+        return plan
 
 
 def increase(meter: PlanMeter, plan: FusionPlan) -> float:
@@ -141,6 +164,24 @@ def divided(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 def screened(batches: Sequence[Batch]) -> list[Batch]:
     """The batches that windows are screened on."""
     return first(batches, _SCREENED)
+
+
+def in_fours(batches: Sequence[Batch]) -> list[Batch]:
+    """The same text in smaller batches of one number of rows, a quarter of the tokens of the screen in each at most.
+
+    Batches with anything but tensors of rows in them stay whole."""
+    found: list[Batch] = []
+    for batch in batches:
+        parts = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        rows, length = parts["input_ids"].shape
+        size = max(1, min(rows, _SCREENED // 4 // length))
+        if all(isinstance(value, Tensor) and value.shape[:1] == (rows,) for value in parts.values()):
+            for start in range(0, rows, size):
+                own = {name: value[start : start + size] for name, value in parts.items()}
+                found.append(own if isinstance(batch, Mapping) else own["input_ids"])
+        else:
+            found.append(batch)
+    return found
 
 
 def first(batches: Sequence[Batch], tokens: int) -> list[Batch]:

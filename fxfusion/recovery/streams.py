@@ -179,7 +179,8 @@ def _sum_of(aim: Target, values: Run, seen: Tensor, kind: torch.dtype) -> Tensor
 
 def _check_finite(name: str, batch: TokenBatch, values: Mapping[str, Sequence[Tensor]]) -> None:
     for what, found in values.items():
-        if not all(bool(value.isfinite().all()) for value in found):
+        # A sum is finite only if all values are, and cheaper; one that is not can be too large.
+        if not all(bool(value.sum().isfinite()) or bool(value.isfinite().all()) for value in found):
             raise FxFusionError(f"{name}: {what} is not finite in batch {batch.number}: nothing to fit")
 
 
