@@ -53,9 +53,11 @@ class InputFitter:
         sums = GramSums(reader.hidden + 1, reader.hidden * len(reader.sources), device, bias=True)
         for now, wanted in self.calibration.entries(reader):
             sums.add(_with_ones(now), torch.cat(wanted, dim=1))
+        # Before the block's end is computed: the streams would have gone on from here.
+        gram = self._held_out(reader) if len(self.penalties) > 1 else None
         before = self._error(reader)
         found = [(share, maps) for share in self.penalties if (maps := _maps(sums, share, reader)) is not None]
-        for share, maps in self._likeliest(reader, found, old)[:_TRIED]:
+        for share, maps in self._likeliest(reader, found, old, gram)[:_TRIED]:
             for part in reader.parts:
                 self._put(part, maps[part.bias is not None], own, old)
             after = self._error(reader)
@@ -66,18 +68,24 @@ class InputFitter:
         why = "no penalty was better on the text for validation" if found else "its sums are singular"
         return Fitted(penalty=None, before=before, after=before, applied=False, parts=1, why=why)
 
+    def _held_out(self, reader: Reader) -> Tensor:
+        """Sums over the text for validation: of products of all channels that are read now, a constant one and all that
+        each member should read."""
+        rows = (torch.cat([_with_ones(now), *wanted], dim=1) for now, wanted in self.validation.entries(reader))
+        first, *others = ((own.t() @ own).double() for own in rows)
+        return sum(others, first)
+
     def _likeliest(
-        self, reader: Reader, found: Sequence[tuple[float, _Maps]], old: Mapping[str, Tensor]
+        self,
+        reader: Reader,
+        found: Sequence[tuple[float, _Maps]],
+        old: Mapping[str, Tensor],
+        gram: Tensor | None,
     ) -> Sequence[tuple[float, _Maps]]:
         """The penalties in the order of how near their layers come to the reference's on the text for validation, by
         sums alone: of each part's results a sample of channels, as a part of their size."""
-        if len(found) < 2:
+        if gram is None:
             return found
-        gram: Tensor | float = 0.0
-        for now, wanted in self.validation.entries(reader):
-            rows = torch.cat([_with_ones(now), *wanted], dim=1)
-            gram = gram + (rows.t() @ rows).double()
-        assert isinstance(gram, Tensor)
         errors = [0.0] * len(found)
         for part in reader.parts:
             source, shift, before = (
