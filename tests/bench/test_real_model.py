@@ -12,6 +12,7 @@ import pytest
 
 from bench import real_model
 from bench.record import Record
+from fxfusion.planning.roads import window
 
 
 def test_each_topic_is_in_one_part() -> None:
@@ -51,3 +52,22 @@ def test_the_page_is_what_the_record_makes_of_it(tmp_path: Path) -> None:
     assert page == (real_model.show.DOCS / "real_model.md").read_text("utf-8"), "python -m bench.real_model --known"
     rows = [{**row, "loss_increase": {**row["loss_increase"], "value": 9.0}} for row in record.results["rows"]]
     assert real_model.write_page({**record.results, "rows": rows}, folder=tmp_path).read_text("utf-8") != page
+
+
+def test_the_windows_are_those_that_the_planner_screens() -> None:
+    layers = range(real_model.LAYERS)
+    hoisted = (window(["hoist"], "hoist", layer, layer + 1, layers) for layer in layers[:-1])
+    assert real_model.WINDOWS["attention dropped"] == [window(["drop"], "drop", one, one, layers) for one in layers]
+    assert real_model.WINDOWS["pairs hoisted"] == list(hoisted)
+
+
+def test_stages_are_ranked_by_the_loss_on_other_text() -> None:
+    seconds = {"off": 1.0, "roughly": 2.0, "closely": 3.0}
+    cells = [
+        {"off": -number, "roughly": number, "closely": number % 3, "other text": number, "seconds": seconds}
+        for number in range(8)
+    ]
+    found = real_model.ranked(cells)
+    assert [round(stage["correlation"], 6) for stage in found["stages"][:2]] == [-1.0, 1.0]
+    assert [stage["seconds"] for stage in found["stages"]] == [1.0, 2.0, 3.0]
+    assert found["chosen"] == 5, "of 7, 6, 5 and 4, of these 4 and 5, of these 5 % 3 == 2 and 4 % 3 == 1"
