@@ -46,7 +46,8 @@ PAIRS = ((4, 5), (6, 7), (12, 13), (14, 15), (18, 19), (21, 22), (25, 26))
 LENGTH, ROWS = 256, 8  # of a batch
 TOKENS = (16_384, 49_152)  # that are fitted to
 DECIDING, HELD_OUT = 2_048, 16_384
-LAYERS, PLANNED = 30, 4_096  # of the model; tokens that plans are chosen by
+LAYERS, DEPTHS = 30, (27, 23, 18)  # of the model; FFNs in a row of the planner's own plans
+PLANNED = 4_096  # tokens that these are chosen by
 SCREENED, COMPARED = 2_048, 4_096  # tokens of the planner's screen, and of other text
 SIDES = ("out", "both")
 PARTS = {"deciding": (0, 15), "fitted to": (15, 75), "held out": (75, 100)}  # of a hundred parts of the topics
@@ -103,23 +104,25 @@ class Study:
 
         return self.cells.get("raw", make)
 
-    def chosen(self) -> Cell:
-        """The planner's own plan of as many FFNs, by the loss of plans as they are."""
+    def chosen(self, depth: int) -> Cell:
+        """The planner's own plan of so many FFNs, by the loss of plans as they are; and what that costs."""
 
         def make() -> dict[str, Any]:
             started, used = time.perf_counter(), time.process_time()
-            found = make_plan(
-                self.model, self.batches("fitted to", PLANNED), roads=("hoist",), target_depth=LAYERS - len(PAIRS)
-            )
+            text = self.batches("fitted to", PLANNED)
+            found = make_plan(self.model, text, roads=("hoist",), target_depth=depth, cache=FOLDER / "plans")
             seconds, processor = time.perf_counter() - started, time.process_time() - used
             groups = [group.to_data() for group in found.groups]
-            return {"groups": groups, "seconds": seconds, "processor_seconds": processor}
+            own = self.measured(fuse(from_pretrained(self.gguf), found, check=False))
+            return {"groups": groups, "seconds": seconds, "processor_seconds": processor, **own}
 
-        return self.cells.get("chosen", make)
+        return self.cells.get(f"chosen {depth}", make)
 
-    def chosen_refitted(self, tokens: int, sides: str) -> Cell:
-        chosen = self.chosen()
-        return None if chosen is None else self.refitted(tokens, sides, FusionPlan(groups=chosen["groups"]), "chosen ")
+    def chosen_refitted(self, depth: int) -> Cell:
+        chosen = self.chosen(depth)
+        if chosen is None:
+            return None
+        return self.refitted(TOKENS[0], "both", FusionPlan(groups=chosen["groups"]), f"chosen {depth} ")
 
     def refitted(self, tokens: int, sides: str, plan: FusionPlan | None = None, name: str = "") -> Cell:
         plan = plan or self.plan
@@ -244,6 +247,13 @@ def correlation(pair: Sequence[Sequence[int]]) -> float:
     return float(torch.corrcoef(torch.tensor(pair, dtype=torch.float64))[0, 1])
 
 
+def chosen_row(study: Study, depth: int) -> dict[str, Any] | None:
+    chosen, refitted = study.chosen(depth), study.chosen_refitted(depth)
+    if chosen is None or refitted is None:
+        return None
+    return {"depth": depth, "chosen": chosen, "refitted": refitted}
+
+
 def findings(study: Study) -> dict[str, Any]:
     """What is on the page."""
     asked = [("", 0), *((sides, tokens) for tokens in TOKENS for sides in SIDES)]
@@ -259,8 +269,7 @@ def findings(study: Study) -> dict[str, Any]:
         "held_out": HELD_OUT,
         "deciding": DECIDING,
         "rows": rows,
-        "chosen": study.chosen(),
-        "chosen_rows": [row for tokens in TOKENS[:1] if (row := study.chosen_refitted(tokens, "both")) is not None],
+        "chosen": [row for depth in DEPTHS if (row := chosen_row(study, depth)) is not None],
         "screen": screened(study),
     }
 
@@ -286,6 +295,15 @@ def write_page(results: Mapping[str, Any], missing: Sequence[str] = (), folder: 
     return path
 
 
+CHOSEN: show.Columns = {
+    "FFNs": lambda row: row["depth"],
+    "layers hoisted": lambda row: ", ".join(show_group(group) for group in row["chosen"]["groups"]),
+    "as it is": lambda row: show.fine_cell(row["chosen"]["loss_increase"]),
+    "refitted": lambda row: show.fine_cell(row["refitted"]["loss_increase"]),
+    "KL": lambda row: show.fine_cell(row["refitted"]["kl"]),
+    "top-1 agrees": lambda row: f"{row['refitted']['top1']['value']:.1%}",
+    "processor seconds to choose": lambda row: f"{row['chosen']['processor_seconds']:.0f}",
+}
 SCREEN: show.Columns = {
     "windows": lambda row: f"{row['count']} {row['windows']}",
     "stage": lambda row: STAGES[row["stage"]],
@@ -297,6 +315,11 @@ STAGES = {
     "roughly": "loss, 512 tokens",
     "closely": "loss, 2,048 tokens",
 }
+
+
+def show_group(group: Any) -> str:
+    members = group["members"] if isinstance(group, dict) else group
+    return f"{members[0]}-{members[-1]}"
 
 
 def stages(screen: Sequence[Row]) -> list[Row]:

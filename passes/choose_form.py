@@ -53,17 +53,16 @@ def choose_forms(
 ) -> tuple[tuple[Group, ...], tuple[Refusal, ...]]:
     """Every group with its form; with `profitable_only`, those that inference would compute by "members" are refused
     instead (with gradients as without, so that both compute the same function)."""
-    chosen = [_with_form(group, target) for group in groups if not _is_left_alone(group, target, profitable_only)]
-    left = [group for group in groups if _is_left_alone(group, target, profitable_only)]
-    refusals = [
-        refusal_of(
-            ffn,
-            RefusalCode.NOT_PROFITABLE,
-            f"one wide FFN would not be faster ({_inference_rule(group, target)[1]}); profitable_only is True",
-        )
-        for group in left
-        for ffn in group.members
-    ]
+    chosen: list[Group] = []
+    refusals: list[Refusal] = []
+    for group in groups:
+        form, why = _rule(group, replace(target, training=False))
+        if profitable_only and form == "members" and group.window is None:  # the mixers of a window have moved by now
+            words = f"one wide FFN would not be faster ({why}); profitable_only is True"
+            refusals += [refusal_of(ffn, RefusalCode.NOT_PROFITABLE, words) for ffn in group.members]
+            continue
+        form, why = _rule(group, target)
+        chosen.append(replace(group, form=form, why=why))
     return tuple(chosen), tuple(refusals)
 
 
@@ -94,20 +93,6 @@ def member_bytes(ffn: FfnNode, with_down: bool = True) -> int:
     """Memory of an FFN's weights (biases are small change)."""
     values = map(ops.tensor_value, ffn.weights if with_down else ffn.weights[:-1])
     return sum(size_hint(value.numel()) * value.element_size() for value in values if value is not None)
-
-
-def _is_left_alone(group: Group, target: Target, profitable_only: bool) -> bool:
-    """The mixers of a window have moved by now, so its group stays."""
-    return profitable_only and group.window is None and _inference_rule(group, target)[0] == "members"
-
-
-def _inference_rule(group: Group, target: Target) -> tuple[Form, str]:
-    return _rule(group, replace(target, training=False))
-
-
-def _with_form(group: Group, target: Target) -> Group:
-    form, why = _rule(group, target)
-    return replace(group, form=form, why=why)
 
 
 def _rule(group: Group, target: Target) -> tuple[Form, str]:

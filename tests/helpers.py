@@ -130,7 +130,7 @@ def capture(model: Callable[..., Any], *inputs: Any, how: How = "dynamo", **kwar
 
 def facts_of(captured: CapturedGraph) -> GraphFacts:
     graph = captured.module.graph
-    return GraphFacts(graph, (node for node in graph.nodes if node.name in captured.weights))
+    return GraphFacts(graph, captured.weights)
 
 
 def run_graph(captured: CapturedGraph) -> Any:

@@ -60,7 +60,7 @@ def find_sites(traced: TracedGraph, layers: Iterable[int]) -> dict[int, Attentio
     # The addition that brings the result in goes too; some attention modules hold it.
     dead = before - traced.needed([traced.logits], blocks.values()) | {block.after for block in blocks.values()}
     graph = traced.captured.module.graph
-    facts = GraphFacts(graph, (node for node in graph.nodes if node.name in traced.captured.weights))
+    facts = GraphFacts(graph, traced.captured.weights)
     inside = {f"{prefix}.{layer}": layer for layer in wanted}
     owned: dict[int, dict[str, list[fx.Node]]] = {layer: {} for layer in wanted}
     for node in graph.nodes:

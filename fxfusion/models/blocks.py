@@ -92,8 +92,7 @@ def find_blocks(captured: CapturedGraph, tokens: int) -> Blocks:
 
     Raises `CaptureError` where no block is found, or one belongs to no numbered layer.
     """
-    graph = captured.module.graph
-    facts = GraphFacts(graph, (node for node in graph.nodes if node.name in captured.weights))
+    facts = GraphFacts(captured.module.graph, captured.weights)
     spine = follow_stream(facts, tokens)
     numbers = _numbers(spine)
     matches = match_residual(facts, {})

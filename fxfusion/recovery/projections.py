@@ -83,7 +83,7 @@ class Projection:
 def sites(graph: TracedGraph) -> list[Site]:
     """All such layers of a graph, in its order: equal for graphs of the same model on other shapes."""
     captured = graph.captured
-    facts = GraphFacts(captured.module.graph, (n for n in captured.module.graph.nodes if n.name in captured.weights))
+    facts = GraphFacts(captured.module.graph, captured.weights)
     blocks = {block.after: block for block in (*graph.blocks.mixers, *graph.blocks.ffns)}
     found = []
     for ffn in match_residual(facts, {}).ffns:
@@ -204,7 +204,7 @@ def own_names(model: nn.Module, graph: TracedGraph) -> Callable[[fx.Node | None]
 
 def linears_of(model: nn.Module, graph: TracedGraph) -> dict[str, Linear]:
     """The linear layers of a graph, by the name of their weight; those left out whose weight is read twice."""
-    facts = GraphFacts(graph.captured.module.graph, list(graph.captured.weights))
+    facts = GraphFacts(graph.captured.module.graph, graph.captured.weights)
     name_of = own_names(model, graph)
     found: dict[str, list[Linear]] = {}
     for node in graph.captured.module.graph.nodes:

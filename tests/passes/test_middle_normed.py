@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from fxfusion.errors import RefusalCode
 from fxfusion.graph import ops
-from fxfusion.passes.middle_normed import NormedMiddle
-from fxfusion.passes.middle_pointwise import PointwiseMiddle
 from tests.helpers import (
     Block,
     Rms,
@@ -23,7 +21,6 @@ from tests.helpers import (
     customs,
     error_of,
     fuse,
-    match,
     parallel_form,
     randomise,
     refusal_with,
@@ -93,14 +90,6 @@ def _as_it_is(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("order", [1, -1])
 def test_members_on_flat_tokens_join_others(order: int) -> None:
     assert_fuses(customs(*[_on_flat_tokens, _as_it_is, _as_it_is][::order]), tokens(), how="symbolic")
-
-
-def test_the_matcher_says_so() -> None:
-    with_norm, without = (
-        match(customs(lambda m, x, f=f: F.linear(f(F.linear(x, m.w1)), m.w2)), tokens(), how="symbolic").ffns[0]
-        for f in (lambda h: F.layer_norm(h, (12,)), torch.tanh)
-    )
-    assert isinstance(with_norm.middle_kind, NormedMiddle) and isinstance(without.middle_kind, PointwiseMiddle)
 
 
 def test_inner_and_output_norms_together() -> None:

@@ -8,7 +8,7 @@ computed; there the changed model is captured anew, and its FFNs must be as many
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from fxfusion.passes.match_mixer import match_mixer
 from fxfusion.passes.match_residual import match_residual
 from fxfusion.passes.parallelise import Parallelise
 from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.policy import FusionPolicy
 
 _TIMES = 2.0  # what the parallel form itself is off, and as much again
 _FLOOR = 2  # times the dtype's epsilon, where the parallel form happens to be off by less
@@ -130,7 +131,7 @@ def check_heads(model: nn.Module, recipe: FuseRecipe, groups: Sequence[GroupReci
     gone = {layer for group in groups for layer in group.removed}
     kept = [layer for layer in range(recipe.count) if layer not in gone]
     traced = TracedModel(model).graph(ids)
-    facts = GraphFacts(traced.captured.module.graph, _weights(traced))
+    facts = GraphFacts(traced.captured.module.graph, traced.captured.weights)
     mixers = {mixer.add: mixer for mixer in match_residual(facts, {}).mixers}
     for attention in (part for group in groups for part in recipe.parts_of(group)[1:]):
         (block,) = traced.blocks.mixers_of([kept.index(attention.home.layer)])
@@ -153,13 +154,7 @@ def check_heads(model: nn.Module, recipe: FuseRecipe, groups: Sequence[GroupReci
             )
 
 
-def _weights(traced: TracedGraph) -> Iterable[fx.Node]:
-    return (node for node in traced.captured.module.graph.nodes if node.name in traced.captured.weights)
-
-
 def _widths(traced: TracedGraph) -> dict[int, list[int]]:
-    from fxfusion.plan.policy import FusionPolicy
-
     found: dict[int, list[int]] = {}
     layer_of = {block.after: block.layer for block in traced.blocks.ffns}
     for ffn in analyse(traced.captured, FusionPolicy()).matches.ffns:

@@ -44,11 +44,10 @@ class LayoutReader:
 
     @classmethod
     def of(cls, model: nn.Module, traced: TracedGraph) -> LayoutReader:
-        graph, weights = traced.captured.module.graph, traced.captured.weights
         names: dict[int, list[str]] = {}
         for name, value in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
             names.setdefault(id(value), []).append(name)
-        return cls(model, traced, GraphFacts(graph, (node for node in graph.nodes if node.name in weights)), names)
+        return cls(model, traced, GraphFacts(traced.captured.module.graph, traced.captured.weights), names)
 
     def recipe(self, group: Group, layers: Sequence[int]) -> GroupRecipe:
         """How the group's parameters become wide ones. `layers`: the decoder layer of each member."""

@@ -204,9 +204,7 @@ def spine_of(*layers: Callable[[Layer, Tensor], Tensor], scale: float = 1.0) -> 
     ids = token_ids()
     with torch.no_grad():
         (captured,), _ = capture_model(causal(*layers, scale=scale), (ids,), {})
-    graph = captured.module.graph
-    weights = (node for node in graph.nodes if node.name in captured.weights)
-    return follow_stream(GraphFacts(graph, weights), ids.numel())
+    return follow_stream(GraphFacts(captured.module.graph, captured.weights), ids.numel())
 
 
 def post_norm(layer: Layer, x: Tensor) -> Tensor:
