@@ -29,6 +29,7 @@ from fxfusion.analysis.store import Store, check_batches, inside, model_key
 from fxfusion.errors import OptionError
 from fxfusion.models.blocks import ResidualBlock
 from fxfusion.models.traced import TracedGraph, TracedModel
+from fxfusion.report.plain import table
 from fxfusion.report.progress import reporting
 
 Unit = Literal["ffn", "block"]
@@ -82,6 +83,14 @@ class DependencyMatrix:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {**self._facts(), **{name: value.tolist() for name, value in self._tensors().items()}}
+
+    def __str__(self) -> str:
+        rows = [
+            (layer, *("" if column <= row else f"{float(value):.3f}" for column, value in enumerate(values)))
+            for row, (layer, values) in enumerate(zip(self.layers, self.values.tolist(), strict=True))
+        ]
+        note = f"cosine distance of what a layer's {self.unit} computes without that of an earlier one (row); "
+        return table(["without", *map(str, self.layers)], rows, f"{note}{self.tokens:,} tokens")
 
     def _tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("values", *_BY_BLOCK)}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxfusion.analysis.batches import Model, logits_of, measuring, model_device, run_model
 from fxfusion.analysis.intervals import FRACTION, Estimate, mean_estimate, ratio_estimates
+from fxfusion.report.plain import lines
 from fxfusion.report.progress import each
 
 Prompt = str | Tensor | Sequence[int] | Mapping[str, Any]
@@ -65,6 +66,11 @@ class GreedyAgreement:
             for sample in self.samples
         ]
         return {**estimates, "prompts": self.prompts, "max_new_tokens": self.max_new_tokens, "samples": samples}
+
+    def __str__(self) -> str:
+        rows = [("tokens before the first difference", self.length), ("share of the reference's", self.share)]
+        rows += [("whole texts that are equal", self.equal)]
+        return lines(rows, f"greedily, {self.max_new_tokens} tokens at most after each of {self.prompts} prompts")
 
 
 def greedy_agreement(

@@ -23,6 +23,7 @@ from torch import nn
 from fxfusion.analysis.batches import measuring, model_device
 from fxfusion.analysis.intervals import Estimate
 from fxfusion.errors import FxFusionError, OptionError
+from fxfusion.report.plain import lines
 
 _NORMAL_95 = 1.959964
 
@@ -43,6 +44,9 @@ class TaskScore:
         """Plain numbers, for JSON."""
         metrics = {name: estimate.to_dict() for name, estimate in self.metrics.items()}
         return {"metrics": metrics, "samples": self.samples, "version": self.version}
+
+    def __str__(self) -> str:
+        return lines(self.metrics.items(), "" if self.samples is None else f"on {self.samples:,} examples")
 
 
 def lm_eval_results(

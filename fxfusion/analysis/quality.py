@@ -30,6 +30,7 @@ from fxfusion.analysis.batches import (
 )
 from fxfusion.analysis.intervals import FRACTION, POSITIVE, UNBOUNDED, Bounds, Estimate, ratio_estimates
 from fxfusion.analysis.measures import LOSS_ONLY, WITH_REFERENCE, token_measures
+from fxfusion.report.plain import lines
 from fxfusion.report.progress import each
 
 __all__ = ["Batch", "Estimate", "Quality", "evaluate", "record_logits"]
@@ -71,6 +72,17 @@ class Quality:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for JSON. What needs a reference is None without one."""
         return {name: value.to_dict() if isinstance(value, Estimate) else value for name, value in vars(self).items()}
+
+    def __str__(self) -> str:
+        rows: list[tuple[str, Estimate | None]] = [
+            ("loss [nats per token]", self.loss),
+            ("perplexity", self.perplexity),
+            ("loss increase", self.loss_increase),
+            ("KL [nats per token]", self.kl),
+            ("top 1 agrees", self.top1),
+            ("top 5 agrees", self.top5),
+        ]
+        return lines(rows, f"on {self.tokens:,} tokens in {self.sequences:,} sequences; in brackets: 95 % intervals")
 
 
 def evaluate(

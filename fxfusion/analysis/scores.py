@@ -26,6 +26,7 @@ from fxfusion.analysis.intervals import POSITIVE, UNBOUNDED, Bounds, Estimate, r
 from fxfusion.analysis.score_runs import ScoreRuns
 from fxfusion.errors import OptionError
 from fxfusion.models.traced import TracedModel
+from fxfusion.report.plain import table
 
 Method = Literal["cosine", "loss", "kl"]
 
@@ -43,6 +44,9 @@ class LayerScore:
 
     def __float__(self) -> float:
         return self.value.value
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}: {self.value}"
 
     def to_dict(self) -> dict[str, Any]:
         return {"layer": self.layer, "name": self.name, **self.value.to_dict(), "error": self.error}
@@ -63,6 +67,9 @@ class GreedyStep:
 
     def to_dict(self) -> dict[str, Any]:
         return {"layer": self.layer, "score": self.score.to_dict(), "cost": self.cost.to_dict(), "error": self.error}
+
+    def __str__(self) -> str:
+        return f"layer {self.layer} dropped: {self.cost} in all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +107,18 @@ class AttentionScores:
     def curve(self) -> tuple[Estimate, ...]:
         """What the drops cost together, after each step."""
         return tuple(step.cost for step in self.steps)
+
+    def __str__(self) -> str:
+        turns = {layer: number for number, layer in enumerate(self.order, 1)}
+        places = {layer: number for number, layer in enumerate(self.ranking, 1)}
+        more = ["greedy turn"] if self.steps else []
+        rows = [
+            (one.layer, one.value, places[one.layer], *([turns.get(one.layer, "")] if self.steps else []))
+            for one in self.scores
+        ]
+        return table(
+            ["layer", self.method, "rank", *more], rows, f"on {self.tokens:,} tokens; rank 1: cheapest to drop"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -69,14 +69,15 @@ def evaluate(
     """Measure what a plan costs: perplexity, KL, agreement, text; each with its 95 % interval and a control.
 
     The attention that the plan drops is dropped, the model is compiled with the plan's groups, and everything
-    is compared with the intact model on the same text. Without --plan the intact model is measured alone.
+    is compared with the intact model on the same text. Without --plan MODEL is measured as it is: intact, or fused,
+    refitted or recovered; --baseline names the model to compare that with.
     """
     chosen = _read_plan(run, plan)
     if baseline is not None:
         check_model(baseline)
-    if parts.speed and not chosen.groups:
-        raise OptionError("--speed: there is nothing fused to time; give a --plan with groups")
-    run.check(MODEL, QUALITY, COMPILED, reads=list(filter(None, (plan, baseline))))
+    if parts.speed and not chosen.groups and baseline is None:
+        raise OptionError("--speed: there is nothing fused to time; give a --plan with groups, or a --baseline")
+    run.check(MODEL, QUALITY, COMPILED, reads=list(filter(None, (plan, baseline))), intact=plan is not None)
     if run.dry_run:
         return run.plan_dry_run(_work(chosen, baseline, parts), [QUALITY])
     result = Evaluation(run=run, plan=chosen, compiler=compiler.value, baseline=baseline).measure(parts, plan)
@@ -212,10 +213,10 @@ class Evaluation:
 
     def variants(self) -> list[Variant]:
         """What to measure: the reference, which is its own control, and what the plan makes of the model."""
-        name = "intact model" if self.baseline is None else self.baseline.resolve().name
-        found = [Variant(name, fxfusion.FusionPlan(), lambda: self.reference)]
+        reference, own = self._names()
+        found = [Variant(reference, fxfusion.FusionPlan(), lambda: self.reference)]
         if self.baseline is not None:
-            found.append(Variant(self.run.name, fxfusion.FusionPlan(), lambda: self.run.model))
+            found.append(Variant(own, fxfusion.FusionPlan(), lambda: self.run.model))
         count, groups = len(self.plan.dropped_attention), self.plan.groups
         if count:
             dropped = fxfusion.FusionPlan(dropped_attention=self.plan.dropped_attention)
@@ -224,6 +225,18 @@ class Evaluation:
             fused = sum(map(len, groups))
             found.append(Variant(f"fused: {fused} FFNs in {len(groups)}", self.plan, lambda: self.fused))
         return found
+
+    def _names(self) -> tuple[str, str]:
+        """What the reference and the model are called, each by one name only."""
+        from fxfusion.cli.inputs import is_changed
+
+        own = self.run.model_dir.resolve()
+        if self.baseline is None:
+            return (own.name if is_changed(own) else "intact model"), own.name
+        other = self.baseline.resolve()
+        if other.name != own.name:
+            return other.name, own.name
+        return ("the baseline", own.name) if other == own else (str(other), str(own))
 
     # --- parts ----------------------------------------------------------------------------------------
 
@@ -275,7 +288,8 @@ class Evaluation:
         return found.to_dict()
 
     def speed(self) -> dict[str, Found]:
-        """How many times faster the fused model is than without fusing, and than the intact one, all compiled alike."""
+        """How many times faster the fused model is than without fusing, and than the intact one, all compiled alike;
+        without a plan, how many times faster the model is than the baseline."""
         sizes = [min(tokens, self.run.length) for tokens in _SPEED_TOKENS]
         names = {tokens: f"{tokens} token{'s' if tokens > 1 else ''} a call" for tokens in sizes}
         return {
@@ -287,30 +301,21 @@ class Evaluation:
         import torch
 
         from fxfusion.cli import timing
-        from fxfusion.cost import interleaved
 
-        run, call_of = self.run, timing.call_of
-        ids = run.batches[0][:1, :tokens].to(run.torch_device)
-        unfused = timing.waited(torch.compile(call_of(self.dropped), backend=self.compiler, dynamic=False), ids)
-        calls = {
-            "fused": timing.waited(timing.compiled(call_of(self.dropped), self.plan, self.compiler), ids),
-            "unfused": unfused,
-            "control": unfused,
-        }
-        if self.plan.dropped_attention:
-            intact = torch.compile(call_of(run.model), backend=self.compiler, dynamic=False)
-            calls["intact"] = timing.waited(intact, ids)
-        with run.screen.busy(f"compiling and timing calls with {tokens} tokens"), torch.no_grad():
-            samples = interleaved.sample(calls, _ROUNDS, run.seed)
-        ratios = {
-            name: interleaved.ratio(samples[name], samples["fused"]) for name in calls if name in ("unfused", "intact")
-        }
-        return {
-            "tokens": tokens,
-            "seconds": {name: interleaved.median(samples[name]) for name in calls},
-            "fused_against": {name: ratio.to_dict() for name, ratio in ratios.items()},
-            "control": interleaved.ratio(samples["unfused"], samples["control"]).to_dict(),
-        }
+        run, ids = self.run, self.run.batches[0][:1, :tokens].to(self.run.torch_device)
+
+        def compiled(model: nn.Module) -> Callable[[], None]:
+            call = torch.compile(timing.call_of(model), backend=self.compiler, dynamic=False)
+            return timing.waited(call, ids)
+
+        if self.plan.groups:
+            fused = timing.waited(timing.compiled(timing.call_of(self.dropped), self.plan, self.compiler), ids)
+            others = {"unfused": compiled(self.dropped)}
+            others |= {"intact": compiled(run.model)} if self.plan.dropped_attention else {}
+        else:
+            fused, others = compiled(run.model), {"baseline": compiled(self.reference)}
+        with run.screen.busy(f"compiling and timing calls with {tokens} tokens"):
+            return {"tokens": tokens, **timing.compared(fused, others, _ROUNDS, run.seed)}
 
     def tasks(self, names: Sequence[str], folder: Path | None, limit: int | None) -> dict[str, Found]:
         """Scores on tasks of lm-eval, of the reference and of what the plan makes."""

@@ -167,7 +167,9 @@ def outline(run: Conversion, plan: FusionPlan | None, format: Format, max_shard_
     run.tell_read(path)
     with run.screen.busy("looking at the layers"):
         fused_already = inputs.is_nemotron(path)  # such a folder holds the fused form itself
-        model: Any = outline_of(SafeFolder.of(path)) if fused_already else inputs.build_without_weights(path)
+        model: Any = (
+            outline_of(SafeFolder.of(path)) if fused_already else inputs.build_without_weights(path, changed=False)
+        )
         before = facts(model)
         chosen = plan or (None if fused_already else inputs.stored_plan(path))
         if chosen is not None:
@@ -231,6 +233,8 @@ def _card(results: Path | None, plan: FusionPlan) -> dict[str, Any] | None:
     latest = (ResultsFolder(results).read(QUALITY) or {}).get("latest")
     if not latest:
         raise OptionError(f"--results: {results} has no measured quality: run `fxfusion eval` with it first")
+    if latest.get("refitted") and plan.refit is None:
+        raise OptionError(f"--results: what was measured in {results} is the plan after a refit; run `fxfusion eval`")
     if latest["plan_contents"] != contents(plan):
         raise OptionError(
             f"--results: what was measured in {results} is another plan; run `fxfusion eval` with this one"

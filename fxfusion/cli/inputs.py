@@ -26,9 +26,9 @@ from transformers.utils import logging as transformers_logging
 from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.planned import analyse_without
 from fxfusion.analysis.texts import batches_from_text
+from fxfusion.checkpoints.api import from_pretrained
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, read_plan
 from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
-from fxfusion.checkpoints.gguf.load import load as load_gguf
 from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
@@ -37,6 +37,7 @@ from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.cli.options import Format, check_model
 from fxfusion.errors import CheckpointError, FxFusionError, OptionError
 from fxfusion.graph.provenance import layer_numbers
+from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.plain_save import ADVICE
 from fxfusion.models.traced import TracedGraph, TracedModel
 from fxfusion.plan.fusion_plan import FusionPlan
@@ -82,8 +83,11 @@ def causal_config(folder: Path) -> Any:
     return config
 
 
-def build_without_weights(folder: Path) -> PreTrainedModel:
-    """The model of a config on the meta device, in eval mode, without a key-value cache. Need not be causal."""
+def build_without_weights(folder: Path, *, changed: bool = True) -> PreTrainedModel:
+    """The model of a folder on the meta device, in eval mode, without a key-value cache. Need not be causal.
+
+    `changed`: with what the plan that lies in the folder drops and fuses, as `load_model` gives it.
+    """
     config = load_config(folder)
     config.use_cache = False
     if is_nemotron(folder):
@@ -97,7 +101,8 @@ def build_without_weights(folder: Path) -> PreTrainedModel:
             f"{folder}: the model's input is {model.main_input_name}, not token ids; use fxfusion.explain from Python"
         )
     model.eval()
-    return model
+    plan = changes_of(folder) if changed else None
+    return model if plan is None else fuse(model, plan)
 
 
 def graph_without_weights(folder: Path, tokens: int) -> tuple[PreTrainedModel, TracedGraph]:
@@ -139,12 +144,23 @@ def stored_plan(path: Path) -> FusionPlan | None:
     return None if is_gguf(path) else read_plan(SafeFolder.of(path))
 
 
+def changes_of(folder: Path) -> FusionPlan | None:
+    """What is done to the model of a folder as it is loaded, by the plan in it; None where nothing is. A nemotron-nas
+    folder holds what it is. Raises `PlanError`."""
+    known = stored_plan(folder)
+    return known if known is not None and is_changed(folder) and not is_nemotron(folder) else None
+
+
+def is_changed(folder: Path) -> bool:
+    """Whether a folder holds a model that fxfusion made of another one, by the plan in it. Raises `PlanError`."""
+    known = stored_plan(folder)
+    return known is not None and bool(known.groups or known.dropped_attention or known.refit)
+
+
 def check_intact(folder: Path) -> None:
-    """Plain transformers would load a canonical folder of a changed model, too, but not as that model. A nemotron-nas
-    folder holds what it is.
-    """
-    known = None if is_nemotron(folder) else stored_plan(folder)
-    if known is not None and (known.groups or known.dropped_attention or known.refit):
+    """Raises `FxFusionError` where a folder's model was changed already: a plan names layers of the model as it was."""
+    known = changes_of(folder)
+    if known is not None:
         was = "refitted" if known.refit else "fused, or lost attention,"
         raise FxFusionError(f"{folder} was {was} already ({PLAN}): give the folder of the model as it was")
 
@@ -163,14 +179,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedModel:
-    """The trained model in eval mode. `dtype` auto: float32 on a CPU, elsewhere as it is stored.
+    """The trained model in eval mode, changed as the plan in its folder says. `dtype` auto: float32 on a CPU, elsewhere
+    as it is stored.
 
     Raises `FxFusionError` where weights are missing or do not fit, or where tokens see later ones.
     """
     config = causal_config(folder)
+    model: PreTrainedModel
     wanted: Any = dtype if dtype != "auto" else ("float32" if device.type == "cpu" else "auto")
-    if is_gguf(folder) or is_nemotron(folder):
-        model = _load_own(folder, device, wanted)
+    if is_gguf(folder) or is_nemotron(folder) or changes_of(folder) is not None:
+        model = from_pretrained(folder, dtype=wanted, device=device)
+        model.config.use_cache = False
     else:
         model = _load(folder, config, device, wanted)
     try:
@@ -180,16 +199,8 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     return model
 
 
-def _load_own(path: Path, device: torch.device, dtype: str) -> PreTrainedModel:
-    """What fxfusion reads itself: a nemotron-nas folder, or a GGUF file."""
-    known = None if dtype == "auto" else getattr(torch, dtype)
-    load = load_gguf if is_gguf(path) else nemotron.load
-    model: PreTrainedModel = load(path, device=device, dtype=known)
-    model.config.use_cache = False
-    return model
-
-
 def _load(folder: Path, config: Any, device: torch.device, dtype: str) -> PreTrainedModel:
+    """What has nothing of ours in it, by transformers: it reads what `from_pretrained` does not (quantised weights)."""
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

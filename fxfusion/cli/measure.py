@@ -180,7 +180,7 @@ def sweep(
         "max_window": max_window,
     }
     asked = Request.of({**arguments, "tp": tp, "precision": precision, "every_depth": True})
-    run.check(MODEL, SWEEP, SWEEP_TABLE, SWEEP_PLOT)
+    run.check(MODEL, SWEEP, SWEEP_TABLE, SWEEP_PLOT, intact=True)
     if run.dry_run:
         return run.plan_dry_run(_sweep_work(run, asked, method.value), [SWEEP, SWEEP_TABLE, SWEEP_PLOT, PLANS])
     found = _swept(run, {**arguments, "method": method.value}, tp, precision)

@@ -98,7 +98,7 @@ def plan(
     }
     asked = asked_for(arguments)
     target = output or run.folder.file(PLAN)
-    run.check(MODEL, PLAN, COMPILED, (target, "plan"))
+    run.check(MODEL, PLAN, COMPILED, (target, "plan"), intact=True)
     _say_drop(run, drop, arguments["drop"])
     if run.dry_run:
         return run.plan_dry_run(plan_work(run, asked, method.value), [target, COMPILED, PLANS])
@@ -184,14 +184,27 @@ class Chosen:
 
 def choose_plan(run: Session, asked: Request, batches: Sequence[Tensor], method: Any = "loss") -> Chosen:
     """Look for the plan, with progress; what is measured is kept."""
-    from fxfusion.planning.make_plan import planned, recorded, search_for
+    from fxfusion.planning.make_plan import planned
+
+    search = new_search(run, asked, batches, method)
+    return chosen_of(run, search, asked, planned(search, asked))
+
+
+def new_search(run: Session, asked: Request, batches: Sequence[Tensor], method: Any = "loss") -> Search:
+    """Nothing is measured yet."""
+    from fxfusion.planning.make_plan import search_for
 
     model, scored = run.model, "scores, dependency, and the quality of every plan tried"
     what = scored if asked.roads is None else "the loss of windows, of whole plans, after their refit"
     run.screen.note(f"(choosing: {what}; Ctrl-C keeps what is measured)")
-    search = search_for(model, batches, asked, method, run.folder.path, progress=True)
-    plan = recorded(search, planned(search, asked), _command_line(), run.seed)
-    return Chosen(plan, search, asked)
+    return search_for(model, batches, asked, method, run.folder.path, progress=True)
+
+
+def chosen_of(run: Session, search: Search, asked: Request, plan: FusionPlan) -> Chosen:
+    """A plan with the record of how it was made."""
+    from fxfusion.planning.make_plan import recorded
+
+    return Chosen(recorded(search, plan, _command_line(), run.seed), search, asked)
 
 
 def _make(run: Session, asked: Request, target: Path, method: str) -> dict[str, Any]:

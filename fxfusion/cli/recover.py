@@ -111,10 +111,9 @@ def refit(
     """
     chosen = fxfusion.FusionPlan.load(plan)
     limit = read(memory_limit, read_bytes, "--memory-limit")
-    run.check(output=output, reads=[plan, *(validation or ())])
+    run.check(output=output, reads=[plan, *(validation or ())], intact=True)
     from fxfusion.cli import inputs
 
-    inputs.check_intact(run.model_dir)
     inputs.check_format(run.model_dir, format)
     result = {
         "model": str(run.model_dir),
@@ -151,7 +150,7 @@ def _refit(
         validation=decides,
         memory_limit=limit,
         cache=run.folder.file(f"refit_{key}"),
-        progress=run.screen.notes.is_terminal,
+        progress=True,
     )
 
 
@@ -233,13 +232,13 @@ def recover(
     An eighth of the text decides which weights are kept; where none are better than at the start, nothing is written.
     Take much text (--sequences 2000), and refit first. A run that is stopped goes on in the same --results.
     """
-    check_model(reference)
-    run.check(output=output, reads=[reference])
+    check_model(run.model_dir)
+    intact = replace(run, model_dir=reference)
+    intact.check(output=output, reads=[run.model_dir], intact=True)
     from fxfusion.cli import inputs
 
     if inputs.is_nemotron(run.model_dir):
         inputs.check_format(run.model_dir, Format.nemotron_nas)
-    intact = replace(run, model_dir=reference)
     if run.dry_run:
         what = f"{steps} steps, forward and backward, of {run.model_dir}"
         return intact.plan_dry_run([Work(what)], [output, RECOVERY])

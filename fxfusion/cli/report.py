@@ -237,6 +237,7 @@ def _speed(latest: Found) -> tuple[SpeedRow, ...]:
     from fxfusion.report.results import SpeedRow
 
     names = {"unfused": "against the same model without fusing", "intact": "against the intact model"}
+    names["baseline"] = "against the baseline"
     return tuple(
         SpeedRow(name=f"{name}, {names[other]}", ratio=_interval(ratio), control=_interval(found["control"]))
         for name, found in latest.get("speed", {}).items()
@@ -297,6 +298,8 @@ def _notes(latest: Found, plan: FusionPlan | None, folder: ResultsFolder) -> tup
     """What a reader should know before the numbers."""
     notes = []
     evaluated = latest.get("plan_contents")
+    if latest.get("refitted"):
+        notes.append(f"Quality and speed are those of the model after its refit, in {latest.get('output')}.")
     if plan is not None and evaluated is not None and evaluated != contents(plan):
         notes.append(f"The quality is that of another plan ({latest.get('plan')}) than the one shown.")
     mixers = folder.attention_layers()

@@ -10,7 +10,8 @@
 | `roads/`, `roads_after_refit/` | `plan --roads`, `auto`: the loss of windows alone, and of whole plans |
 | `plan.yaml` | `plan`, `auto` |
 | `compiled.json` | `plan`, `eval`: what the compiler found and refused |
-| `quality.json` | `eval` |
+| `quality.json` | `eval`, `auto` |
+| `auto.json` | `auto`: its profile and text, which another run must share |
 | `sweep.json`, `sweep.csv`, `sweep.svg` | `sweep` |
 | `report.html` | `report` |
 """
@@ -30,7 +31,7 @@ from fxfusion.files import replacing
 if TYPE_CHECKING:
     from fxfusion.plan.fusion_plan import FusionPlan
 
-MODEL, PLAN, COMPILED, QUALITY = "model.json", "plan.yaml", "compiled.json", "quality.json"
+MODEL, PLAN, COMPILED, QUALITY, AUTO = "model.json", "plan.yaml", "compiled.json", "quality.json", "auto.json"
 SWEEP, SWEEP_TABLE, SWEEP_PLOT, PAGE = "sweep.json", "sweep.csv", "sweep.svg", "report.html"
 _KINDS = {PLAN: "plan", SWEEP_TABLE: "sweep", SWEEP_PLOT: "sweep", PAGE: "results page"}
 PLANS, MEASURED, MATRIX_FACTS = "plans.json", "scores.json", "matrix.json"
@@ -94,15 +95,31 @@ class ResultsFolder:
         if known is None:
             self.write(MODEL, {"facts": dict(facts), **describe()})
         elif known.get("facts") != dict(facts):
-            raise FxFusionError(
-                f"{self.path} holds results of another model or precision ({known.get('name')},"
-                f" {known.get('facts', {}).get('dtype')}); give another folder by --results"
-            )
+            before = known.get("facts", {})
+            other = {**before, "dtype": facts.get("dtype")} != dict(facts)
+            what = f"another model ({known.get('name')})" if other else f"another precision ({before.get('dtype')})"
+            raise FxFusionError(f"{self.path} holds results of {what}; give another folder by --results")
+
+    def check_same(self, name: str, given: Mapping[str, Any]) -> None:
+        """Raises `FxFusionError` that names what differs, where a file says that the folder is of something else."""
+        known = self.read(name)
+        wrong = [what for what, value in given.items() if known is not None and known.get(what) != value]
+        if known is not None and wrong:
+            pairs = [(what, _short(known.get(what)), _short(given[what])) for what in wrong]
+            words = "; ".join(f"another {what} ({before}, not {now})" for what, before, now in pairs)
+            raise FxFusionError(f"{self.path} holds results of {words}; give another folder by --results")
 
     def attention_layers(self) -> list[int]:
         """The layers that have attention, of the model that the folder is about; none where it knows no model."""
         layers = (self.read(MODEL) or {}).get("layers", [])
         return [layer["number"] for layer in layers if layer["has_mixer"]]
+
+
+def _short(value: Any) -> str:
+    """What tells one such value from another."""
+    if isinstance(value, Mapping) and "sources" in value:
+        return f"{', '.join(map(str, value['sources']))}, {value.get('tokens', 0):,} tokens"
+    return str(value)
 
 
 def kind_of(name: str) -> str:

@@ -77,7 +77,7 @@ def _console(quiet: bool = False, stderr: bool = False) -> Console:
 def show_evaluation(result: Found, screen: Screen) -> None:
     """Every part of the result that is there."""
     show_quality(result["quality"], screen)
-    for name, part in (("generation", _generation), ("speed", _speed), ("tasks", _tasks)):
+    for name, part in (("generation", _generation), ("speed", show_speed), ("tasks", _tasks)):
         if name in result:
             part(result[name], screen)
 
@@ -112,7 +112,8 @@ def _generation(found: Found, screen: Screen) -> None:
             screen.line(f"{name + ':':<11}{sample[name] if written is None else repr(written)}", "dim")
 
 
-def _speed(found: Mapping[str, Found], screen: Screen) -> None:
+def show_speed(found: Mapping[str, Found], screen: Screen) -> None:
+    """How many times faster the fused model is than each of the others."""
     against = list(next(iter(found.values()))["fused_against"])
     rows = [
         (

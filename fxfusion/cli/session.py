@@ -26,7 +26,7 @@ from typer.models import ArgumentInfo
 
 from fxfusion.cli import options
 from fxfusion.cli.options import DType, check_model
-from fxfusion.cli.results_folder import PLANS, ResultsFolder, digest, kind_of
+from fxfusion.cli.results_folder import PLANS, ResultsFolder, contents, digest, kind_of
 from fxfusion.cli.screen import Screen
 from fxfusion.errors import FxFusionError, OptionError, PlanError
 from fxfusion.files import check_apart, check_file
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fxfusion.models.traced import TracedGraph
+    from fxfusion.plan.fusion_plan import FusionPlan
 
 
 _TRACED_TOKENS = 16
@@ -199,15 +200,16 @@ class Session(Run):
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The intact model. The results folder is checked to be about it before anything is measured."""
+        """The model as its folder says, fused where that was. The results folder is checked to be about it first."""
         with self.screen.busy("loading the model"):
             from fxfusion.cli import inputs
 
-            inputs.check_intact(self.model_dir)
             model = inputs.load_model(self.model_dir, self.torch_device, self.dtype.value)
         self.tell_read(self.model_dir, model.dtype)
         self.folder.make()
         self._check_folder(model)
+        if self.changes is not None and self.changes.groups:
+            self.screen.note("(layers are numbered as they stand in the fused model)")
         return model
 
     def _check_folder(self, model: PreTrainedModel) -> None:
@@ -220,7 +222,16 @@ class Session(Run):
 
         with self.screen.busy("looking at the weights and layers"):
             self.facts = facts_of(model).model_dump(mode="json")
+            if self.changes is not None:
+                self.facts["changed"] = contents(self.changes)
             self.folder.check_model({**self.facts, "dtype": str(model.dtype).removeprefix("torch.")}, describe_model)
+
+    @cached_property
+    def changes(self) -> FusionPlan | None:
+        """What was done to the model already, by the plan in its folder; None where nothing was."""
+        from fxfusion.cli import inputs
+
+        return inputs.changes_of(self.model_dir)
 
     @property
     def name(self) -> str:
@@ -239,6 +250,11 @@ class Session(Run):
         return sorted({block.layer for block in self.graph_without_weights.blocks.mixers})
 
     @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(self.graph_without_weights.blocks.layers)
+
+    @property
     def text_facts(self) -> dict[str, Any]:
         """What was read: where from, how much, and what tells it from other text."""
         rows = [row for batch in self.batches for row in batch.tolist()]
@@ -250,11 +266,19 @@ class Session(Run):
             "digest": digest(rows),
         }
 
-    def check(self, *writes: str | tuple[Path, str], output: Path | None = None, reads: Sequence[Path] = ()) -> None:
+    def check(
+        self,
+        *writes: str | tuple[Path, str],
+        output: Path | None = None,
+        reads: Sequence[Path] = (),
+        intact: bool = False,
+    ) -> None:
         """Before long work: the model's folder and the text are there, and what is written may be.
 
         `writes`: files in the results folder by name, others by path and kind. `output`: a model's folder. `reads`:
-        what is read beside model and text. Raises `OptionError`: over what is read, or over what is not ours.
+        what is read beside model and text. `intact`: nothing may have been done to the model yet. The text is read, so
+        that too little of it is known before the model is loaded. Raises `OptionError`: over what is read, or over what
+        is not ours.
         """
         check_model(self.model_dir)
         if not self.text:
@@ -269,6 +293,21 @@ class Session(Run):
         if output is not None:
             options.check_output(output, self.overwrite, *known)
             check_apart(output, [self.results])
+        if intact:
+            from fxfusion.cli import inputs
+
+            inputs.check_intact(self.model_dir)
+        self._say_little_text()
+
+    def _say_little_text(self) -> None:
+        """Raises `OptionError` where there is not one batch; says where there is less than `--sequences` asks for."""
+        rows, wanted = sum(map(len, self.batches)), self.sequences - self.sequences % min(self.batch, self.sequences)
+        if rows < wanted:
+            warnings.warn(
+                f"--text holds {rows} sequences of {self.length} tokens, fewer than the {wanted} that are asked for "
+                "(--sequences): give more text, or ask for less",
+                stacklevel=2,
+            )
 
     # --- dry runs -----------------------------------------------------------------------------------------
 

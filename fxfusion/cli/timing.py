@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain, count
 from typing import Any, TypeVar, cast
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fxfusion.backend import ffn_fusion
+from fxfusion.cost import interleaved
 from fxfusion.models.drop_attention import drop_attention
 from fxfusion.models.fingerprint import check_fits
 from fxfusion.plan.fusion_plan import FusionPlan
@@ -63,3 +64,18 @@ def waited(model: Callable[[Tensor], Any], ids: Tensor) -> Callable[[], None]:
             torch.accelerator.synchronize(ids.device)
 
     return call
+
+
+@torch.no_grad()
+def compared(
+    fused: Callable[[], None], others: Mapping[str, Callable[[], None]], rounds: int, seed: int
+) -> dict[str, Any]:
+    """Interleaved samples of calls, with the first of `others` against itself as control: `seconds` by name, and how
+    many times faster the fused model is (`fused_against`), each with its interval."""
+    first = next(iter(others))
+    samples = interleaved.sample({"fused": fused, **others, "control": others[first]}, rounds, seed)
+    return {
+        "seconds": {name: interleaved.median(found) for name, found in samples.items()},
+        "fused_against": {name: interleaved.ratio(samples[name], samples["fused"]).to_dict() for name in others},
+        "control": interleaved.ratio(samples[first], samples["control"]).to_dict(),
+    }

@@ -63,6 +63,10 @@ class Verification:
     def to_dict(self) -> dict[str, object]:
         return {**asdict(self), "passed": self.passed}
 
+    def __str__(self) -> str:
+        verdict = "equal" if self.passed else "NOT equal"
+        return f"{self.part}: {verdict}, off by {self.error:.2g} of {self.limit:.2g} allowed ({self.dtype})"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
@@ -70,6 +74,9 @@ class Proof:
 
     rows: tuple[Verification, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.rows), *self.notes]) or "nothing was compared"
 
 
 @dataclass(frozen=True, slots=True)

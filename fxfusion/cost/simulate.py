@@ -16,6 +16,7 @@ from fxfusion.cost.sublayers import MovedWindow, Step, arrange
 from fxfusion.cost.timing import Seconds, step_time
 from fxfusion.errors import OptionError
 from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.report.plain import lines
 
 _HOUR = 3600.0
 
@@ -73,6 +74,13 @@ class Simulation:
         if self.price is None:
             return None
         return self.price * self.work.tp / _HOUR / self.tokens_per_second * 1e6
+
+    def __str__(self) -> str:
+        rows = [("latency [ms]", f"{self.latency_ms:.4g}"), ("tokens per second", f"{self.tokens_per_second:.4g}")]
+        rows += [("GB on each device", f"{self.bytes_per_gpu / 1e9:.4g}{'' if self.fits_in_memory else ' (too much)'}")]
+        rows += [("attentions, FFNs, one after another", f"{self.attentions}, {self.ffns}")]
+        rows += [("kernels, all-reduces", f"{self.kernels}, {self.all_reduces}")]
+        return lines(rows, f"predicted: one step of {self.name} on {self.work.tp} {self.hardware.name}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as `fxfusion simulate --json` prints it."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fxfusion.errors import PlanError
 from fxfusion.plan import file as plan_file
 from fxfusion.plan.file import Place
-from fxfusion.plan.groups import MixerMode, PlannedGroup, check_groups, with_mixers
+from fxfusion.plan.groups import MixerMode, PlannedGroup, check_groups, told, with_mixers
 from fxfusion.plan.policy import NormMode
 from fxfusion.plan.record import (
     CheckedLayer,
@@ -179,6 +179,12 @@ class FusionPlan(Record):
     def replace(self, **changes: Any) -> FusionPlan:
         """A checked copy with some fields changed."""
         return FusionPlan(**{name: getattr(self, name) for name in FusionPlan.model_fields} | changes)
+
+    def __str__(self) -> str:
+        parts = [f"attention dropped: layers {told(self.dropped_attention)}"] if self.dropped_attention else []
+        groups = "; ".join(map(told, self.groups))
+        parts.append(f"layers whose FFNs become one: {groups} (norm {self.norm})" if groups else "nothing is fused")
+        return "\n".join([*parts, *(str(one) for one in (self.quality, self.refit) if one is not None)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in the file; what was not recorded is left out."""

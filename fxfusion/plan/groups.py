@@ -85,6 +85,19 @@ class PlannedGroup(tuple[Member, ...]):
         return {"anyOf": [_MEMBERS_SCHEMA, _FIELDS_SCHEMA]}
 
 
+def told(group: Sequence[Member]) -> str:
+    """`4-6` for the layers of a group, `4-5 hoist` for those of a window."""
+    words: list[str] = []
+    start: Member | None = None
+    for member, after in zip(group, [*group[1:], None], strict=True):
+        start = member if start is None else start
+        if not (isinstance(member, int) and after == member + 1):
+            words.append(str(member) if start == member else f"{start}-{member}")
+            start = None
+    mixers = getattr(group, "mixers", "none")
+    return ",".join(words) + ("" if mixers == "none" else f" {mixers}")
+
+
 def with_mixers(group: Any, mode: MixerMode) -> Any:
     """A group as given by hand, not checked yet, with its mixers named unless it names them itself."""
     if isinstance(group, Mapping):

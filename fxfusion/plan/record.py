@@ -127,6 +127,10 @@ class LayerFit(Record):
         default="out", description="out: its result goes into the stream; in: it reads the (normed) stream"
     )
 
+    def __str__(self) -> str:
+        words = f"at penalty {self.penalty:g}" if self.applied else "left as it was"
+        return f"{self.name} ({self.side}): error {self.before:.3g} -> {self.after:.3g}, {words}"
+
 
 class Refit(Record):
     """That the fused model was refitted in closed form, towards what, and on what. Losses are in nats per token, on the
@@ -142,6 +146,14 @@ class Refit(Record):
     loss_after: _Number
     fits: tuple[LayerFit, ...] = ()
 
+    def __str__(self) -> str:
+        changed = sum(fit.applied for fit in self.fits)
+        return (
+            f"refitted to the {self.reference} model on {self.tokens:,} tokens: {changed} of {len(self.fits)} layers "
+            f"changed (later: {self.later}, sides: {self.sides}); loss on {self.held_out_tokens:,} other tokens "
+            f"{self.loss_before:.4g} -> {self.loss_after:.4g}"
+        )
+
 
 class MeasuredQuality(Record):
     """What the plan was measured to cost on its text. `loss_increase` and `kl` against the intact model, in nats per
@@ -153,6 +165,10 @@ class MeasuredQuality(Record):
     kl: _Number | None = None
     top1: _Number | None = None
     tokens: _Count
+
+    def __str__(self) -> str:
+        increase = "" if self.loss_increase is None else f", {self.loss_increase:+.4g} nats per token above intact"
+        return f"measured on {self.tokens:,} tokens: perplexity {self.perplexity:.4g}{increase}"
 
 
 class Versions(Record):

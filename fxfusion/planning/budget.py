@@ -118,6 +118,9 @@ class Measured:
         assert self.quality.loss_increase is not None
         return float(self.quality.loss_increase)
 
+    def __str__(self) -> str:
+        return f"{self.plan}\nFFN depth {self.depth}\n{self.quality}"
+
     @property
     def upper(self) -> float:
         """The upper end of the cost's interval."""

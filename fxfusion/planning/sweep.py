@@ -21,12 +21,14 @@ from fxfusion.cost import Hardware, Workload
 from fxfusion.errors import OptionError
 from fxfusion.files import replacing
 from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.plan.groups import told
 from fxfusion.plan.policy import NormMode
 from fxfusion.planning.budget import Measured
 from fxfusion.planning.choice import ANYTHING, Search
 from fxfusion.planning.make_plan import search_for
 from fxfusion.planning.price import predicted_latency
 from fxfusion.planning.request import Request
+from fxfusion.report.plain import table
 
 _KIND = "sweep"
 
@@ -72,6 +74,19 @@ class Sweep:
     def front(self) -> tuple[SweepPoint, ...]:
         """The plans that no other beats in both depth and loss."""
         return tuple(point for point in self.points if point.on_front)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                f"{point.measured.depth}{' *' * point.on_front}",
+                ", ".join(map(str, point.measured.plan.dropped_attention)) or "none",
+                "; ".join(map(told, point.measured.plan.groups)) or "none",
+                point.measured.quality.loss_increase,
+            )
+            for point in self.points
+        ]
+        head = ("FFN depth", "attention dropped", "layers in one FFN", "loss increase")
+        return table(head, rows, f"* on the front; the intact model has FFN depth {self.intact}")
 
     def to_dict(self) -> dict[str, Any]:
         points = [point.to_dict() for point in self.points]

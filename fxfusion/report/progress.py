@@ -4,14 +4,17 @@
     attention scores (loss): 120/480 (25 %), 0:01:12 left
     attention scores (loss): 480/480 (100 %) after 0:01:36
 
-Jobs inside of each other share one display.
+Jobs inside of each other share one display. Where a job has parts whose times are estimated (`whole`), each line also
+says how far all of it is:
+
+    refit: 12/120 (10 %), 0:04:12 left; in all 43 %, 0:06:50 left
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +26,52 @@ Advance = Callable[..., None]
 _EVERY = 30.0  # seconds between two lines
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
+_LEAST_LEFT = 0.05  # of the time that a part has taken: it is never taken to be at its end before it is
 _bars: Any = None  # the display on the terminal, while there is one
+_whole: _Whole | None = None
+
+
+@contextmanager
+def whole(parts: Mapping[str, float]) -> Iterator[Callable[[str], None]]:
+    """A job of several parts with their estimated seconds, in order. Yields what is called with the name of each as it
+    begins: it says so on the error stream. What is reported inside says how far all of it is, too."""
+    global _whole
+    before, own = _whole, _Whole(parts)
+    _whole = own
+    try:
+        yield own.begin
+    finally:
+        _whole = before
+
+
+class _Whole:
+    """`factor`: how many times longer the parts that are over have taken than was estimated."""
+
+    def __init__(self, parts: Mapping[str, float]) -> None:
+        self.parts, self.names = dict(parts), list(parts)
+        self.start = self.begun = time.monotonic()
+        self.place, self.factor = -1, 1.0
+
+    def begin(self, name: str) -> None:
+        now = time.monotonic()
+        self.place = self.names.index(name)
+        over = sum(self.parts[one] for one in self.names[: self.place])
+        self.factor = (now - self.start) / over if over > 0 else 1.0
+        self.begun = now
+        print(f"({self.place + 1} of {len(self.names)}) {name}{self.words()}", file=sys.stderr, flush=True)
+
+    def words(self) -> str:
+        now = time.monotonic()
+        spent, own = now - self.start, now - self.begun
+        later = sum(self.parts[one] for one in self.names[self.place + 1 :])
+        current = self.parts[self.names[self.place]]
+        left = self.factor * later + max(self.factor * current - own, _LEAST_LEFT * own)
+        share = spent / (spent + left) if spent + left > 0 else 0.0
+        return f"; in all {100 * share:.0f} %, {_duration(left)} left"
+
+
+def _in_all() -> str:
+    return "" if _whole is None or _whole.place < 0 else _whole.words()
 
 
 @contextmanager
@@ -76,7 +124,7 @@ def _bar(what: str, total: int | None, done: int, is_bytes: bool) -> Iterator[Ad
     def advance(steps: int = 1, text: str = "") -> None:
         nonlocal now
         now += steps
-        bars.update(task, completed=now, count=_count(now, total, is_bytes), text=text)
+        bars.update(task, completed=now, count=_count(now, total, is_bytes), text=text + _in_all())
 
     try:
         yield advance
@@ -124,7 +172,7 @@ class _Lines:
     def _say(self, words: str) -> None:
         part = f" ({100 * self.now // self.total} %)" if self.total else ""
         count = _count(self.now, self.total, self.is_bytes)
-        print(f"{self.what}: {count}{part}{words}{self._text}", file=sys.stderr, flush=True)
+        print(f"{self.what}: {count}{part}{words}{self._text}{_in_all()}", file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

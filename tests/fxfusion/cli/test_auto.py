@@ -46,8 +46,10 @@ def test_one_command_gives_a_plan_a_checkpoint_its_loss_and_its_speed(
     assert [group.mixers for group in plan.groups] == ["hoist"]
     control, fused = found["quality"]["intact model"], found["quality"]["fused and refitted"]
     assert control["kl"]["value"] == 0 and fused["kl"]["value"] > 0
-    assert set(found["speed"]) == {"a prompt", "one token"}
-    assert all(one["milliseconds"]["fused"] > 0 for one in found["speed"].values())
+    assert set(found["speed"]) == {"a prompt, eager", "one token, eager"}
+    assert all(one["seconds"]["fused"] > 0 for one in found["speed"].values())
+    for said in ("1. choose: 3 windows", "an estimate from one block", "GB of disk", "(5 of 5) write", "in all"):
+        assert said in ran.err, said
 
     loaded = fxfusion.from_pretrained(out)
     assert [list(group) for group in plan_of(loaded).groups] == [list(group) for group in plan.groups]
@@ -56,6 +58,17 @@ def test_one_command_gives_a_plan_a_checkpoint_its_loss_and_its_speed(
     again = run("auto", *args, "--output", out, *more)
     assert again.code == 0 and "times faster" in again.out and f"written: {out}" in again.out
     assert "hoist" in again.out and "FFN depth: 4 -> 3" in again.out
+
+    # What was measured is in the results folder, and only for what it was measured of.
+    page = run("report", "--results", tmp_path / "results", "--json").json["results"]
+    assert [row["name"] for row in page["quality"]] == ["intact model", "fused and refitted"]
+    assert len(page["speed"]) == 2 and "after its refit" in page["notes"][0]
+    other = run("auto", *args, "--output", out, *more, "--profile", "thorough")
+    assert other.code == 1 and "another profile (balanced, not thorough)" in other.error
+    other = run("auto", *args[:-3], 64, *args[-2:], "--output", out, *more)
+    assert other.code == 1 and "another text" in other.error
+    fuse = ["fuse", args[0], "--plan", tmp_path / "results" / "plan.yaml", "--results", tmp_path / "results"]
+    assert "is the plan after a refit" in run(*fuse, "--output", tmp_path / "raw").error
 
 
 @pytest.mark.slow
@@ -66,6 +79,70 @@ def test_where_nothing_is_within_the_budget_nothing_is_written(run: Run, args: l
     assert ran.code == 0, ran.err
     assert "nothing is written" in ran.out and not out.exists()
     assert "no window of layers can be had" in ran.err
+
+
+@pytest.mark.slow
+def test_what_comes_nearest_to_the_budget_is_named_and_written_where_that_is_asked_for(
+    run: Run, args: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "fused"
+    more = ["--profile", "quick", "--max-perplexity-increase", "0.0001%", "--output", out]
+    ran = run("auto", *args, *more)
+    assert ran.code == 0, ran.err
+    assert "the plan that comes nearest (FFN depth 4 -> 3) costs +" in ran.out and "--nearest writes it" in ran.out
+    assert "nothing is written" in ran.out and not out.exists()
+    ran = run("auto", *args, *more, "--nearest", "--json")
+    assert ran.code == 0, ran.err
+    assert "it is taken (--nearest)" in ran.json["outside"] and ran.json["depth"]["plan"] == 3
+    assert len(plan_of(fxfusion.from_pretrained(out)).groups) == 1
+
+    # A depth that cannot be had: the plan of the least depth.
+    ran = run("auto", *args, "--profile", "quick", "--target-depth", 1, "--output", out, "--nearest", "--json")
+    assert ran.code == 0, ran.err
+    assert "no plan reaches" in ran.json["outside"] and 1 < ran.json["depth"]["plan"] < 4
+
+
+@pytest.mark.slow
+def test_the_quick_profile_merges_a_tenth_where_no_budget_is_given(
+    run: Run, args: list[object], tmp_path: Path
+) -> None:
+    text = args[1:3]
+    ran = run("auto", args[0], *text, "--length", LENGTH, "--batch", 8, *args[-2:], "--output", tmp_path / "fused",
+              "--profile", "quick", "--json")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert ran.json["depth"] == {"intact": 4, "plan": 3} and ran.json["outside"] is None
+    assert ran.json["text"]["sequences"] == 64
+    assert [group["mixers"] for group in ran.json["plan"]["groups"]] == ["hoist"]
+
+
+def test_a_format_that_cannot_hold_a_road_is_known_before_the_model_is_loaded(
+    run: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxfusion.cli.inputs.load_model", lambda *_: pytest.fail("it was loaded"))
+    more = ["--roads", "hoist,wide", "--format", "nemotron-nas", "--output", tmp_path / "fused"]
+    ran = run("auto", *args, *more)
+    assert ran.code == 2 and "--roads wide makes cannot be written so" in ran.error
+
+
+@pytest.mark.parametrize("command", ["auto", "refit", "score", "eval", "plan"])
+def test_text_that_is_too_short_is_said_before_the_model_is_loaded(
+    run: Run, args: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def stop(*_: object) -> None:
+        raise RuntimeError("now the model is loaded")
+
+    monkeypatch.setattr("fxfusion.cli.inputs.load_model", stop)
+    FusionPlan(groups=[{"members": [1, 2], "mixers": "hoist"}]).save(tmp_path / "plan.yaml")
+    more = {
+        "auto": ["--output", tmp_path / "fused"],
+        "refit": ["--output", tmp_path / "fused", "--plan", tmp_path / "plan.yaml"],
+        "plan": ["--drop", 1],
+    }.get(command, [])
+    ran = run(command, *args, *more, "--sequences", 4000)
+    assert ran.error == "now the model is loaded"
+    assert "holds 96 sequences of 24 tokens, fewer than the 4000 that are asked for" in ran.err
+    ran = run(command, *args, *more, "--sequences", 4000, "--batch", 4000)
+    assert "one batch of 4000 rows" in ran.error and "now the model" not in ran.err
 
 
 def test_text_is_held_out() -> None:

@@ -99,6 +99,35 @@ def test_a_file_that_cannot_be_read_is_an_error_before_long_work(
     assert not (tmp_path / "out").exists() and not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("option", ["MODEL", "--baseline", "--reference", "--draft"])
+def test_every_command_names_the_architecture_of_a_file_that_it_cannot_read(
+    run: Run, file: Path, plan: Path, model: Path, tmp_path: Path, option: str
+) -> None:
+    bad, text = tmp_path / "bad.gguf", make_text(tmp_path / "text.txt")
+    write_gguf(bad, architecture="nothing")
+    measured = ("--text", text, *SMALL, "--results", tmp_path / "results")
+    out = ("--output", tmp_path / "out")
+    commands: dict[str, tuple[object, ...]] = {
+        "--baseline": ("eval", model, *measured, "--baseline", bad),
+        "--reference": ("recover", model, *measured, *out, "--reference", bad),
+        "--draft": ("generate", model, "--prompt", "1", "--draft", bad),
+    }
+    lines = [commands[option]] if option != "MODEL" else [
+        *((name, bad, *measured) for name in ("score", "matrix", "sweep", "eval")),
+        ("plan", bad, *measured, "--drop", 1),
+        ("auto", bad, *measured, *out),
+        ("refit", bad, *measured, *out, "--plan", plan),
+        ("recover", bad, *measured, *out, "--reference", model),
+        ("export", bad, *out),
+        ("unfuse", bad, *out),
+        ("simulate", bad),
+    ]  # fmt: skip
+    for line in lines:
+        found = run(*line)
+        assert found.code != 0 and "architecture 'nothing'" in found.error and str(bad) in found.error, line[0]
+    assert not (tmp_path / "out").exists() and not (tmp_path / "results").exists()
+
+
 def test_unfuse_says_that_a_file_holds_no_plan(run: Run, file: Path, tmp_path: Path) -> None:
     assert "tiny.gguf has no fxfusion_plan.yaml" in run("unfuse", file, "--output", tmp_path / "out").error
 

@@ -57,6 +57,30 @@ def test_a_broken_file_is_named_with_what_to_do(tmp_path: Path, content: bytes) 
         ResultsFolder(tmp_path).read("a.json")
 
 
+def test_results_of_something_else_are_refused_with_what_differs(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path)
+    text = {"sources": ["a.txt"], "tokens": 4096, "digest": "1"}
+    folder.check_same("auto.json", {"profile": "quick", "text": text})  # there is nothing yet
+    folder.write("auto.json", {"profile": "quick", "text": text, "rounds": 6})
+    folder.check_same("auto.json", {"profile": "quick", "text": text})
+    with pytest.raises(FxFusionError, match=r"results of another profile \(quick, not thorough\); give another folder"):
+        folder.check_same("auto.json", {"profile": "thorough", "text": text})
+    other = {"sources": ["b.txt"], "tokens": 512, "digest": "2"}
+    with pytest.raises(FxFusionError, match=r"another text \(a\.txt, 4,096 tokens, not b\.txt, 512 tokens\)"):
+        folder.check_same("auto.json", {"profile": "quick", "text": other})
+
+
+def test_results_of_another_model_or_precision_are_told_apart(tmp_path: Path) -> None:
+    folder = ResultsFolder(tmp_path)
+    facts = {"tensors": "1", "dtype": "float32"}
+    folder.check_model(facts, lambda: {"name": "tiny"})
+    folder.check_model(facts, lambda: {"name": "tiny"})
+    with pytest.raises(FxFusionError, match=r"results of another model \(tiny\)"):
+        folder.check_model({**facts, "tensors": "2"}, dict)
+    with pytest.raises(FxFusionError, match=r"results of another precision \(float32\)"):
+        folder.check_model({**facts, "dtype": "bfloat16"}, dict)
+
+
 def test_numbers_that_json_lacks_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         ResultsFolder(tmp_path).write("a.json", {"loss": float("nan")})

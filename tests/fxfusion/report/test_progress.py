@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fxfusion.report import progress
-from fxfusion.report.progress import each, reporting
+from fxfusion.report.progress import each, reporting, whole
 
 
 class Terminal(io.StringIO):
@@ -55,6 +55,37 @@ def test_bytes_and_unknown_totals(clock: list[float], capsys: pytest.CaptureFixt
         "words: 0 after 0:01:00",
         "words: 0/0 after 0:01:00",
     ]
+
+
+def test_a_whole_of_parts_says_how_far_all_of_it_is(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """The second part goes as the first one went: twice as long as was estimated."""
+    with whole({"choose": 30.0, "refit": 60.0}) as begin:
+        begin("choose")
+        clock[0] += 60
+        begin("refit")
+        with reporting(True, "layers", 4) as advance:
+            clock[0] += 60
+            advance(2)
+    assert capsys.readouterr().err.splitlines() == [
+        "(1 of 2) choose; in all 0 %, 0:01:30 left",
+        "(2 of 2) refit; in all 33 %, 0:02:00 left",
+        "layers: 2/4 (50 %), 0:01:00 left; in all 67 %, 0:01:00 left",
+        "layers: 2/4 (50 %) after 0:01:00; in all 67 %, 0:01:00 left",
+    ]
+    with reporting(True, "alone", 1) as advance:
+        advance()
+    assert capsys.readouterr().err == "alone: 1/1 (100 %) after 0:00:00\n"
+
+
+def test_a_part_that_takes_longer_than_it_should_is_not_over(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with whole({"choose": 10.0}) as begin:
+        begin("choose")
+        with reporting(True, "windows", 2) as advance:
+            clock[0] += 100
+            advance()
+    assert "in all 95 %, 0:00:05 left" in capsys.readouterr().err
 
 
 def test_an_error_ends_it_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
