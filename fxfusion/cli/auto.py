@@ -56,7 +56,7 @@ def auto(
     run.check(PLAN, output=output)
     from fxfusion.cli import inputs
 
-    inputs.check_format(run.model_dir, format)
+    inputs.check_format(run.model_dir, format, roads=asked.roads)
     if run.dry_run:
         parts = [Work("refit on all text but an eighth"), Work("loss on the eighth, and speed here")]
         return run.plan_dry_run([*plan_work(run, asked, Method.loss.value), *parts], [PLAN, output])
@@ -68,7 +68,7 @@ def _make(run: Session, asked: Request, output: Path, format: Format) -> dict[st
     text, held_out = divided(run.batches)
     chosen = choose_plan(run, asked, text)
     result: dict[str, Any] = {**chosen.to_dict(), "text": run.text_facts, "output": None}
-    if not chosen.plan.groups and not chosen.plan.dropped_attention:
+    if chosen.plan.changes_nothing:
         show_windows(run, result)
         run.screen.line("no window of layers is within the budget: nothing is written", "bold red")
         return result

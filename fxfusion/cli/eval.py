@@ -13,7 +13,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import Compiler, check_model
+from fxfusion.cli.options import Compiler, check_model, refuse_removed
 from fxfusion.cli.results_folder import COMPILED, MODEL, PLAN, QUALITY, contents, digest
 from fxfusion.cli.screen import show_evaluation
 from fxfusion.cli.session import Session, Work, command
@@ -89,7 +89,9 @@ def evaluate(
 
 def _read_plan(run: Session, file: Path | None) -> FusionPlan:
     if file is not None:
-        return fxfusion.FusionPlan.load(file)
+        plan = fxfusion.FusionPlan.load(file)
+        refuse_removed(plan, "eval")
+        return plan
     if run.folder.file(PLAN).is_file():
         run.screen.note(f"there is a plan in {run.folder.file(PLAN)}; give it by --plan to measure it")
     return fxfusion.FusionPlan()

@@ -115,7 +115,7 @@ def refit(
     from fxfusion.cli import inputs
 
     inputs.check_intact(run.model_dir)
-    inputs.check_format(run.model_dir, format)
+    inputs.check_format(run.model_dir, format, chosen)
     result = {
         "model": str(run.model_dir),
         "output": str(output),
