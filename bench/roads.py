@@ -36,7 +36,7 @@ from fxfusion.errors import PlanError
 from fxfusion.models.fingerprint import decoder_layers
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.planning.price import Price, depth_price, predicted_latency
-from fxfusion.planning.roads import ROADS
+from fxfusion.planning.request import COMPILED as ROADS
 from fxfusion.planning.scores import RefitMeter, Screen
 from fxfusion.planning.windows import WindowSearch
 

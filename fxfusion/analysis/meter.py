@@ -196,7 +196,8 @@ class PlanMeter:
 
 def plan_key(plan: FusionPlan) -> str:
     """What is measured of a plan, as text."""
-    return json.dumps([sorted(plan.dropped_attention), [group.to_data() for group in plan.groups], plan.norm])
+    parts = [sorted(plan.dropped_attention), [group.to_data() for group in plan.groups], plan.norm]
+    return json.dumps([*parts, list(plan.removed)] if plan.removed else parts)
 
 
 def _members(ffns: Sequence[Any]) -> list[Member]:

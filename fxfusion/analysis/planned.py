@@ -1,7 +1,7 @@
 """A model as it would be under a plan, by graph alone: attention removed, groups fused. The model stays as it is.
 
 Before:  the captured graph of the intact model
-After:   without the mixers of `plan.dropped_attention`, each of `plan.groups` one wide FFN
+After:   without the mixers of `plan.dropped_attention` and all of `plan.removed`, each of `plan.groups` one wide FFN
 
 Used to measure many plans quickly: no surgery, no compiler, one capture for all plans.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxfusion.compiler.capture import CapturedGraph
 from fxfusion.compiler.pipeline import GraphAnalysis, analyse, fuse_captured, normalising_passes
-from fxfusion.errors import NotFusedError, PlanError, RefusalCode
+from fxfusion.errors import NotFusedError, OptionError, PlanError, RefusalCode
 from fxfusion.graph.editor import erase_dead_code
 from fxfusion.graph.pass_base import History
 from fxfusion.graph.pass_manager import run_passes
@@ -32,7 +32,7 @@ class PlannedModel:
     """`planned(input_ids)` or `planned(**inputs)` gives the logits `[batch, seq, vocabulary]` under the plan.
 
     Weights are the model's own, but for the packed ones of the groups, which are computed here, once.
-    Raises `PlanError` for a layer without attention to drop, `NotFusedError` for a group that cannot be had.
+    Raises `PlanError` for what is not there to drop or remove, `NotFusedError` for a group that cannot be had.
     """
 
     def __init__(self, traced: TracedModel, plan: FusionPlan) -> None:
@@ -67,7 +67,7 @@ class _Program:
     """The fused graph for one shape of inputs, with its packed weights."""
 
     def __init__(self, graph: TracedGraph, plan: FusionPlan, other: _Program | None) -> None:
-        captured = without_mixers(graph, plan.dropped_attention)
+        captured = without_parts(graph, plan.dropped_attention, plan.removed)
         fused = fuse_captured(captured, plan, verify="off")
         wrong = [refusal.message for refusal in fused.report.refusals if refusal.code in _NOT_FUSED]
         if wrong:
@@ -89,14 +89,13 @@ class _Program:
         return logits
 
 
-def without_mixers(graph: TracedGraph, layers: Iterable[int]) -> CapturedGraph:
-    """A copy of the captured graph that returns the logits alone, without the mixers of some layers."""
-    wanted = sorted(set(layers))
-    blocks = graph.blocks.mixers_of(wanted)
-    missing = set(wanted) - {block.layer for block in blocks}
-    if missing:
-        have = sorted({block.layer for block in graph.blocks.mixers})
-        raise PlanError(f"there is no attention to drop in layers {sorted(missing)}; it is in layers {have}")
+def without_parts(graph: TracedGraph, layers: Iterable[int], removed: Iterable[int] = ()) -> CapturedGraph:
+    """A copy of the captured graph that returns the logits alone, without the mixers of some layers, and without others
+    as a whole."""
+    try:
+        blocks = graph.parts_of(layers, removed)
+    except OptionError as error:
+        raise PlanError(f"{error}") from None
     work = graph.captured.copy()
     by_name: dict[str, fx.Node] = {node.name: node for node in work.module.graph.nodes}
     work.module.graph.output_node().args = (by_name[graph.logits.name],)
@@ -109,4 +108,4 @@ def without_mixers(graph: TracedGraph, layers: Iterable[int]) -> CapturedGraph:
 
 def analyse_without(graph: TracedGraph, layers: Iterable[int]) -> GraphAnalysis:
     """FFNs and chains of the model without the mixers of some layers."""
-    return analyse(without_mixers(graph, layers), FusionPolicy())
+    return analyse(without_parts(graph, layers), FusionPolicy())

@@ -1,7 +1,8 @@
 """The runs behind attention scores: which sums are needed, which are known, and how the others are measured.
 
 Every number is a sum over the tokens of one sequence: of a loss without some layers' attention ("loss"), of a KL
-divergence ("kl"), or of how far one layer's attention turns the stream, without some others' ("cosine").
+divergence ("kl"), or of how far one layer's attention turns the stream, without some others' ("cosine"). FFNs and whole
+decoder layers are measured likewise (`Unit`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,14 @@ from fxfusion.analysis.measures import (
 from fxfusion.analysis.store import Store, check_batches, model_key
 from fxfusion.errors import OptionError
 from fxfusion.models.blocks import ResidualBlock
-from fxfusion.models.traced import Run, TracedModel
+from fxfusion.models.traced import Run, TracedGraph, TracedModel
 from fxfusion.report.progress import reporting
 
+Unit = Literal["attention", "ffn", "block"]
+"""What of a layer is left out: its attention (or other mixer), its FFN, or all of it."""
+
+UNITS: tuple[str, ...] = get_args(Unit)
+_WORDS = {"attention": "attention", "ffn": "FFN", "block": "residual block"}
 Layers = tuple[int, ...]
 Address = tuple[str, Layers, int | None]
 """What was measured, without the attention of which layers, for which layer (None: for the whole model)."""
@@ -42,11 +48,19 @@ class ScoreCache(Store):
         "loss without 3,7": [[812.1, 790.4, ...], ...]     one number for each sequence of each batch
         "cosine of 5 without 3": ...
 
-    `model`: makes the digest of the model; `batches`: digests of the text, which may grow or shrink at its end. Raises
-    `OptionError` where the file holds something else, or numbers of another model or text.
+    `model`: makes the digest of the model; `batches`: digests of the text, which may grow or shrink at its end. Names
+    of another `unit` than attention begin with it. Raises `OptionError` where the file holds something else, or numbers
+    of another model or text.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, model: Callable[[], str], batches: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        model: Callable[[], str],
+        batches: Sequence[str],
+        unit: Unit = "attention",
+    ) -> None:
+        self._prefix = "" if unit == "attention" else f"{unit} "
         super().__init__(path, "a cache of attention scores", lambda: {"model": model()})
         known: Any = self.data.get("batches", [] if not self.data else None)
         values = self.data.get("values", {})
@@ -59,11 +73,11 @@ class ScoreCache(Store):
 
     def get(self, address: Address, batch: int) -> list[float] | None:
         """The sums of a batch, one for each sequence; None where they were not measured."""
-        known = self._values.get(_key(address), [])
+        known = self._values.get(self._prefix + _key(address), [])
         return known[batch] if batch < len(known) else None
 
     def put(self, address: Address, batch: int, sums: list[float]) -> None:
-        known = self._values.setdefault(_key(address), [])
+        known = self._values.setdefault(self._prefix + _key(address), [])
         known.extend([None] * (batch + 1 - len(known)))
         known[batch] = sums
         self.changed()
@@ -86,17 +100,24 @@ class ScoreRuns:
         method: str,
         cache: str | os.PathLike[str] | None,
         layers: Iterable[int] | None,
+        unit: Unit = "attention",
     ) -> None:
-        self.method, self.batches = method, batches
+        self.method, self.batches, self.unit = method, batches, unit
         self.traced = model if isinstance(model, TracedModel) else TracedModel(model)
         self.model = self.traced.model
         model_device(self.model)  # refuses a model that cannot be measured
-        self.cache = ScoreCache(cache, lambda: model_key(self.traced), [batch.key for batch in batches])
+        self.cache = ScoreCache(cache, lambda: model_key(self.traced), [batch.key for batch in batches], unit)
         require_causal(self.model, batches[0].inputs)
-        blocks = self.traced.graph(batches[0].inputs).blocks.mixers
-        self.layers = _wanted(layers, sorted({block.layer for block in blocks}))
+        blocks = self._blocks(self.traced.graph(batches[0].inputs))
+        self.layers = _wanted(layers, sorted({block.layer for block in blocks}), _WORDS[unit])
         self.names = {block.layer: block.name for block in reversed(blocks)}
         self._advance: Callable[[int], None] = lambda steps: None
+
+    def _blocks(self, graph: TracedGraph, layers: Iterable[int] | None = None) -> tuple[ResidualBlock, ...]:
+        """Those of the unit, of some layers or of all."""
+        kinds = {"attention": graph.blocks.mixers, "ffn": graph.blocks.ffns, "block": graph.blocks.layers}
+        wanted = None if layers is None else set(layers)
+        return tuple(block for block in kinds[self.unit] if wanted is None or block.layer in wanted)
 
     def counts(self, measure: str) -> Tensor:
         """How many tokens of each sequence count: `int64 [sequences]`."""
@@ -108,7 +129,7 @@ class ScoreRuns:
         rounds = [len(self.layers) - step for step in range(max(1, steps))]
         per_batch = steps + 1 if self.method == "cosine" else sum(rounds)
         total = per_batch * len(self.batches)
-        what = f"attention scores ({self.method})"
+        what = f"{_WORDS[self.unit]} scores ({self.method})"
         with self.cache, measuring(self.model), reporting(progress, what, total) as advance:
             self._advance = advance
             yield
@@ -145,10 +166,10 @@ class ScoreRuns:
         missing = [address for address in wanted if self.cache.get(address, batch.number) is None]
         if missing:
             graph = self.traced.graph(batch.inputs)
-            turning = {layer: graph.blocks.mixers_of([layer]) for _, _, layer in missing if layer is not None}
+            turning = {layer: self._blocks(graph, [layer]) for _, _, layer in missing if layer is not None}
             keep = [node for blocks in turning.values() for node in _nodes_of_turn(blocks)]
             keep += [graph.logits] if with_loss else []
-            run = graph.run(batch.inputs, keep, removed=graph.blocks.mixers_of(dropped))
+            run = graph.run(batch.inputs, keep, removed=self._blocks(graph, dropped))
             for layer, blocks in turning.items():
                 sums = sums_by_sequence(_turn(run, blocks, batch.seen), batch.seen)
                 self._put(("cosine", dropped, layer), batch, sums)
@@ -166,15 +187,15 @@ class ScoreRuns:
         if not missing and not lacks_intact:
             return
         graph = self.traced.graph(batch.inputs)
-        starts = [block.before for block in graph.blocks.mixers_of(missing)]
+        starts = [block.before for block in self._blocks(graph, missing)]
         base = graph.run(batch.inputs, [graph.logits, *starts])
         reference = base[graph.logits]
         if lacks_intact:
             self._put(("loss", (), None), batch, _loss(reference, batch))
         if dropped:
-            base = graph.run(batch.inputs, starts, removed=graph.blocks.mixers_of(dropped), base=base)
+            base = graph.run(batch.inputs, starts, removed=self._blocks(graph, dropped), base=base)
         for layer in missing:
-            removed = graph.blocks.mixers_of([layer])
+            removed = self._blocks(graph, [layer])
             logits = graph.run(batch.inputs, [graph.logits], removed=removed, base=base)[graph.logits]
             sums = _loss(logits, batch) if self.method == "loss" else _divergence(logits, reference, batch)
             self._put((self.method, (*dropped, layer), None), batch, sums)
@@ -182,23 +203,23 @@ class ScoreRuns:
 
     def _put(self, address: Address, batch: TokenBatch, sums: Tensor) -> None:
         if not sums.isfinite().all():
-            raise ValueError(f"{_words(address, self.names)} is not finite in batch {batch.number}")
+            raise ValueError(f"{_words(address, self.names, _WORDS[self.unit])} is not finite in batch {batch.number}")
         self.cache.put(address, batch.number, sums.tolist())
 
 
-def _wanted(layers: Iterable[int] | None, have: Sequence[int]) -> Layers:
+def _wanted(layers: Iterable[int] | None, have: Sequence[int], what: str) -> Layers:
     if not have:
-        raise ValueError("the model has no attention left to score")
+        raise ValueError(f"the model has no {what} left to score")
     wanted = tuple(have) if layers is None else tuple(sorted(set(layers)))
     missing = sorted(set(wanted) - set(have))
     if missing or not wanted:
-        raise OptionError(f"there is no attention to score in layers {missing}; it is in layers {list(have)}")
+        raise OptionError(f"there is no {what} to score in layers {missing}; it is in layers {list(have)}")
     return wanted
 
 
-def _words(address: Address, names: dict[int, str]) -> str:
+def _words(address: Address, names: dict[int, str], what: str) -> str:
     measure, dropped, layer = address
-    without = f" without the attention of layers {sorted(dropped)}" if dropped else ""
+    without = f" without the {what} of layers {sorted(dropped)}" if dropped else ""
     if layer is not None:
         return f"the stream at {names[layer]} (layer {layer}){without}"
     return f"the {'loss' if measure == 'loss' else 'KL divergence'}{without}"

@@ -6,9 +6,12 @@
 | loss | increase of the next-token loss, in nats, when the attention is left out | one run per layer |
 | kl | KL(intact || without the attention) of the next token, in nats | one run per layer |
 
-A low score is cheap to drop. A run without one attention starts at that attention: what comes before is reused.
+With `unit="ffn"` or `"block"` the same is asked of FFNs, or of whole decoder layers: the cosine of those is the block
+influence of ShortGPT, greedy dropping by the loss is SLEB. A low score is cheap to drop. A run without one attention
+starts at that attention: what comes before is reused.
 
-Source: S. He et al., "What Matters in Transformers? Not All Attention is Needed", arXiv 2406.15786 (cosine).
+Source: S. He et al., "What Matters in Transformers? Not All Attention is Needed", arXiv 2406.15786 (cosine); of blocks:
+X. Men et al., "ShortGPT", arXiv 2403.03853 (cosine), J. Song et al., "SLEB", arXiv 2402.09025 (loss, greedy).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 
 from fxfusion.analysis.batches import Batch, read_batches
 from fxfusion.analysis.intervals import POSITIVE, UNBOUNDED, Bounds, Estimate, ratio_estimates
-from fxfusion.analysis.score_runs import ScoreRuns
+from fxfusion.analysis.score_runs import UNITS, ScoreRuns, Unit
 from fxfusion.errors import OptionError
 from fxfusion.models.traced import TracedModel
 from fxfusion.report.plain import table
@@ -140,6 +143,7 @@ def attention_scores(
     greedy: bool = False,
     layers: Iterable[int] | None = None,
     drop: int | None = None,
+    unit: Unit = "attention",
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
     resamples: int = 2000,
@@ -155,6 +159,7 @@ def attention_scores(
         method: see the table above.
         greedy: also drop one attention after the other: the cheapest, given what is dropped already, until
             `drop` are gone (default: all). Scores every layer that is left anew at each step.
+        unit: "attention", "ffn" or "block" (all of a layer): what is scored, and left out.
         layers: score (and drop) only these; default: all that have a mixer.
         cache: a JSON file that keeps every number as it is measured; a later call with the same model and
             text goes on from there, other methods and layers included.
@@ -166,13 +171,15 @@ def attention_scores(
         float32 or wider, whatever the precision of the model.
 
     Raises:
-        OptionError: an unknown method, a layer without attention, a cache of another model or text.
+        OptionError: an unknown method or unit, a layer without attention, a cache of another model or text.
         CaptureError: a model that is not one graph, or has no attention left.
         ValueError: no batches, nothing in them that counts, a value that is not finite, a model on `meta`.
     """
     if method not in get_args(Method):
         raise OptionError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    runs = ScoreRuns(model, read_batches(batches), method, cache, layers)
+    if unit not in UNITS:
+        raise OptionError(f"unit must be one of {', '.join(UNITS)}, got {unit!r}")
+    runs = ScoreRuns(model, read_batches(batches), method, cache, layers, unit)
     number = _number_to_drop(drop, greedy, runs.layers)
     statistics = _Statistics(resamples, seed)
     with runs.measuring(number, progress):

@@ -6,7 +6,7 @@ Plain transformers loads the folder as the unfused model; `fxfusion.from_pretrai
 that was dropped has no weights left, and transformers asks for them: zeros stand in, with which it adds nothing to
 the residual stream. That is proved before the folder takes its place: one dropped layer of each kind, with the zeros
 and without the attention. Zeros do it for almost every attention; one that divides by the length of its queries gives
-no numbers at all.
+no numbers at all. A model of which only whole layers were removed is written as what it is: a plain, smaller one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_s
 from fxfusion.errors import CheckpointError, SurgeryError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_attention import drop_traced
+from fxfusion.models.drop_record import NAME
 from fxfusion.models.ffn_surgery.fuse import fuse, missing_drops
-from fxfusion.models.ffn_surgery.record import fused_state, intact_config, plan_of
+from fxfusion.models.ffn_surgery.record import FusedState, fused_state, intact_config, plan_of
 from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
 from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.models.fingerprint import check_fits, decoder_layers, facts_of
@@ -60,6 +61,10 @@ def save(
     missing = next((name for name, value in own_tensors(bare).items() if value.is_meta), None)
     if missing is not None:
         raise CheckpointError(f"{missing} is on the meta device: there is nothing to write")
+    refuse_removed(plan or plan_of(bare))
+    if plan is not None and plan.removed:
+        fuse(bare, plan)
+        plan = None
     with ExitStack() as undo, replacing(directory, overwrite=overwrite) as folder:
         if plan is not None:
             _drop(bare, plan, undo)
@@ -75,6 +80,29 @@ def save(
         if plan is not None:
             fuse(bare, plan)  # which proves it, before the folder takes its place
         undo.pop_all()
+
+
+def refuse_removed(plan: FusionPlan) -> None:
+    """Raises `CheckpointError` for a plan that removes layers and does something else besides."""
+    if plan.removed and (plan.groups or plan.dropped_attention):
+        raise CheckpointError(
+            f"layers {list(plan.removed)} were removed, and others fused or left without attention: there is no "
+            "canonical form of both. Save with format='nemotron-nas', or remove those layers alone, save and load the "
+            "smaller model, and fuse that"
+        )
+
+
+def _state(model: Any) -> FusedState | None:
+    """What is fused; None where only layers were removed, so that the model's tensors are its own."""
+    state = fused_state(model)
+    return state if state is not None and state.recipe.groups else None
+
+
+def _own_config(model: Any) -> Any:
+    config = copy.deepcopy(model.config)
+    if hasattr(config, NAME):
+        delattr(config, NAME)
+    return config
 
 
 def _drop(model: Any, plan: FusionPlan, undo: ExitStack) -> None:
@@ -105,7 +133,9 @@ class CanonicalTensors:
         Raises `CheckpointError` where the original format cannot hold the model, naming the tensor.
         """
         _check_plain(model)
-        config = intact_config(model)
+        plan = plan_of(model)
+        refuse_removed(plan)
+        config = _own_config(model) if plan.removed else intact_config(model)
         config.architectures, config.dtype = [type(model).__name__], model.dtype
         intact = outline(config, model.dtype)
         if type(intact) is not type(model):
@@ -122,7 +152,8 @@ class CanonicalTensors:
             TensorFacts(name, tuple(wanted[name].shape), dtypes.get(name, wanted[name].dtype))
             for name in sorted(wanted, key=_order(model, zeros))
         ]
-        plan = plan_of(model)
+        if plan.removed:  # the numbers of the larger model say nothing of this one
+            plan = FusionPlan()
         if planned is not None:
             plan = planned.replace(dropped_attention=plan.dropped_attention)
         path, _ = decoder_layers(intact)
@@ -144,7 +175,8 @@ class CanonicalTensors:
         """Every tensor, made when it is asked for."""
         tied = tied_names(model)
         shapes = {one.name: one for one in self.facts}
-        for name, value in unfused_tensors(model):
+        whole = _state(model) is None
+        for name, value in model.state_dict(keep_vars=True).items() if whole else unfused_tensors(model):
             if name in tied:
                 continue
             if name in shapes and tuple(value.shape) != shapes[name].shape:
@@ -198,7 +230,7 @@ def _check_ties(model: Any, intact: Any) -> None:
 
 def _dtypes(model: Any) -> dict[str, torch.dtype]:
     """Of all tensors of the unfused model; members have that of the fused FFN."""
-    state = fused_state(model)
+    state = _state(model)
     own = {name: value.dtype for name, value in own_tensors(model).items()}
     if state is None:
         return own
@@ -214,7 +246,7 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
 
 def _order(model: Any, zeros: Collection[str]) -> Callable[[str], int]:
     """The place of a tensor among what `values` gives: what is not fused, the groups' members, the zeros."""
-    state = fused_state(model)
+    state = _state(model)
     groups = () if state is None else state.recipe.parts
     large = [[name for member in group.members for name in member.large] for group in groups]
     small = [[name for member in group.members for name in member.small] for group in groups]
@@ -225,7 +257,7 @@ def _order(model: Any, zeros: Collection[str]) -> Callable[[str], int]:
 
 def _all_layers(model: Any, path: str) -> dict[int, nn.Module]:
     """The decoder layers by their number in the intact model, also those that fusing took out."""
-    state = fused_state(model)
+    state = _state(model)
     children = list(model.get_submodule(path).children())
     if state is None:
         return dict(enumerate(children))

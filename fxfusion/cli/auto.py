@@ -91,7 +91,7 @@ def _rehearsed(run: Session, asked: Request, format: Format) -> dict[str, int]:
     from fxfusion.cli.rehearsal import rehearse
 
     with run.screen.busy("trying on the meta device what would be written"):
-        inputs.check_format(run.model_dir, format)
+        inputs.check_format(run.model_dir, format, roads=asked.roads)
         return rehearse(run.model_dir, format, asked.roads or (), run.mixers, run.layers)
 
 
@@ -162,7 +162,7 @@ class _Job:
         result: dict[str, Any] = {**chosen.to_dict(), "text": run.text_facts, "output": None, "outside": why_not}
         if why_not is not None:
             run.screen.line(why_not, "bold yellow")
-        if _is_empty(chosen) or (why_not is not None and not self.nearest):
+        if chosen.plan.changes_nothing or (why_not is not None and not self.nearest):
             show_windows(run, result)
             run.screen.line("nothing is written", "bold red")
             return result
@@ -194,7 +194,7 @@ class _Job:
             plan, why = planned(search, asked), ""
         except PlanError as error:
             plan, why = fxfusion.FusionPlan(), str(error)
-        if plan.groups or plan.dropped_attention:
+        if not plan.changes_nothing:
             return chosen_of(run, search, asked, plan), None
         found = nearest_plan(search, asked.budget)
         if found is None:
@@ -261,17 +261,13 @@ class _Job:
 _PARTS = ("choose", "refit", "measure", "time", "write")  # the steps of `forecast.steps_of`
 
 
-def _is_empty(chosen: Chosen) -> bool:
-    return not chosen.plan.groups and not chosen.plan.dropped_attention
-
-
 def nearest_plan(search: Search, budget: Budget) -> Measured | None:
     """Where nothing is within the budget: at a price the plan of least price, else the one of least loss, of those that
     were measured; where none was, the window that costs least alone. None where no window can be had."""
     from fxfusion.planning.roads import plan_of
     from fxfusion.planning.windows import WindowSearch
 
-    known = [one for one in search.found.values() if one.plan.groups or one.plan.dropped_attention]
+    known = [one for one in search.found.values() if not one.plan.changes_nothing]
     if not known and isinstance(search, WindowSearch):
         costs = {segment: cost for segment, cost in search.screen.costs.items() if segment.size > 1}
         if costs:

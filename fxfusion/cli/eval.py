@@ -13,7 +13,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import Compiler, check_model
+from fxfusion.cli.options import Compiler, check_model, refuse_removed
 from fxfusion.cli.results_folder import COMPILED, MODEL, PLAN, QUALITY, contents, digest
 from fxfusion.cli.screen import show_evaluation
 from fxfusion.cli.session import Session, Work, command
@@ -30,6 +30,7 @@ Baseline = Annotated[
 ]
 Generate = Annotated[int, typer.Option(min=0, help="Also continue so many prompts greedily, and compare the texts.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Length of these continuations.")]
+Probes = Annotated[int, typer.Option(min=0, help="Also ask so many small questions of each kind (copying, sums, ...).")]
 Speed = Annotated[bool, typer.Option("--speed", help="Also time the fused model against the unfused one.")]
 Tasks = Annotated[
     list[str] | None,
@@ -48,10 +49,11 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """What to measure beside quality. `generate`: number of prompts, 0 for none."""
+    """What to measure beside quality. `generate`: number of prompts, `probes`: of questions of each kind, 0: none."""
 
     generate: Generate = 0
     new_tokens: NewTokens = 64
+    probes: Probes = 0
     speed: Speed = False
     tasks: Tasks = None
     task_folder: TaskFolder = None
@@ -75,6 +77,8 @@ def evaluate(
     chosen = _read_plan(run, plan)
     if baseline is not None:
         check_model(baseline)
+    if parts.probes:
+        _ = run.tokenizer  # they are texts: said before the model is loaded
     if parts.speed and not chosen.groups and baseline is None:
         raise OptionError("--speed: there is nothing fused to time; give a --plan with groups, or a --baseline")
     run.check(MODEL, QUALITY, COMPILED, reads=list(filter(None, (plan, baseline))), intact=plan is not None)
@@ -90,7 +94,9 @@ def evaluate(
 
 def _read_plan(run: Session, file: Path | None) -> FusionPlan:
     if file is not None:
-        return fxfusion.FusionPlan.load(file)
+        plan = fxfusion.FusionPlan.load(file)
+        refuse_removed(plan, "eval")
+        return plan
     if run.folder.file(PLAN).is_file():
         run.screen.note(f"there is a plan in {run.folder.file(PLAN)}; give it by --plan to measure it")
     return fxfusion.FusionPlan()
@@ -103,6 +109,7 @@ def _work(plan: FusionPlan, baseline: Path | None, parts: Parts) -> list[Work]:
     found += [Work(f"without the attention of {dropped} layers", 1)] if dropped else []
     found += [Work(f"compiled with {groups} group{'s' if groups > 1 else ''}", 1)] if groups else []
     found += [Work(f"two continuations of {parts.generate} prompts")] if parts.generate else []
+    found += [Work(f"{parts.probes} probes of each kind")] if parts.probes else []
     found += [Work("timing, fused and unfused")] if parts.speed else []
     return found + [Work(f"task {task}") for task in parts.tasks or ()]
 
@@ -163,6 +170,8 @@ class Evaluation:
         }
         if parts.generate:
             result["generation"] = self.generation(parts.generate, parts.new_tokens)
+        if parts.probes:
+            result["probes"] = self.probes(parts.probes)
         if parts.speed:
             result["speed"] = self.speed()
         if parts.tasks:
@@ -286,6 +295,24 @@ class Evaluation:
                 seed=run.seed,
             )
         return found.to_dict()
+
+    def probes(self, per_kind: int) -> dict[str, Found]:
+        """For each variant the part of the probes that it solves, and of those that the reference solves; by kind."""
+        from fxfusion.analysis.probes import ProbeScores, probe
+
+        def asked(variant: Variant) -> Found:
+            with self.run.screen.busy(f"probes: {variant.name}"):
+                return probe(variant.make(), self.run.tokenizer, per_kind=per_kind, seed=self.run.seed).to_dict()
+
+        variants = self.variants()
+        scores = {
+            each.name: ProbeScores.from_dict(
+                self._keep(f"probes {per_kind} {each.name}", each.plan, partial(asked, each))
+            )
+            for each in variants
+        }
+        reference = scores[variants[0].name]
+        return {name: {**own.to_dict(), "kept": own.kept(reference)} for name, own in scores.items()}
 
     def speed(self) -> dict[str, Found]:
         """How many times faster the fused model is than without fusing, and than the intact one, all compiled alike;

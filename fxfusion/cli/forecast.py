@@ -21,7 +21,7 @@ from fxfusion.models.traced import Run, TracedModel
 from fxfusion.planning.request import Request
 
 _MAX_WINDOW = 6  # where nobody says
-_WINDOW = 1.0  # passes over the screen's text for one window
+_WINDOW = 0.3  # passes over the screen's text for one window: most are ranked by a part of that
 _LONGER = 0.5  # of the windows of three and more layers, this part is measured: the others are hopeless
 _TRIED, _PROBES, _JUDGED = 8, 4, 2  # plans for a price; prices on the way to the least one, and plans judged at each
 _SCREENED, _JUDGED_TOKENS, _FITTED = 2048, 4096, 8192  # tokens, as `fxfusion.planning.scores` takes them

@@ -49,7 +49,7 @@ def fuse(
     chosen, result = fxfusion.FusionPlan.load(plan), _started(run, output, plan, results) | {"format": format.value}
     from fxfusion.cli import inputs
 
-    inputs.check_format(run.model_dir, format)
+    inputs.check_format(run.model_dir, format, chosen)
     card = _card(results, chosen)
     say_plan(run, chosen)
     if run.dry_run:
@@ -204,6 +204,7 @@ def facts(model: Any) -> dict[str, Any]:
         "dropped_attention": list(plan.dropped_attention),
         "groups": [group.to_data() for group in plan.groups],
         "norm": plan.norm,
+        **({"removed": list(plan.removed)} if plan.removed else {}),
     }
 
 
@@ -217,6 +218,8 @@ def say_plan(run: Run, plan: FusionPlan) -> None:
     """What a plan does, in one line each."""
     if plan.dropped_attention:
         run.screen.line(f"attention dropped: layers {show_layers(plan.dropped_attention)}")
+    if plan.removed:
+        run.screen.line(f"removed: layers {show_layers(plan.removed)}")
     if plan.groups:
         run.screen.line(f"FFNs fused: {'; '.join(show_members(group) for group in plan.groups)} (norm {plan.norm})")
 

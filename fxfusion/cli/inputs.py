@@ -28,6 +28,7 @@ from fxfusion.analysis.planned import analyse_without
 from fxfusion.analysis.texts import batches_from_text
 from fxfusion.checkpoints.api import from_pretrained
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, read_plan
+from fxfusion.checkpoints.canonical_save import refuse_removed
 from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
 from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
@@ -131,8 +132,17 @@ def format_of(model: PreTrainedModel) -> Format:
     return Format.nemotron_nas if model.config.model_type == nemotron.MODEL_TYPE else Format.canonical
 
 
-def check_format(folder: Path, format: Format) -> None:
-    """Raises where a model cannot be written in that layout, by its config alone: before hours of work on it."""
+def check_format(
+    folder: Path, format: Format, plan: FusionPlan | None = None, roads: Sequence[str] | None = None
+) -> None:
+    """Raises where a model cannot be written in that layout, by its config alone, under a plan or one over some roads:
+    before hours of work on it."""
+    if format is Format.canonical and plan is not None:
+        refuse_removed(plan)
+    if format is Format.canonical and "remove" in (roads or ()) and len(roads or ()) > 1:
+        raise OptionError(
+            "--roads remove: beside other roads it needs --format nemotron-nas, as there is no canonical form of both"
+        )
     if format is Format.nemotron_nas:
         plan_export(build_without_weights(folder), check=False)
     elif is_nemotron(folder):

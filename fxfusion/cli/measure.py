@@ -227,7 +227,7 @@ def _show_sweep(run: Session, found: Sweep) -> None:
             (
                 f"{point.measured.depth}{' *' if point.on_front else ''}",
                 show_layers(plan.dropped_attention) or "none",
-                groups or "none",
+                " ".join(filter(None, [groups, f"removed {show_layers(plan.removed)}" * bool(plan.removed)])) or "none",
                 f"{point.measured.fused_bytes / 2**20:.1f}",
                 f"{float(quality.perplexity):.2f}",
                 f"{float(quality.loss_increase or 0):+.4f}",

@@ -9,13 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from fxfusion.cli.profiles import Profile
 from fxfusion.errors import FxFusionError, OptionError
 from fxfusion.files import check_apart
+
+if TYPE_CHECKING:
+    from fxfusion.plan.fusion_plan import FusionPlan
 
 T = TypeVar("T")
 
@@ -165,7 +168,7 @@ Roads = Annotated[
     typer.Option(
         "--roads",
         metavar="ROADS",
-        help="How FFNs may become neighbours: some of drop,hoist,wide. Works on models with all attention intact.",
+        help="How FFNs may become fewer: some of drop,hoist,wide,remove. Works on models with all attention intact.",
         show_default=False,
     ),
 ]
@@ -308,6 +311,15 @@ def show_members(group: Sequence[int | str]) -> str:
 def read_roads(text: str, option: str) -> list[str]:
     """`"hoist,wide"` -> `["hoist", "wide"]`; the planner knows which there are."""
     return [part.strip() for part in text.split(",")]
+
+
+def refuse_removed(plan: FusionPlan, command: str) -> None:
+    """Raises `OptionError` for a plan that removes layers, where a command compiles the model by it."""
+    if plan.removed:
+        raise OptionError(
+            f"the plan removes layers {show_layers(plan.removed)}, and {command} compiles the model as it is: write "
+            "the smaller model by `fxfusion fuse`, and give its folder"
+        )
 
 
 def read_share(text: str, option: str) -> float:

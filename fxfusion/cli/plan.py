@@ -241,10 +241,10 @@ def _command_line() -> str:
 
 def _what_becomes(meter: PlanMeter, plan: FusionPlan) -> FusionReport:
     """What the compiler makes of the plan: by graph, nothing is compiled."""
-    from fxfusion.analysis.planned import without_mixers
+    from fxfusion.analysis.planned import without_parts
     from fxfusion.compiler.pipeline import fuse_captured
 
-    captured = without_mixers(meter.graph, plan.dropped_attention)
+    captured = without_parts(meter.graph, plan.dropped_attention, plan.removed)
     return fxfusion.FusionReport(graphs=(fuse_captured(captured, plan, verify="off").report,))
 
 
@@ -277,6 +277,8 @@ def show_windows(run: Session, result: dict[str, Any]) -> None:
         line("nothing is fused: no window of layers is within the budget")
     if plan.dropped_attention:
         line(f"attention dropped: layers {show_layers(plan.dropped_attention)}")
+    if plan.removed:
+        line(f"removed: layers {show_layers(plan.removed)}")
     _show_depth(run, result)
     line("")
     show_quality(result["quality"], run.screen)

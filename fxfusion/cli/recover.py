@@ -114,7 +114,7 @@ def refit(
     run.check(output=output, reads=[plan, *(validation or ())], intact=True)
     from fxfusion.cli import inputs
 
-    inputs.check_format(run.model_dir, format)
+    inputs.check_format(run.model_dir, format, chosen)
     result = {
         "model": str(run.model_dir),
         "output": str(output),

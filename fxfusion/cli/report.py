@@ -169,7 +169,7 @@ def _layers(
 ) -> tuple[Layer, ...]:
     from fxfusion.report.results import Layer
 
-    dropped = set() if plan is None else set(plan.dropped_attention)
+    dropped = set() if plan is None else {*plan.dropped_attention, *plan.removed}
     groups = {} if plan is None else {member: index for index, group in enumerate(plan.groups) for member in group}
     # The attention of a window's first layer stands first anyway.
     moved = set() if plan is None else {member for group in plan.groups if group.is_window for member in group[1:]}
@@ -214,6 +214,7 @@ def _plan(plan: FusionPlan, text: str) -> PlanFacts:
         facts += [f"{name} {version}" for name, version in made.versions if version]
     return PlanFacts(
         dropped_attention=plan.dropped_attention,
+        removed=plan.removed,
         groups=plan.groups,
         mixers=tuple(group.mixers for group in plan.groups),
         norm=plan.norm,
@@ -285,6 +286,8 @@ def _sweep(found: Found) -> tuple[SweepPoint, ...]:
 def _label(point: Found) -> str:
     dropped = show_layers(point["dropped_attention"]) or "none"
     groups = " ".join(f"[{show_members(group)}]" for group in point["groups"])
+    if point.get("removed"):
+        dropped += f"; removed {show_layers(point['removed'])}"
     return f"dropped {dropped}; {'fused ' + groups if groups else 'nothing fused'}"
 
 

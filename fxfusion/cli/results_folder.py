@@ -139,4 +139,6 @@ def digest(value: Any) -> str:
 def contents(plan: FusionPlan) -> dict[str, Any]:
     """What a plan does, without the record of how it was made."""
     fields = plan.to_dict()
-    return {name: fields.get(name) for name in ("groups", "dropped_attention", "norm")}
+    return {name: fields.get(name) for name in ("groups", "dropped_attention", "norm")} | (
+        {"removed": fields["removed"]} if plan.removed else {}
+    )

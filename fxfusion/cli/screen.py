@@ -77,7 +77,7 @@ def _console(quiet: bool = False, stderr: bool = False) -> Console:
 def show_evaluation(result: Found, screen: Screen) -> None:
     """Every part of the result that is there."""
     show_quality(result["quality"], screen)
-    for name, part in (("generation", _generation), ("speed", show_speed), ("tasks", _tasks)):
+    for name, part in (("generation", _generation), ("probes", _probes), ("speed", show_speed), ("tasks", _tasks)):
         if name in result:
             part(result[name], screen)
 
@@ -110,6 +110,16 @@ def _generation(found: Found, screen: Screen) -> None:
         for name in ("prompt", "reference", "model"):
             written = sample.get(f"{name}_text")
             screen.line(f"{name + ':':<11}{sample[name] if written is None else repr(written)}", "dim")
+
+
+def _probes(found: Mapping[str, Found], screen: Screen) -> None:
+    kinds = list(next(iter(found.values()))["kept"])
+    rows = [
+        (name, *("-" if one["kept"][kind] is None else f"{one['kept'][kind]:.0%}" for kind in kinds))
+        for name, one in found.items()
+    ]
+    screen.line("")
+    screen.table(("probes solved, of those that the first row solves", *kinds), rows)
 
 
 def show_speed(found: Mapping[str, Found], screen: Screen) -> None:

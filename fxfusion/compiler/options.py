@@ -21,10 +21,18 @@ _MAY_BE_NONE = ("policy", "plan", "mode", "inductor")
 
 
 def choose(policy: str | Mapping[str, object] | FusionPolicy | None, plan: Any) -> Choice:
-    """The policy or the plan; both given is an error."""
+    """The policy or the plan. Raises `OptionError` where both are given, or the plan removes layers."""
     if plan is not None and policy is not None:
         raise OptionError("policy and plan were both given; a plan names its groups itself, so give one of them")
-    return FusionPlan.resolve(plan) if plan is not None else FusionPolicy.resolve(policy)
+    if plan is None:
+        return FusionPolicy.resolve(policy)
+    chosen = FusionPlan.resolve(plan)
+    if chosen.removed:
+        raise OptionError(
+            f"plan: it removes layers {list(chosen.removed)}, and the compiler takes no layer out of a model: "
+            "`fxfusion.fuse(model, plan)` does, and its result is compiled without a plan"
+        )
+    return chosen
 
 
 class BackendOptions(BaseModel):

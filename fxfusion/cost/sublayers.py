@@ -102,16 +102,21 @@ def arrange(
     groups: Iterable[Sequence[int | str]] = (),
     unfuse: Mapping[int, int] | None = None,
 ) -> Step:
-    """The sublayers of a model, with attention dropped and FFNs fused as a plan says.
+    """The sublayers of a model, with attention dropped, layers removed and FFNs fused as a plan says.
 
     `groups`: besides those of the plan. `unfuse`: layers whose FFN is split into so many (nearly) equal ones first.
     A layer is its position in the table, padding included. Raises `OptionError` that names the layer.
     """
     dropped = () if plan is None else plan.dropped_attention
+    removed = () if plan is None else plan.removed
     wanted = [_numbered(group) for group in (*(() if plan is None else plan.groups), *groups)]
-    _check_layers(table, [*dropped, *(layer for group in wanted for layer in group.layers)])
+    _check_layers(table, [*dropped, *removed, *(layer for group in wanted for layer in group.layers)])
     _check_apart(wanted)
     parts = _parts(table, frozenset(dropped), dict(unfuse or {}))
+    for layer in removed:
+        if not parts[layer]:
+            raise OptionError(f"layer {layer}: there is nothing to remove, the layer is padding")
+        parts[layer] = []
     windows = [_fuse(parts, group) for group in wanted]
     return Step(
         name=table.name,

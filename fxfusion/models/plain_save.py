@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -26,13 +27,15 @@ class PlainSave:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self._model()
         found = getattr(model.config, "fxfusion", None)
-        if isinstance(found, dict) and (found.get("dropped_attention") or found.get("fused")):
+        changed = isinstance(found, dict) and (found.get("dropped_attention") or found.get("fused"))
+        if changed and not _is_only_smaller(found):
             warnings.warn(
                 "transformers alone will not load this folder as the model that is saved, since attention was dropped "
                 f"or FFNs were fused: {ADVICE}",
                 stacklevel=2,
             )
-        return type(model).save_pretrained(model, *args, **kwargs)
+        with _as_plain(model.config) if _is_only_smaller(found) else nullcontext():
+            return type(model).save_pretrained(model, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainSave:
         model: Any = self._model()
@@ -41,6 +44,23 @@ class PlainSave:
     def __reduce__(self) -> tuple[Any, ...]:
         model: Any = self._model()
         return PlainSave, (model,)
+
+
+def _is_only_smaller(found: Any) -> bool:
+    """Whether whole layers were removed and nothing else was done: then the model is a plain one of fewer layers."""
+    fused = found.get("fused") if isinstance(found, dict) else None
+    return isinstance(fused, dict) and not fused["groups"] and not found.get("dropped_attention")
+
+
+@contextmanager
+def _as_plain(config: Any) -> Iterator[None]:
+    """Inside, the config does not say what the model was made of: numbers of layers that the folder has not."""
+    noted = config.fxfusion
+    del config.fxfusion
+    try:
+        yield
+    finally:
+        config.fxfusion = noted
 
 
 def warn_of_plain_save(model: nn.Module, undo: ExitStack | None = None) -> None:

@@ -37,29 +37,36 @@ class TracedModel:
     """Captures a model once for each shape of its inputs. The weights are the model's own, not copies.
 
     `model`: may be a `TracedModel`, whose graphs are then used. `dropped_attention`: decoder layers whose
-    mixers are left out of every graph; the model stays as it is. After surgery a model must be traced anew.
+    mixers are left out of every graph, `removed`: those that are left out whole; the model stays as it is. After
+    surgery a model must be traced anew.
     Of what `torch.compile` or PEFT wrapped, the model inside is captured, its adapters included.
     """
 
-    def __init__(self, model: nn.Module | TracedModel, dropped_attention: Iterable[int] = ()) -> None:
+    def __init__(
+        self, model: nn.Module | TracedModel, dropped_attention: Iterable[int] = (), removed: Iterable[int] = ()
+    ) -> None:
         self._source = model if isinstance(model, TracedModel) else None
         self.model: nn.Module = model.model if isinstance(model, TracedModel) else bare_model(model)
         known: tuple[int, ...] = () if self._source is None else self._source.dropped_attention
         self._left_out = set(dropped_attention).difference(known)
         self.dropped_attention: tuple[int, ...] = tuple(sorted(self._left_out.union(known)))
+        before: tuple[int, ...] = () if self._source is None else self._source.removed
+        self._whole = set(removed).difference(before)
+        self.removed: tuple[int, ...] = tuple(sorted(self._whole.union(before)))
         self._graphs: dict[tuple[Any, ...], TracedGraph] = {}
 
     def graph(self, batch: Batch) -> TracedGraph:
         """The graph for inputs that look like these.
 
         Raises `CaptureError` where the model is not one graph from token ids to logits, `OptionError`
-        where a layer of `dropped_attention` has no mixer.
+        where a layer of `dropped_attention` has no mixer, or one of `removed` adds nothing to the stream.
         """
         inputs = model_inputs(self.model, batch)
         key = tuple((name, *_look(value)) for name, value in sorted(inputs.items()))
         if key not in self._graphs:
             graph = _trace(self.model, inputs) if self._source is None else self._source.graph(batch)
-            self._graphs[key] = graph.without(self._left_out) if self._left_out else graph
+            changes = self._left_out or self._whole
+            self._graphs[key] = graph.without(self._left_out, self._whole) if changes else graph
         return self._graphs[key]
 
 
@@ -184,24 +191,36 @@ class TracedGraph:
         values = self._execute(needed, known, shortcuts, {*shared, *wanted}, self.inputs(batch))
         return Run(values, gone, frozenset(shared))
 
-    def without(self, layers: Iterable[int]) -> TracedGraph:
-        """The same model without the mixers of some layers: what stood beside them is matched anew."""
-        wanted = sorted(set(layers))
-        blocks = self.blocks.mixers_of(wanted)
-        missing = sorted(set(wanted) - {block.layer for block in blocks})
-        if missing:
-            have = sorted({block.layer for block in self.blocks.mixers})
-            raise OptionError(f"there is no attention to drop in layers {missing}; it is in layers {have}")
+    def without(self, layers: Iterable[int], removed: Iterable[int] = ()) -> TracedGraph:
+        """The same model without the mixers of some layers, and without others as a whole: what stood beside them is
+        matched anew. Raises `OptionError` where there is none."""
         captured = self.captured.copy()
         graph = captured.module.graph
         copies = {node.name: node for node in graph.nodes}
-        for block in reversed(blocks):  # what one leaves may be what the next one reads
+        for block in self.parts_of(layers, removed):
             copies[block.after.name].replace_all_uses_with(copies[block.before.name])
         place = list(graph.output_node().all_input_nodes).index(copies[self.logits.name])
         erase_dead_code(graph)
         run_passes(captured.module, normalising_passes(captured.weights), History())  # views around a mixer may cancel
         places = {name: copies[node.name] for name, node in self.places.items()}
         return _traced(captured, places, graph.output_node().all_input_nodes[place], self.tokens)
+
+    def parts_of(self, layers: Iterable[int], removed: Iterable[int] = ()) -> list[ResidualBlock]:
+        """The mixers of some layers, and others as a whole, from last to first: what one leaves may be what the next
+        one reads. Raises `OptionError` where there is none."""
+        found: list[ResidualBlock] = []
+        for wanted, blocks, what in (
+            (set(layers), self.blocks.mixers, "attention to drop in"),
+            (set(removed), self.blocks.layers, "residual block to remove in"),
+        ):
+            chosen = [block for block in blocks if block.layer in wanted]
+            missing = sorted(wanted - {block.layer for block in chosen})
+            if missing:
+                have = sorted({block.layer for block in blocks})
+                raise OptionError(f"there is no {what} layers {missing}; it is in layers {have}")
+            found += chosen
+        order = {node: place for place, node in enumerate(self.captured.module.graph.nodes)}
+        return sorted(found, key=lambda block: order[block.after], reverse=True)
 
     def needed(self, wanted: Iterable[fx.Node], removed: Iterable[ResidualBlock] = ()) -> set[fx.Node]:
         """The nodes that some values depend on, themselves included, with some blocks left out. Computes nothing."""

@@ -73,6 +73,7 @@ class FusionPlan(Record):
     short for `"hoist"` in every group that does not name its mixers; it is not a field.
     `dropped_attention`: layers whose attention was removed before capture;
     the compiler does not remove attention itself, it records what the plan assumes.
+    `removed`: layers that go whole, attention and FFN, in `fxfusion.fuse`; the compiler refuses such a plan.
     `norm`: see `FusionPolicy`. The other fields are a record: they do not change what is fused.
 
     Each of `plan.groups` is a tuple of its members that also has `.mixers`; `plan.mixers_of(index)` and
@@ -88,6 +89,7 @@ class FusionPlan(Record):
         "{members: [4, 5], mixers: hoist} (or wide), whose mixers go before its FFNs",
     )
     dropped_attention: tuple[CheckedLayer, ...] = Field(default=(), description="layers that lose their attention")
+    removed: tuple[CheckedLayer, ...] = Field(default=(), description="layers that go whole: attention and FFN")
     norm: NormMode = Field(
         default="fold", description="fold (each FFN keeps its own norm gain) or last (a group takes the last FFN's)"
     )
@@ -142,6 +144,19 @@ class FusionPlan(Record):
         refuse_repeated(dropped, "named")
         return dropped
 
+    @field_validator("removed")
+    @classmethod
+    def _removed_is_a_set(cls, removed: tuple[int, ...]) -> tuple[int, ...]:
+        refuse_repeated(removed, "removed")
+        return tuple(sorted(removed))
+
+    @model_validator(mode="after")
+    def _removed_has_no_other_part(self) -> FusionPlan:
+        for place, layer in self.layer_places():
+            if layer in self.removed and place[0] in ("groups", "dropped_attention"):
+                raise refuse(f"layer {layer} is removed as a whole, so it can have no other part in the plan", *place)
+        return self
+
     @model_validator(mode="after")
     def _layers_exist(self) -> FusionPlan:
         problem = None if self.model is None else self.unknown_layer(self.model.layers)
@@ -149,6 +164,11 @@ class FusionPlan(Record):
             place, why = problem
             raise refuse(why, *place)
         return self
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the model stays as it is: nothing dropped, removed or fused."""
+        return not (self.groups or self.dropped_attention or self.removed)
 
     @property
     def windows(self) -> tuple[PlannedGroup, ...]:
@@ -172,6 +192,7 @@ class FusionPlan(Record):
         for index, group in enumerate(self.groups):
             found += [(("groups", index, at), member) for at, member in enumerate(group) if isinstance(member, int)]
         found += [(("dropped_attention", at), layer) for at, layer in enumerate(self.dropped_attention)]
+        found += [(("removed", at), layer) for at, layer in enumerate(self.removed)]
         if self.scores is not None:
             found += [(("scores", "values", at, "layer"), score.layer) for at, score in enumerate(self.scores.values)]
         return found
@@ -189,6 +210,8 @@ class FusionPlan(Record):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in the file; what was not recorded is left out."""
         fields = self.model_dump(mode="json", exclude_none=True)
+        if not self.removed:
+            del fields["removed"]
         return {"version": fields.pop("version"), **fields}
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

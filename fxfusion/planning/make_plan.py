@@ -77,9 +77,10 @@ def make_plan(
         norm: see `FusionPlan`; None measures both and keeps the paper's, `"last"`, on the paper's groups unless
             `"fold"` is measured better. method: see `attention_scores`.
         roads: how FFNs with attention between them may become neighbours: by `"drop"` (dropping it), `"hoist"`
-            (moving it before them) or `"wide"` (moving it, as one attention); several may be mixed in one plan. Needs
-            a budget: a depth, a latency, or a quality, within which the latency (without hardware: the depth) is
-            least. None: the attention is dropped that the arguments above name or need, and no other is touched.
+            (moving it before them) or `"wide"` (moving it, as one attention); or `"remove"`: whole layers go, which
+            `fuse` does and the compiler does not. Several may be mixed in one plan. Needs a budget: a depth, a latency,
+            or a quality, within which the latency (without hardware: the depth) is least. None: the attention is
+            dropped that the arguments above name or need, and no other is touched.
         after_refit: with roads, judge each plan by its loss after `fxfusion.refit`: three quarters of the batches are
             fitted to, the others judge. Windows that the model's modules cannot hold are left out.
         max_window: layers that become one at most (6).

@@ -79,7 +79,7 @@ def latency_price(latency: Callable[[FusionPlan], float]) -> Price:
 
 def merged(plan: FusionPlan) -> int:
     """How much the FFN depth falls."""
-    return sum(len(group) - 1 for group in plan.groups)
+    return len(plan.removed) + sum(len(group) - 1 for group in plan.groups)
 
 
 def predicted_latency(
@@ -101,7 +101,7 @@ def predicted_latency(
     known: dict[Any, float] = {}
 
     def latency(plan: FusionPlan) -> float:
-        key = (plan.groups, plan.dropped_attention)
+        key = (plan.groups, plan.dropped_attention, plan.removed)
         if key not in known:
             known[key] = simulate_step(arrange(layers, plan), work, device).latency_ms
         return known[key]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fxfusion.errors import OptionError
 from fxfusion.planning.budget import Budget, Limits
-from fxfusion.planning.roads import ROADS, check_roads
+from fxfusion.planning.roads import check_roads
 
 if TYPE_CHECKING:
     from fxfusion.cost import Hardware
@@ -24,6 +24,7 @@ AUTOMATIC_HARDWARE = "h100"
 # What is refitted is a model of wider modules. No other engine loads one with wide blocks, so they are not chosen
 # unless they are asked for.
 REFITTED = ("drop", "hoist")
+COMPILED = ("drop", "hoist", "wide")  # what `torch.compile` can do with a plan: it removes no layers
 _QUALITY = ("max_perplexity_increase", "max_kl")
 _BUDGETS = (*_QUALITY, "target_depth", "max_latency")
 _DEVICE = (("tp", 1), ("precision", "bf16"))  # and what they are where nobody named them
@@ -57,7 +58,7 @@ class Request:
             rest["after_refit"] = rest.get("after_refit") is not False
             rest["hardware"] = rest.get("hardware") or AUTOMATIC_HARDWARE
             if rest.get("roads") is None:
-                rest["roads"] = REFITTED if rest["after_refit"] else tuple(ROADS)
+                rest["roads"] = REFITTED if rest["after_refit"] else COMPILED
             if not budget.limits_quality and budget.most is None:
                 budget = replace(budget, max_perplexity_increase=AUTOMATIC_INCREASE)
         return cls(budget=budget, limits=_taken(Limits, given), **rest)

@@ -138,7 +138,7 @@ class Screen:
     def _plan(self, segment: Segment) -> FusionPlan:
         """Raises `SurgeryError` where modules cannot hold it, and must."""
         plan = plan_of([segment], self.mixers, self.norm)
-        if self.in_modules and segment.size > 1:
+        if self.in_modules and ROADS[segment.road].lowers_depth(segment):
             ROADS[segment.road].check(self.meter.model, self.meter.graph, plan)
         return plan
 
@@ -212,7 +212,7 @@ class RefitMeter:
 
     def quality(self, plan: FusionPlan) -> Quality:
         """Loss on the judging text, and what is lost against the intact model; a plan of nothing is that itself."""
-        if not plan.groups and not plan.dropped_attention:
+        if plan.changes_nothing:
             return self.meter.quality(plan)
         return self.known.of(plan_key(plan), lambda: self._measured(plan))
 

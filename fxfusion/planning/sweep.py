@@ -52,6 +52,7 @@ class SweepPoint:
             "dropped_attention": list(plan.dropped_attention),
             "groups": [group.to_data() for group in plan.groups],
             "norm": plan.norm,
+            **({"removed": list(plan.removed)} if plan.removed else {}),
             "fused_bytes": self.measured.fused_bytes,
             "on_front": self.on_front,
             "latency_ms": self.latency_ms,
@@ -102,10 +103,11 @@ class Sweep:
             open(beside, "w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.writer(file)
-            more = ("dropped_attention", "groups", "norm", "latency_ms", "on_latency_front", "predicted_for")
+            more = ("dropped_attention", "groups", "norm", "latency_ms", "on_latency_front", "predicted_for", "removed")
             writer.writerow([*columns.split(), *more])
             for point in self.points:
-                writer.writerow([*_row(point), self.predicted_for or ""])
+                removed = " ".join(map(str, point.measured.plan.removed))
+                writer.writerow([*_row(point), self.predicted_for or "", removed])
         return Path(path)
 
     def plot(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:

@@ -69,7 +69,7 @@ class WindowSearch(Search):
         slack = _SLACK if self.refitted is None else _SLACK_AFTER_REFIT
         self.screen.run(lambda: slack * budget.allowed_loss)
         self._renew()
-        if not any(segment.size > 1 for segment in self.screen.costs):
+        if not any(ROADS[segment.road].lowers_depth(segment) for segment in self.screen.costs):
             warnings.warn(f"no window of layers can be had{self._reasons()}", stacklevel=3)
         return [()]
 
@@ -232,7 +232,8 @@ class WindowSearch(Search):
         return found
 
     def _typical(self, road: str) -> FusionPlan | None:
-        offers = [offer for offer in self._offers({}, [road]) if offer.segment.size > 1 and offer.saved > 0]
+        offered = self._offers({}, [road])
+        offers = [offer for offer in offered if ROADS[road].lowers_depth(offer.segment) and offer.saved > 0]
         known = [one for one in propose(self.screen.layers, offers) if one.saved > 0]
         enough = [one for one in known if len(one.segments) >= max(1, self.screen.layers // 4)]
         chosen = min(enough or known, key=lambda one: one.cost, default=None)

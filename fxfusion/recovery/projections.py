@@ -235,8 +235,8 @@ def _bias_of(site: Site) -> fx.Node | None:
 
 def choose(found: Sequence[Projection], dropped: Sequence[int], later: str) -> list[Projection]:
     """Which of them to refit. `later`: "none" (the groups alone, attention of wide blocks included), "ffn" (every FFN
-    from the first layer that was changed on), "all" (attention too). `dropped`: layers whose attention the reference
-    has and the model has not."""
+    from the first layer that was changed on), "all" (attention too). `dropped`: layers of which the reference has
+    something, attention or all, and the model has not."""
     groups = [one for one in found if one.members]
     changed = [*dropped, *(one.members[0] for one in groups)]
     if later == "none" or not changed:

@@ -70,11 +70,12 @@ def refit(
     Args:
         model: the model as it was loaded, with all its attention and FFNs (for `reference="unfused"` attention may be
             dropped already). It stays as it is.
-        plan: a `FusionPlan`, a dict of its fields, or a plan file: what is dropped and fused. A plan may only drop.
+        plan: a `FusionPlan`, a dict of its fields, or a plan file: what is dropped and fused. A plan may only drop, or
+            only remove layers.
         batches: calibration text, `input_ids` `[batch, seq]` or dicts of model inputs. At least four tokens for each
             channel of the widest FFN are good, some 50,000 to 100,000 better.
         reference: "intact": the stream of the model as it was, so that dropped attention is made up for too;
-            "unfused": that of the model with the attention dropped and nothing fused.
+            "unfused": that of the model with the attention dropped and the layers removed, and nothing fused.
         validation: text that decides on penalties and on what is kept; by default an eighth of `batches`.
         later: what is refitted beside the groups, from the first layer that was changed on: "none", "ffn" (the down
             projection of every FFN) or "all" (the output projection of every attention too). The attention of a wide
@@ -131,10 +132,10 @@ def _check(model: nn.Module, bare: nn.Module, plan: FusionPlan, reference: str, 
             f"the attention of layers {record.dropped_attention} was dropped, so there is no intact model to refit to: "
             'give the model as it was loaded, or reference="unfused"'
         )
-    if not plan.groups and not (plan.dropped_attention and reference == "intact" and later != "none"):
+    if not plan.groups and (plan.changes_nothing or reference != "intact" or later == "none"):
         raise OptionError(
-            "plan: it fuses nothing, so there is nothing to refit (a plan that only drops attention can "
-            'be refitted with reference="intact" and later="ffn" or "all")'
+            "plan: it fuses nothing, so there is nothing to refit (a plan that only drops attention or removes layers "
+            'can be refitted with reference="intact" and later="ffn" or "all")'
         )
     if bare is not getattr(model, "_orig_mod", model):
         raise SurgeryError("the model has adapters: merge them first (`merge_and_unload`)")
@@ -165,7 +166,8 @@ class _Work:
         self.model: Any = fuse(copy.deepcopy(source), plan)
         self.model.eval()
         self.traced = TracedModel(self.model)
-        self.reference = TracedModel(source, () if how.reference == "intact" else self._missing())
+        gone, removed = ([], ()) if how.reference == "intact" else (self._missing(), plan.removed)
+        self.reference = TracedModel(source, gone, removed)
 
     def run(self, cache: str | os.PathLike[str] | None, progress: bool, on_layer: Listener | None) -> None:
         steps = self._steps()
@@ -220,8 +222,8 @@ class _Work:
         recipe = None if state is None else state.recipe
         graph = self.traced.graph(self.texts.fit[0].inputs)
         found = find_projections(self.model, graph, recipe)
-        dropped = self.plan.dropped_attention if self.how.reference == "intact" else ()
-        chosen = choose(found, dropped, self.how.later)
+        gone = (*self.plan.dropped_attention, *self.plan.removed) if self.how.reference == "intact" else ()
+        chosen = choose(found, gone, self.how.later)
         if not chosen:
             raise SurgeryError("no linear layer of the model that could be refitted was found")
         readers: list[Reader] = []
@@ -269,6 +271,7 @@ class _Work:
             "dropped_attention": list(self.plan.dropped_attention),
             "groups": [group.to_data() for group in self.plan.groups],
             "norm": self.plan.norm,
+            **({"removed": list(self.plan.removed)} if self.plan.removed else {}),
             "reference": self.how.reference,
             "layers": [one.name for one in steps],
             "penalties": list(self.how.penalties),

@@ -105,6 +105,7 @@ class PlanFacts(_Part):
     """
 
     dropped_attention: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
     groups: tuple[tuple[int | str, ...], ...] = ()
     mixers: tuple[str, ...] = ()
     norm: str = "fold"

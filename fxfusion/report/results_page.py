@@ -159,9 +159,14 @@ def _plan_tiles(results: Results, plan: PlanFacts) -> list[tuple[str, str]]:
         (f"{len(plan.dropped_attention)}{f' of {had}' if had else ''}", "attention layers dropped"),
         (f"{fused} → {len(plan.groups)}" if fused else "0", "FFNs fused into wide ones"),
     ]
+    if plan.removed:
+        tiles.append((f"{len(plan.removed)}", f"layers removed as a whole: {', '.join(map(str, plan.removed))}"))
     if results.layers:
         before = had + sum(bool(layer.width) for layer in results.layers)
-        after = before - len(plan.dropped_attention) - fused + len(plan.groups)
+        gone = sum(
+            (layer.mixer != "none") + bool(layer.width) for layer in results.layers if layer.number in plan.removed
+        )
+        after = before - len(plan.dropped_attention) - gone - fused + len(plan.groups)
         tiles.append((f"{before} → {after}", "residual blocks"))
     return tiles
 

@@ -58,12 +58,17 @@ def write_members(folder: Path, model: nn.Module) -> None:
     from safetensors.torch import save
 
     state = fused_state(model)
+    if state is not None and state.recipe.gone:
+        if state.recipe.groups:
+            words = "the members of its fused FFNs are not kept, since layers were removed as a whole"
+            warnings.warn(words, stacklevel=4)
+        return
     if state is None:
         before = Path(getattr(model, "name_or_path", "") or ".") / RESIDUE
         if before.exists():
             warnings.warn(f"the members of its fused FFNs are not kept: only {before.parent} has them", stacklevel=4)
         return
-    shards, plan = state.recipe.groups[0].shards, plan_of(model)
+    shards, plan = state.recipe.shards, plan_of(model)
     notes = {"format": "pt", _CONFIG: intact_config(model).to_json_string(), _SHARDS: str(shards), _FUSED: _fused(plan)}
     content = save({name: value.detach().cpu().contiguous() for name, value in state.residue.items()}, notes)
     write_file(folder / RESIDUE, content)

@@ -7,6 +7,9 @@ Before:  a window of layers 4 5, which keep their attention (the plan says mixer
 After:   layer 4 with attention alone, layer 5 with its own attention and an FFN as wide as both
          mixers: wide: layer 5 alone, its attention with the heads of both, its FFN as wide as both
 
+Before:  a layer that the plan removes
+After:   it is gone, attention and FFN, its weights with it
+
 Exact relative to the parallel form of the groups (arXiv 2503.18908, theorem 3.1); that form is an approximation of
 the model. Members are freed group by group.
 """
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfusion.compiler.unwrap import offloaded
-from fxfusion.errors import CaptureError, SurgeryError
+from fxfusion.errors import CaptureError, OptionError, PlanError, SurgeryError
 from fxfusion.models.adapters.carrier import AdapterMode, Adapters
 from fxfusion.models.attention_sites import find_sites
 from fxfusion.models.attention_surgery import run_once
@@ -58,8 +61,9 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
     The first member's own modules take the weights of all, the layers of the other members go, and the config and
     the key-value cache follow. In a window (`mixers: hoist`) the other layers stay with their attention, and the FFN of
     the last layer takes the weights; in a wide one they go too, and its attention takes those of theirs. Attention
-    that the plan drops is dropped first, where the model still has it.
-    `config.fxfusion` records both; `unfuse` gives the members back.
+    that the plan drops is dropped first, where the model still has it; then go the layers that it removes.
+    `config.fxfusion` records all; `unfuse` gives the members back, unless layers were removed. Where only layers were
+    removed, the model is a plain smaller one, and transformers' own `save_pretrained` writes it as such.
 
     Args:
         model: a decoder of `transformers` on any device, the meta device included; trainable or not. One that
@@ -98,7 +102,7 @@ def fuse(model: Model, plan: Any, *, check: bool = True, shards: int = 1, adapte
         surgery = _prepare(bare, chosen, check, shards, undo)
         gc.collect()  # graphs are full of cycles, and hold the members' weights
         taken.read(surgery.recipe, check)
-        if surgery.recipe.groups:
+        if surgery.recipe.changes:
             with surgery.kept:
                 surgery.run()
         undo.pop_all()
@@ -123,9 +127,11 @@ def _prepare(model: nn.Module, plan: FusionPlan, check: bool, shards: int, undo:
     traced = TracedModel(model)
     try:
         intact = traced.graph(ids)
-        without = TracedModel(traced, missing).graph(ids)
+        without = TracedModel(traced, missing, plan.removed).graph(ids)
     except CaptureError as error:
         raise SurgeryError(f"{type(model).__name__} cannot be looked into: {error}") from error
+    except OptionError as error:
+        raise PlanError(f"the plan does not fit this model: {error}") from None
     surgery = _Surgery.plan(model, plan, check, shards, without, ids)
     if missing:
         drop_traced(model, missing, check, intact, undo)
@@ -212,6 +218,7 @@ class _Surgery:
         depth = DepthEditor.of(self.model, self.recipe.path, mixers)
         done: list[GroupRecipe] = []
         try:
+            self._remove_whole(depth)
             for number, recipe in enumerate(self.recipe.groups):
                 self._fuse_group(recipe, depth, stubs, self.recipe.groups[: number + 1])
                 done += self.recipe.parts_of(recipe)
@@ -224,6 +231,14 @@ class _Surgery:
             self.kept.put_back(self.model)
             raise
         self._remember(depth, stubs)
+
+    def _remove_whole(self, depth: DepthEditor) -> None:
+        """Take out the layers that go as a whole, and prove what is left; they are kept until all is done."""
+        if not self.recipe.gone:
+            return
+        depth.without(self.recipe.gone)
+        if self.form is not None:
+            self.form.check(self.model, 0)
 
     def _fuse_group(
         self, recipe: GroupRecipe, depth: DepthEditor, stubs: FfnStubs, groups: Sequence[GroupRecipe]
@@ -257,7 +272,7 @@ class _Surgery:
         self, recipe: GroupRecipe, depth: DepthEditor, stubs: FfnStubs, groups: Sequence[GroupRecipe]
     ) -> list[nn.Module]:
         """What held the other members, taken out of the model, which is proved then."""
-        layers = [layer for group in groups for layer in group.removed]
+        layers = [*self.recipe.gone, *(layer for group in groups for layer in group.removed)]
 
         def prove() -> None:
             if layers:
@@ -293,7 +308,7 @@ class _Surgery:
         state = FusedState(
             recipe=self.recipe,
             plan=self.plan_,
-            shells={layer: depth.layers[layer] for layer in self.recipe.removed},
+            shells={layer: depth.layers[layer] for group in self.recipe.groups for layer in group.removed},
             parts=stubs.gone,
             residue=self.residue,
             changes=depth.changes(),

@@ -41,8 +41,8 @@ _NORM_IN_FLOAT32 = 1e-6  # what float64 models are off by that compute their nor
 
 @dataclass(frozen=True, slots=True)
 class ParallelForm:
-    """`exact`: logits `[2, tokens, vocabulary]` with the first one, two, ... groups in parallel, in wider numbers;
-    `errors`: what they are off in the model's own."""
+    """`exact`: logits `[2, tokens, vocabulary]` with none, the first one, two, ... groups in parallel, in wider
+    numbers; `errors`: what they are off in the model's own."""
 
     ids: Tensor
     exact: tuple[Tensor, ...]
@@ -50,10 +50,10 @@ class ParallelForm:
 
     @classmethod
     def of(cls, traced: TracedGraph, plan: FusionPlan, ids: Tensor) -> ParallelForm:
-        """Run the graph twice for each group."""
-        exact, errors = [], []
-        for end in range(len(plan.groups)):
-            own, wider = _parallel_logits(traced, plan.replace(groups=plan.groups[: end + 1], model=None), ids)
+        """Run the graph twice for each group, and before where layers go whole."""
+        exact, errors = [torch.empty(0)] * (not plan.removed), [0.0] * (not plan.removed)
+        for end in range(len(exact), len(plan.groups) + 1):
+            own, wider = _parallel_logits(traced, plan.replace(groups=plan.groups[:end], model=None), ids)
             exact.append(wider)
             errors.append(relative(own, wider))
         return cls(ids, tuple(exact), tuple(errors))
@@ -61,9 +61,9 @@ class ParallelForm:
     def check(self, model: nn.Module, groups: int) -> float:
         """The relative error of the logits with so many groups fused. Raises `SurgeryError` where it is no rounding."""
         found = full_logits(model, self.ids)
-        error = relative(found, self.exact[groups - 1])
+        error = relative(found, self.exact[groups])
         floor = max(_FLOOR * torch.finfo(found.dtype).eps, _NORM_IN_FLOAT32)
-        limit = max(_TIMES * self.errors[groups - 1], floor)
+        limit = max(_TIMES * self.errors[groups], floor)
         if not error <= limit:
             raise SurgeryError(f"the fused model's logits are off by {error:.2g} (allowed {limit:.2g})")
         return error
@@ -128,7 +128,7 @@ def check_heads(model: nn.Module, recipe: FuseRecipe, groups: Sequence[GroupReci
 
     `groups`: those that are fused by now. Computes nothing, so it works on the meta device.
     """
-    gone = {layer for group in groups for layer in group.removed}
+    gone = {*recipe.gone, *(layer for group in groups for layer in group.removed)}
     kept = [layer for layer in range(recipe.count) if layer not in gone]
     traced = TracedModel(model).graph(ids)
     facts = GraphFacts(traced.captured.module.graph, traced.captured.weights)

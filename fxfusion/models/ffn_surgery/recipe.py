@@ -39,13 +39,14 @@ _LEAST_BLOCK = 16  # smaller blocks would need more room for scales than they sa
 class FuseRecipe:
     """All names are those of the unfused model. `groups`: the FFNs of each group of the plan; `attentions`: those of
     wide windows, by the layer that keeps them. `path`: of the list of decoder layers; `count`: how many there are;
-    `emptied`: the modules that go in layers that stay without their FFN, by layer."""
+    `emptied`: the modules that go in layers that stay without their FFN, by layer; `gone`: layers that go whole."""
 
     groups: tuple[GroupRecipe, ...]
     path: str
     count: int
     emptied: Mapping[int, FfnSite] = field(default_factory=dict)
     attentions: Mapping[int, GroupRecipe] = field(default_factory=dict)
+    gone: tuple[int, ...] = ()
     _moved: frozenset[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,14 +61,14 @@ class FuseRecipe:
         Raises `PlanError` where the plan does not fit the model, `SurgeryError` where modules cannot hold the result.
         """
         dropped = [layer for layer in plan.dropped_attention if has_mixer(model, layer)]
-        traced = TracedModel(model, dropped).graph(proof_tokens(model))
+        traced = TracedModel(model, dropped, plan.removed).graph(proof_tokens(model))
         return cls.read(model, traced, plan, shards)[0]
 
     @classmethod
     def read(
         cls, model: nn.Module, traced: TracedGraph, plan: FusionPlan, shards: int = 1
     ) -> tuple[FuseRecipe, tuple[Group, ...]]:
-        """The same from the graph of the model without the attention that the plan drops; with the graph's groups."""
+        """The same from the graph of the model without what the plan drops and removes; with the graph's groups."""
         found = analyse(traced.captured, plan)
         unmet = [
             refusal.message
@@ -89,7 +90,7 @@ class FuseRecipe:
         inner = [member for group in groups if group.mixers == "hoist" for member in group.members[1:]]
         sites = find_ffn_sites(traced, path, inner) if inner else ()
         emptied = {member.layer: site for member, site in zip(inner, sites, strict=True)}
-        recipe = cls(groups=groups, path=path, count=count, emptied=emptied, attentions=attentions)
+        recipe = cls(groups=groups, path=path, count=count, emptied=emptied, attentions=attentions, gone=plan.removed)
         recipe._check_layers(traced)
         for group in groups:
             if len(parts := recipe.parts_of(group)) > 1:
@@ -113,8 +114,18 @@ class FuseRecipe:
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """Layers that go: those of every member but the first of its group; none of a hoisted window's."""
-        return tuple(sorted(layer for group in self.groups for layer in group.removed))
+        """Layers that go: those of every member but the first of its group, none of a hoisted window's; and `gone`."""
+        return tuple(sorted([*self.gone, *(layer for group in self.groups for layer in group.removed)]))
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.groups or self.gone)
+
+    @property
+    def shards(self) -> int:
+        """See `fuse`."""
+        return self.groups[0].shards if self.groups else 1
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -170,11 +181,12 @@ class FuseRecipe:
                     raise SurgeryError(f"{member.name} is not the one FFN of its decoder layer in {self.path}")
                 seen.add(layer)
         moved = {layer for attention in self.attentions.values() for layer in attention.layers}
-        for block in traced.blocks.mixers_of(set(self.removed) - moved):
+        merged = set(self.removed).difference(self.gone)
+        for block in traced.blocks.mixers_of(merged - moved):
             raise SurgeryError(
                 f"layer {block.layer} still has attention ({block.name}), so its FFN cannot move to another layer"
             )
-        alone = {layer: [block for block in traced.blocks.ffns if block.layer == layer] for layer in self.removed}
+        alone = {layer: [block for block in traced.blocks.ffns if block.layer == layer] for layer in sorted(merged)}
         for layer, blocks in alone.items():
             if len(blocks) != 1:
                 raise SurgeryError(f"layer {layer} has {len(blocks)} FFNs, so it cannot go with one of them")

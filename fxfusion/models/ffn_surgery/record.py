@@ -4,7 +4,7 @@
 
 A window, whose inner layers kept their attention, is {"members": [4, 5], "mixers": "hoist"} there; "wide": one layer.
 Layers are numbered as in the model that was loaded; `kept` are those that are left, in order. `shards` is there where
-the channels are ordered for tensor parallelism.
+the channels are ordered for tensor parallelism, `removed` (a list) where layers went whole.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ def write_entry(config: Any, recipe: FuseRecipe, norm: NormMode) -> None:
         "layers": recipe.count,
         "kept": list(recipe.kept),
     }
-    if recipe.groups[0].shards > 1:
-        entry["shards"] = recipe.groups[0].shards
+    if recipe.shards > 1:
+        entry["shards"] = recipe.shards
+    if recipe.gone:
+        entry["removed"] = list(recipe.gone)
     setattr(config, _ENTRY, {**(found if isinstance(found, dict) else {}), _FUSED: entry})
 
 
@@ -81,8 +83,8 @@ def forget_entry(config: Any) -> None:
 
 
 def plan_of(model: nn.Module) -> FusionPlan:
-    """The attention that was dropped from a model, and the groups that were fused, as a plan for the model as it was
-    loaded. Empty where nothing was. It names no file of a folder."""
+    """The attention that was dropped from a model, the layers that went whole, and the groups that were fused, as a
+    plan for the model as it was loaded. Empty where nothing was. It names no file of a folder."""
     state = fused_state(model)
     config = getattr(model, "config", None)
     record, entry = read_record(config), fused_entry(config)
@@ -92,7 +94,10 @@ def plan_of(model: nn.Module) -> FusionPlan:
     if entry is None:
         return FusionPlan(dropped_attention=dropped, refit=refit)
     try:
-        return FusionPlan(dropped_attention=dropped, groups=entry["groups"], norm=entry["norm"], refit=refit)
+        removed = entry.get("removed", ())
+        return FusionPlan(
+            dropped_attention=dropped, groups=entry["groups"], norm=entry["norm"], removed=removed, refit=refit
+        )
     except KeyError as error:
         raise SurgeryError(f"config.fxfusion records fused groups without {error}; was it edited?") from None
 

@@ -39,11 +39,16 @@ def unfuse(model: Model) -> Model:
 
     Raises:
         SurgeryError: the model is not fused, has an adapter on a fused FFN (merge it first), was fused in another
-            process (load its checkpoint with `fxfusion.from_pretrained` instead), or was trained to what no members
-            can be. The model is then as it was.
+            process (load its checkpoint with `fxfusion.from_pretrained` instead), has lost whole layers, or was trained
+            to what no members can be. The model is then as it was.
     """
     bare = bare_model(model)
     state = _state(bare)
+    if state.recipe.gone:
+        raise SurgeryError(
+            f"layers {list(state.recipe.gone)} were removed with their weights, and cannot be given back: load the "
+            "model as it was, and fuse it by the plan's groups alone"
+        )
     with ExitStack() as undo:
         taken = Adapters.taken_off(model, bare, "carry", undo)
         names = (state.recipe.fused_name(name) or name for group in state.recipe.parts for name in group.writes)

@@ -8,9 +8,9 @@ from typing import Any
 from fxfusion.errors import OptionError
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.policy import NormMode
-from fxfusion.planning.roads.road import Drop, Hoist, Road, Segment, Wide
+from fxfusion.planning.roads.road import Drop, Hoist, Remove, Road, Segment, Wide
 
-_ALL: tuple[Road, ...] = (Drop(), Hoist(), Wide())
+_ALL: tuple[Road, ...] = (Drop(), Hoist(), Wide(), Remove())
 ROADS: dict[str, Road] = {road.name: road for road in _ALL}
 
 

@@ -48,7 +48,7 @@ class Segment:
 
 
 class Road:
-    """One way to a single FFN where several layers were.
+    """One way to a single FFN where several layers were, or to none.
 
     `name`: as options name it. `mixers`: what a plan says of attention that is left between the FFNs. `cheaper`: the
     road, if any, on which the same run should cost less: where a run is hopeless on that one, it is not tried on this.
@@ -57,6 +57,10 @@ class Road:
     name: str
     mixers: MixerMode = "none"
     cheaper: str | None = None
+
+    def lowers_depth(self, segment: Segment) -> bool:
+        """Whether fewer FFNs are left with the segment."""
+        return segment.size > 1
 
     def segment(self, first: int, last: int, mixers: Collection[int]) -> Segment | None:
         """The run of layers on this road; None where it offers none. `mixers`: layers that have attention."""
@@ -116,3 +120,24 @@ class Wide(Hoist):
     name = "wide"
     mixers = "wide"
     cheaper = "hoist"
+
+
+# --- no FFN is left -----------------------------------------------------------------------------------
+
+
+class Remove(Road):
+    """One layer goes whole, attention and FFN. Several in a row are as many segments."""
+
+    name = "remove"
+
+    def segment(self, first: int, last: int, mixers: Collection[int]) -> Segment | None:
+        return Segment(first, last, self.name) if first == last else None
+
+    def lowers_depth(self, segment: Segment) -> bool:
+        return True
+
+    def parts(self, segment: Segment, mixers: Collection[int]) -> dict[str, list[Any]]:
+        return {"removed": list(segment.layers)}
+
+    def is_in(self, plan: FusionPlan) -> bool:
+        return bool(plan.removed)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fxfusion.analysis.planned import PlannedModel, analyse_without
 from fxfusion.errors import NotFusedError, PlanError
@@ -36,6 +37,20 @@ def test_a_plan_by_graph_is_the_plan_by_hand(dropped: Any, groups: Any, norm: An
         if dropped:
             assert not torch.allclose(planned(tokens), model(tokens), rtol=1e-2), "the plan changes the model"
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("removed", "groups"), [((3,), ()), ((0, 3, 4), ()), ((5,), ()), ((2,), ((3, 4),))])
+def test_layers_are_removed_by_graph_as_by_hand(removed: Any, groups: Any) -> None:
+    model, tokens = TinyLm(), ids()
+    dropped = tuple(layer for group in groups for layer in group[1:])
+    plan = FusionPlan(removed=removed, groups=groups, dropped_attention=dropped)
+    planned = PlannedModel(TracedModel(model), plan)(tokens)
+    kept = [layer for layer in range(6) if layer not in removed]
+    by_hand = TinyLm()
+    by_hand.layers = nn.ModuleList(model.layers[layer] for layer in kept)
+    places = [[kept.index(layer) for layer in group] for group in groups]
+    assert_exact(planned, by_hand.planned(tokens, [kept.index(layer) for layer in dropped], places), torch.float64)
+    assert not torch.allclose(planned, model.planned(tokens, dropped, groups), rtol=1e-2), "removing changes the model"
 
 
 def test_the_two_norms_are_told_apart() -> None:

@@ -118,6 +118,45 @@ def test_cosine_is_how_far_attention_turns_the_stream() -> None:
     assert (found.method, found.tokens, found.sequences) == ("cosine", 3 * 6 + 2 * 8, 5)
 
 
+@pytest.mark.parametrize(("unit", "parts"), [("ffn", ["ffn"]), ("block", ["mix", "ffn"])])
+def test_ffns_and_whole_layers_are_scored_likewise(unit: Any, parts: list[str], tmp_path: Path) -> None:
+    model, traced = shared()
+
+    def without(*layers: int) -> float:
+        gone = [getattr(model.layers[layer], part) for layer in layers for part in parts]
+        pairs = [
+            (losses(logits_without(model, gone, ids), ids), losses(logits_without(model, [], ids), ids))
+            for ids in BATCHES
+        ]
+        return float(torch.cat([(one - intact).flatten() for one, intact in pairs]).mean())
+
+    cache = tmp_path / "scores.json"
+    attention = attention_scores(traced, BATCHES, "loss", cache=cache)
+    found = attention_scores(traced, BATCHES, "loss", unit=unit, greedy=True, drop=2, cache=cache)
+    assert found != attention, "the file keeps them apart"
+    assert [float(found[layer]) for layer in range(4)] == pytest.approx(
+        [without(layer) for layer in range(4)], rel=1e-4
+    )
+    first = min(range(4), key=without)
+    second = min(set(range(4)) - {first}, key=lambda layer: without(first, layer))
+    assert found.order == (first, second) and float(found.curve[-1]) == pytest.approx(without(first, second), rel=1e-4)
+
+
+def test_the_cosine_of_a_block_is_how_far_the_layer_turns_the_stream() -> None:
+    model, traced = shared()
+    found = attention_scores(traced, BATCHES, unit="block")
+    turns: list[list[Tensor]] = [[] for _ in range(4)]
+    with torch.no_grad():
+        for ids in BATCHES:
+            x = model.embed(ids)
+            for layer, turn in zip(model.layers, turns, strict=True):
+                after = layer(x)
+                turn.append((1 - F.cosine_similarity(x, after, dim=-1)).flatten())
+                x = after
+    for layer, turn in enumerate(turns):
+        assert float(found[layer]) == pytest.approx(float(torch.cat(turn).mean()), rel=1e-5)
+
+
 def test_the_ranking_starts_with_the_cheapest() -> None:
     found = attention_scores(shared()[1], BATCHES, "kl")
     values = [float(found[layer]) for layer in found.ranking]

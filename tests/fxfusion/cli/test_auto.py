@@ -168,7 +168,8 @@ def test_a_dry_run_measures_nothing(run: Run, args: list[object], tmp_path: Path
     ("command", "more", "named"),
     [
         ("auto", [], "--output"),
-        ("auto", ["--output", "x", "--roads", "hoist,raise"], "--roads: expected some of drop, hoist, wide"),
+        ("auto", ["--output", "x", "--roads", "hoist,raise"], "--roads: expected some of drop, hoist, wide, remove"),
+        ("auto", ["--output", "x", "--roads", "hoist,remove"], "--roads remove: beside other roads it needs --format"),
         ("auto", ["--output", "x", "--hardware", "abacus"], "--hardware: no device 'abacus'"),
         ("auto", ["--output", "x", "--tp", 3], "tp 3"),
         ("plan", ["--roads", "hoist"], "--roads: they need a budget, one of --max-perplexity-increase"),

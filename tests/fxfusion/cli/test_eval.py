@@ -209,3 +209,26 @@ def test_explain_drops_what_the_plan_drops(run: Run, model: Path, plan: Path) ->
     assert ran.code == 0, ran.err
     (group,) = ran.json["graphs"][0]["groups"]
     assert len(group["members"]) == LAYERS
+
+
+def test_probes_are_asked_of_every_variant(
+    run: Run, args: list[object], plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = run(*args, "--plan", plan, "--probes", 2, "--json")
+    assert ran.code == 0, ran.err
+    assert list(ran.json["probes"]) == list(ran.json["quality"])
+    for found in ran.json["probes"].values():
+        assert {kind: len(solved) for kind, solved in found["solved"].items()} == dict.fromkeys(
+            ("copy", "recall", "brackets", "add", "repeat"), 2
+        )
+        assert set(found["kept"]) == {*found["solved"], "all"}
+    control = ran.json["probes"]["intact model"]
+    assert control["kept"]["all"] in (None, 1.0)
+    monkeypatch.setattr("fxfusion.analysis.probes.probe", lambda *_, **__: pytest.fail("asked again"))
+    assert "probes solved" in run(*args, "--plan", plan, "--probes", 2).out
+
+
+def test_a_plan_that_removes_layers_is_refused(run: Run, args: list[object], tmp_path: Path) -> None:
+    FusionPlan(removed=[1]).save(tmp_path / "removed.yaml")
+    error = run(*args, "--plan", tmp_path / "removed.yaml").error
+    assert "the plan removes layers 1, and eval compiles the model as it is" in error

@@ -237,3 +237,18 @@ def test_measurements_of_another_plan_are_refused(run: Run, model: Path, plan: P
     ran = run("fuse", model, "--output", tmp_path / "out", "--plan", plan, "--results", tmp_path / "none")
     assert ran.code == 2 and "run `fxfusion eval` with it first" in ran.error
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_are_removed_by_commands(run: Run, model: Path, tmp_path: Path) -> None:
+    file, both = tmp_path / "removed.yaml", tmp_path / "both.yaml"
+    fxfusion.FusionPlan(removed=[1]).save(file)
+    fxfusion.FusionPlan(removed=[1], dropped_attention=[2]).save(both)
+    for more in (["--dry-run"], []):
+        ran = run("fuse", model, "--plan", file, "--output", tmp_path / "smaller", "--json", *more)
+        assert ran.code == 0, ran.err
+        assert ran.json["after"]["layers"] == ran.json["before"]["layers"] - 1 and ran.json["after"]["removed"] == [1]
+    shown = run("fuse", model, "--plan", file, "--output", tmp_path / "again")
+    assert "removed: layers 1" in shown.out
+    assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").model.layers) == 2
+    refused = run("fuse", model, "--plan", both, "--output", tmp_path / "both", "--dry-run")
+    assert refused.code != 0 and "layers [1] were removed, and others fused or left without attention" in refused.error

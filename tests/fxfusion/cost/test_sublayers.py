@@ -52,6 +52,8 @@ def shown(step: Step) -> str:
             {"plan": FusionPlan(dropped_attention=[0], groups=[{"members": [1, 2], "mixers": "wide"}])},
             "4 A2 [8]",
         ),
+        ("A4 A5 A6", {"plan": FusionPlan(removed=[1])}, "A 4 A 6"),
+        ("A4 A5 A6 A4", {"plan": FusionPlan(removed=[0, 3], groups=[[1, 2]], hoist=True)}, "A A [11]"),
         ("A4 4 4", {"groups": [["model.layers.1.mlp", "model.layers.2.mlp"]]}, "A 4 [8]"),
     ],
 )
@@ -141,6 +143,8 @@ def test_equal_parts(width: int, count: int, expected: tuple[int, ...]) -> None:
         ("A4 4", {"unfuse": {1: 5}}, "unfuse: layer 1: expected 1 to 4 members"),
         ("A4 4", {"unfuse": {1: 0}}, "unfuse: layer 1: expected 1 to 4 members"),
         ("A4 -", {"plan": FusionPlan(dropped_attention=[1])}, "layer 1: there is no attention to drop"),
+        ("A4 -", {"plan": FusionPlan(removed=[1])}, "layer 1: there is nothing to remove"),
+        ("A4 A4", {"plan": FusionPlan(removed=[2])}, "layer 2 does not exist"),
     ],
 )
 def test_what_cannot_be_arranged(text: str, options: dict[str, Any], message: str) -> None:

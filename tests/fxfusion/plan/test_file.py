@@ -227,7 +227,7 @@ def test_json_with_tabs(tmp_path: Path) -> None:
         ("# x\n\nnorm: first\n", "plan.yaml:3: norm: Input should be 'fold' or 'last', got 'first'"),
         (
             "groups: []\ngrups: []\n",
-            "plan.yaml:2: grups: unknown field 'grups' (known: groups, dropped_attention, norm,",
+            "plan.yaml:2: grups: unknown field 'grups' (known: groups, dropped_attention, removed, norm,",
         ),
         (
             "model:\n  architecture: A\n  layers: 4\ngroups:\n- [2, 3]\n- [3, 4]\ndropped_attention: [9]",
@@ -295,7 +295,8 @@ def test_every_problem_has_its_line(tmp_path: Path) -> None:
         "plan.yaml:3: groups: expected a list, got 3",
         "plan.yaml:1: norm: Input should be 'fold' or 'last', got 'x'",
         "plan.yaml:2: foo: unknown field 'foo' "
-        "(known: groups, dropped_attention, norm, version, model, scores, refit, quality, made_by, residue, hoist)",
+        "(known: groups, dropped_attention, removed, norm, version, model, scores, refit, quality, made_by, "
+        "residue, hoist)",
     ]
 
 

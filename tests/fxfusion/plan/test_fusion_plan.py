@@ -210,3 +210,20 @@ def test_the_schema_knows_every_field() -> None:
         *("LayerFit", "LayerScore", "MadeBy", "MeasuredQuality", "ModelFacts", "Refit", "ResidueFile", "Scores"),
         "Versions",
     }
+
+
+# --- layers that go whole -----------------------------------------------------------------------------
+
+
+def test_removed_layers_have_no_other_part_in_a_plan() -> None:
+    plan = FusionPlan(removed=[7, 2], groups=[[3, 4]])
+    assert plan.removed == (2, 7) and plan.to_dict()["removed"] == [2, 7] and not plan.changes_nothing
+    assert "removed" not in FusionPlan(groups=[[3, 4]]).to_dict(), "older versions read such a plan"
+    with pytest.raises(PlanError, match=r"groups\[0\]\[1\]: layer 4 is removed as a whole"):
+        FusionPlan(removed=[4], groups=[[3, 4]])
+    with pytest.raises(PlanError, match=r"dropped_attention\[0\]: layer 4 is removed as a whole"):
+        FusionPlan(removed=[4], dropped_attention=[4])
+    with pytest.raises(PlanError, match=r"removed\[1\]: layer 4 is removed twice"):
+        FusionPlan(removed=[4, 4])
+    with pytest.raises(PlanError, match=r"removed\[0\]: layer -1 is negative"):
+        FusionPlan(removed=[-1])

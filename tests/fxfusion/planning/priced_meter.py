@@ -17,8 +17,10 @@ Loss = Callable[[FusionPlan], float]
 
 
 def loss_of(plan: FusionPlan) -> float:
-    """Early layers cost more; hoisting 0.01 for each merge and layer distance, wide twice that, dropping 0.03 each."""
-    total = 0.0 + sum(0.03 / (1 + layer) for layer in plan.dropped_attention)
+    """Early layers cost more; hoisting 0.01 for each merge and layer distance, wide twice that, dropping 0.03 each,
+    removing 0.05."""
+    total = sum(0.05 / (1 + layer) for layer in plan.removed)
+    total += sum(0.03 / (1 + layer) for layer in plan.dropped_attention)
     for group in plan.groups:
         rate = {"hoist": 0.01, "wide": 0.02, "none": 0.002}[group.mixers]
         total += rate * (len(group) - 1) ** 2 / (1 + int(group[0]))
@@ -80,12 +82,13 @@ def all_plans(layers: int, roads: Sequence[str] = tuple(ROADS), most: int = 6) -
     segments: list[Segment] = []
     for first in range(layers):
         for last in range(first, min(layers, first + most)):
-            for road in ROADS if last > first else ():
+            for road in ("drop", "hoist", "wide") if last > first else ():
                 if road in roads:
                     plain = Segment(first, last, road, tuple(range(first + 1, last + 1)) if road == "drop" else ())
                     more = [layer for layer in plain.layers if layer not in plain.dropped] if "drop" in roads else []
                     segments += [plain, *(plain.without(layer) for layer in more)]
         segments += [Segment(first, first, "drop", (first,))] if "drop" in roads else []
+        segments += [Segment(first, first, "remove")] if "remove" in roads else []
     for chosen in _disjoint(segments, 0, layers):
         yield plan_of(chosen, range(layers))
 

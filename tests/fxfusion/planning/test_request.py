@@ -21,7 +21,7 @@ OTHERS = {"model", "batches", "method", "cache", "progress", "command", "workloa
     ("arguments", "named"),
     [
         ({"roads": ["hoist"]}, "roads: they need a budget"),
-        ({"roads": ["raise"], "target_depth": 3}, "roads: expected some of drop, hoist, wide"),
+        ({"roads": ["raise"], "target_depth": 3}, "roads: expected some of drop, hoist, wide, remove"),
         ({"roads": ["hoist"], "target_depth": 3, "drop": 2}, "drop: over several roads"),
         ({"roads": ["hoist"], "target_depth": 3, "dropped_attention": [1]}, "dropped_attention: over several roads"),
         ({"roads": ["hoist"], "target_depth": 3, "splits": [1]}, "splits: over several roads"),

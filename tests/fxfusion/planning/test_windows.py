@@ -52,7 +52,7 @@ def latency_of(plan: FusionPlan) -> float:
     moved = sum(len(group) - 1 for group in plan.groups if group.mixers == "wide")
     inner = [layer for group in plan.groups if group.mixers == "wide" for layer in group[1:]]
     spared = moved - sum(layer in plan.dropped_attention for layer in inner)
-    return 3.0 * LAYERS - 2.0 * (len(plan.dropped_attention) + spared) - merged(plan)
+    return 3.0 * LAYERS - 2.0 * (len(plan.dropped_attention) + len(plan.removed) + spared) - merged(plan)
 
 
 LATENCY = latency_price(latency_of)
@@ -72,6 +72,21 @@ def test_at_a_latency_no_plan_loses_less(most: float) -> None:
     found = search(price=LATENCY).best_at(most)
     least = min(loss_of(plan) for plan in all_plans(LAYERS) if latency_of(plan) <= most)
     assert latency_of(found.plan) <= most and found.cost == pytest.approx(least)
+
+
+@pytest.mark.parametrize("most", [4.0, 3.0])
+def test_whole_layers_go_where_that_is_best(most: float) -> None:
+    """The last layer hardly matters; hoisting costs more."""
+
+    def loss(plan: FusionPlan) -> float:
+        return loss_of(plan) - 0.008 * (5 in plan.removed)
+
+    found = search(("hoist", "remove"), loss=loss).best_at(most)
+    least = min(loss(plan) for plan in all_plans(LAYERS, ("hoist", "remove")) if LAYERS - merged(plan) <= most)
+    assert found.cost == pytest.approx(least) and 5 in found.plan.removed and found.plan.windows
+    alone = search(("remove",), loss=loss, refit=lambda plan: loss(plan) / 2).best_at(most)
+    assert alone.plan.removed == tuple(range(int(most), LAYERS)) and not alone.plan.groups
+    assert alone.cost == pytest.approx(loss(alone.plan) / 2)
 
 
 def test_more_roads_never_lose_more() -> None:
@@ -110,7 +125,8 @@ def test_windows_that_cannot_be_had_together_are_taken_one_by_one() -> None:
 
 def test_no_window_at_all_is_a_warning_with_the_reason() -> None:
     with pytest.warns(UserWarning, match=r"no window of layers can be had; layers \[0, 1, 2, 3, 4, 5\] hold no FFN"):
-        assert search(lacking=range(LAYERS)).cheapest(Budget(max_kl=1.0)).plan == FusionPlan()
+        found = search(("drop", "hoist", "wide"), lacking=range(LAYERS))
+        assert found.cheapest(Budget(max_kl=1.0)).plan == FusionPlan()
 
 
 @pytest.mark.parametrize("bound", [0.002, 0.01, 0.05])

@@ -73,7 +73,7 @@ def test_the_solution_is_that_of_the_formula(member: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", [PLAN, HOIST, WIDE], ids=["drop", "hoist", "wide"])
+@pytest.mark.parametrize("plan", [PLAN, HOIST, WIDE, {"removed": [1]}], ids=["drop", "hoist", "wide", "remove"])
 def test_both_sides_are_better_than_one(plan: Any) -> None:
     one, both = refitted(plan=plan, sides="out"), refitted(plan=plan)
     assert loss(both) < loss(one) < loss(fxfusion.fuse(model_of(), plan))

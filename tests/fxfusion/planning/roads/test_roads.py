@@ -46,9 +46,18 @@ def test_every_window_of_a_size_is_offered_on_every_road_that_differs() -> None:
     assert found == expected
 
 
+def test_a_layer_that_is_removed_is_a_segment_of_its_own() -> None:
+    screen = Screen(PricedMeter(layers=3), ("drop", "remove"))
+    assert list(screen.windows(1, "remove")) == [Segment(layer, layer, "remove") for layer in range(3)]
+    assert not list(screen.windows(2, "remove"))
+    found = plan_of([Segment(3, 3, "remove"), Segment(2, 2, "remove"), Segment(0, 1, "hoist")], range(4))
+    assert found == FusionPlan(removed=[2, 3], groups=[PlannedGroup((0, 1), "hoist")])
+    assert not is_on_one_road(found) and is_on_one_road(found.replace(groups=()))
+
+
 def test_roads_are_checked() -> None:
     assert check_roads(["wide", "drop"]) == ("drop", "wide") and check_roads("hoist") == ("hoist",)
-    with pytest.raises(OptionError, match="expected some of drop, hoist, wide, got 'raise'"):
+    with pytest.raises(OptionError, match="expected some of drop, hoist, wide, remove, got 'raise'"):
         check_roads(["hoist", "raise"])
     with pytest.raises(OptionError, match="got none"):
         check_roads([])
