@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a message, or the kind of the error where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class FxFusionError(Exception):
     """Base of every error that fxfusion raises on purpose."""
 

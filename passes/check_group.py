@@ -56,7 +56,7 @@ class GroupChecker:
             if misfit is not None:
                 raise Refused(misfit.code, f"{ffn.name}: {misfit.message}")
 
-    def group(self, members: Sequence[FfnNode], norm: NormMode) -> Group:
+    def make_group(self, members: Sequence[FfnNode], norm: NormMode) -> Group:
         """The group of members that fit."""
         return Group(members=tuple(members), norm=norm, roles=self._roles(members, norm))
 

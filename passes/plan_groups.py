@@ -47,7 +47,7 @@ def plan_by_policy(
         refusals += left_out
         for run, reason in _compatible_runs(members, policy, checker):
             if len(run) >= policy.min_members:
-                groups.append(checker.group(run, policy.norm))
+                groups.append(checker.make_group(run, policy.norm))
             elif len(run) > 1 or reason is None:
                 words = f"{len(run)} of this chain's FFNs fit together, min_members is {policy.min_members}"
                 why = reason or Refused(RefusalCode.POLICY, words)
@@ -73,7 +73,7 @@ def _window_group(window: Window, ffns: Sequence[FfnNode], checker: GroupChecker
         raise PassError(f"{gone[0]} is no FFN any more after the mixers of window {list(window.names)} moved")
     members = [by_add[member.add] for member in window.members]
     checker.check_fit(members, norm)
-    return replace(checker.group(members, norm), window=window)
+    return replace(checker.make_group(members, norm), window=window)
 
 
 def _eligible(chain: Chain, policy: FusionPolicy) -> tuple[list[FfnNode], list[Refusal]]:
@@ -152,7 +152,7 @@ def plan_by_plan(
             try:
                 members = _neighbours(names, chains, index)
                 checker.check_fit(members, plan.norm)
-                groups.append(checker.group(members, plan.norm))
+                groups.append(checker.make_group(members, plan.norm))
             except Refused as error:
                 message = f"group {number} {list(names)}: {error.message}"
                 refusals.append(Refusal(code=RefusalCode.PLAN_UNMATCHED, message=message))

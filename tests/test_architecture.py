@@ -20,9 +20,7 @@ MAX_FUNCTION_LINES = 40  # lines with code: no docstring, comment or blank line
 TORCH_PRIVATE_FILE = "fxfusion/graph/torch_private.py"
 ALLOWED_PRIVATE_NAMES: frozenset[str] = frozenset()  # dotted names; keep it empty where possible
 
-COMPILER = ("passes/", "fxfusion/graph/") + tuple(
-    f"fxfusion/{stem}.py" for stem in ("backend", "pipeline", "capture", "verify", "packing", "torch_private")
-)
+COMPILER = ("passes/", "fxfusion/graph/", "fxfusion/compiler/", "fxfusion/plan/", "fxfusion/backend.py")
 # A name that is no other word is not allowed anywhere in a file, comments included; one that is a word
 # too (phi, opt) is not allowed as a whole identifier or string, nor at the start of a class name.
 FAMILIES = re.compile(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxfusion.models.traced import TracedModel
 from tests.blocks import HIDDEN, Attention, Block, Gated, Rms, randomise
 
 VOCABULARY = 13
@@ -71,3 +73,9 @@ class TinyLm(nn.Module):
 def ids(batch: int = 2, seq: int = 7, seed: int = 1) -> Tensor:
     """Random token ids `[batch, seq]`."""
     return torch.randint(0, VOCABULARY, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+@lru_cache
+def traced(layers: int) -> TracedModel:
+    """The model with its graphs: each shape is captured once in a process. Not to be changed."""
+    return TracedModel(TinyLm(layers))

@@ -138,7 +138,7 @@ class AttentionScores:
 def attention_scores(
     model: nn.Module | TracedModel,
     batches: Iterable[Batch],
-    method: Method = "cosine",
+    method: Method = "loss",
     *,
     greedy: bool = False,
     layers: Iterable[int] | None = None,

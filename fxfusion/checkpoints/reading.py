@@ -30,7 +30,7 @@ from torch import Tensor
 from fxfusion.checkpoints.empty_model import changes_stored, check_buffers, own_tensors, tied_names
 from fxfusion.checkpoints.folder import existing
 from fxfusion.checkpoints.shards import INDEX, SINGLE, TensorFacts, stored_dtypes
-from fxfusion.errors import CheckpointError
+from fxfusion.errors import CheckpointError, first_line
 from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.report.progress import reporting
 
@@ -215,8 +215,7 @@ def read_model(
                 output_loading_info=True,
             )
     except Exception as error:  # whatever the library and its conversions make of bad files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder.path}: transformers cannot load its tensors: {reason}") from error
+        raise CheckpointError(f"{folder.path}: transformers cannot load its tensors: {first_line(error)}") from error
     _check_after(reader, outline, model, found)
     if as_stored:
         kept = _keep_dtypes(reader, model)

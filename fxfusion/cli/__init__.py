@@ -24,7 +24,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import auto, check, eval, explain, fuse, generate, measure, plan, recover, report, simulate
-from fxfusion.errors import OptionError, PlanError
+from fxfusion.errors import OptionError, PlanError, first_line
 
 
 def new_app(**more: Any) -> typer.Typer:
@@ -95,10 +95,9 @@ def main(line: Callable[[], Any] | None = None) -> None:
     except Exception as error:
         if os.environ.get("FXFUSION_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        first_line = (str(error) or type(error).__name__).strip().splitlines()[0]
         # What comes of a full disk or a missing permission is no fault of the command line.
         is_wrong_use = isinstance(error, (OptionError, PlanError)) and not isinstance(error.__cause__, OSError)
-        fail(first_line, 2 if is_wrong_use else 1)
+        fail(first_line(error), 2 if is_wrong_use else 1)
 
 
 def fail(why: str, code: int) -> None:

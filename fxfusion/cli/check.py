@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fxfusion.cli.fuse import say_engines
 from fxfusion.cli.options import check_model
 from fxfusion.cli.session import Conversion, command
-from fxfusion.errors import FxFusionError
+from fxfusion.errors import FxFusionError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ def check(run: Conversion) -> dict[str, Any]:
         try:
             good, detail = check()
         except FxFusionError as error:
-            good, detail = False, str(error).splitlines()[0]
+            good, detail = False, first_line(error)
         run.screen.verdict(good, f"{what}: {detail}")
         rows.append({"what": what, "good": good, "detail": detail})
         if not good:  # what follows needs it

@@ -5,8 +5,7 @@ Whatever is wrong with any of them is an `FxFusionError` of one line that says w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.planned import analyse_without
@@ -34,9 +32,9 @@ from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
-from fxfusion.checkpoints.reading import SafeFolder
+from fxfusion.checkpoints.reading import SafeFolder, silent
 from fxfusion.cli.options import Format, check_model
-from fxfusion.errors import CheckpointError, FxFusionError, OptionError
+from fxfusion.errors import CheckpointError, FxFusionError, OptionError, first_line
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.plain_save import ADVICE
@@ -63,7 +61,7 @@ def load_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise FxFusionError(f"{folder}/config.json cannot be used: {_reason(error)}") from error
+        raise FxFusionError(f"{folder}/config.json cannot be used: {first_line(error)}") from error
     if getattr(config, "fxfusion", None):
         raise FxFusionError(
             f"{folder}/config.json: the model was changed by fxfusion and then saved without it, so plain transformers "
@@ -184,7 +182,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"--device {name}: cannot be used here: {_reason(error)}") from None
+        raise OptionError(f"--device {name}: cannot be used here: {first_line(error)}") from None
     return device
 
 
@@ -212,7 +210,7 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
 def _load(folder: Path, config: Any, device: torch.device, dtype: str) -> PreTrainedModel:
     """What has nothing of ours in it, by transformers: it reads what `from_pretrained` does not (quantised weights)."""
     try:
-        with _quiet():
+        with silent():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -224,11 +222,11 @@ def _load(folder: Path, config: Any, device: torch.device, dtype: str) -> PreTra
             model: PreTrainedModel = loaded[0].eval()
             model.to(device)  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise FxFusionError(f"{folder}: the model cannot be loaded: {_reason(error)}") from error
+        raise FxFusionError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise FxFusionError(f"{folder}: its weights are broken: {_reason(error)}; copy the folder anew") from error
+        raise FxFusionError(f"{folder}: its weights are broken: {first_line(error)}; copy the folder anew") from error
     absent = sorted(str(name) for what in ("missing_keys", "mismatched_keys") for name in loaded[1][what])
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
@@ -240,12 +238,12 @@ def load_tokenizer(folder: Path) -> Any:
     if is_gguf(folder):
         return load_gguf_tokenizer(folder)
     try:
-        with _quiet():
+        with silent():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each kind of tokenizer fails in its own way
         raise FxFusionError(
-            f"{folder}: no tokenizer can be loaded from it ({_reason(error)}); add its tokenizer files, or give --text"
-            " token ids as a .safetensors file"
+            f"{folder}: no tokenizer can be loaded from it ({first_line(error)}); add its tokenizer files, or give "
+            "--text token ids as a .safetensors file"
         ) from error
 
 
@@ -295,20 +293,3 @@ def check_length(length: int, config: Any) -> None:
 def vocabulary(config: Any) -> int:
     """How many tokens the model knows."""
     return int(config.get_text_config().vocab_size)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars and advice of transformers: commands have their own."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,6 @@
 """The model inside of what others wrapped around it, where it computes the same.
 
-torch.compile(PeftModel(LlamaForCausalLM))  ->  LlamaForCausalLM, the adapters in its layers
+torch.compile(PeftModel(model))  ->  model, the adapters in its layers
 """
 
 from __future__ import annotations

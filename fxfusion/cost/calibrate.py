@@ -15,7 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fxfusion.cost.hardware import Hardware, Precision
-from fxfusion.errors import OptionError
+from fxfusion.errors import OptionError, first_line
 from fxfusion.report.progress import each
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def calibrate(
         where = torch.device(device)
         torch.zeros(1, device=where).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise OptionError(f"device {device!r} cannot be used here: {first_line(error)}") from None
     if where.type not in _EDGE:
         raise OptionError(f"device {device!r}: expected cpu or cuda")
     bench = _Bench(where, seconds / _PARTS)

@@ -19,6 +19,8 @@ from fxfusion.cost.sublayers import Attention, Ffn, Step, Sublayer
 from fxfusion.cost.timing import step_time
 from fxfusion.errors import OptionError
 from fxfusion.files import replacing
+from fxfusion.report.charts.figure import save, style
+from fxfusion.report.charts.lines import Line, Panel, draw_panels
 
 SIZES = (1, 2, 4, 8)
 BATCHES = (1, 4, 16, 64, 256, 1024)
@@ -88,24 +90,18 @@ class Gains:
 
     def _plot(self, path: Path) -> None:
         """A panel for each scale: batch against gain, one line for each tensor-parallel size."""
-        from matplotlib.figure import Figure
-
-        scales = sorted({(point.scale, point.hidden) for point in self.points})
-        figure = Figure(figsize=(3.4 * len(scales), 3.6), layout="constrained")
-        panels = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
-        for axes, (scale, hidden) in zip(panels, scales, strict=True):
-            for tp in sorted({point.tp for point in self.points}):
-                chosen = [point for point in self.points if (point.tp, point.scale) == (tp, scale)]
-                axes.plot([p.batch for p in chosen], [p.gain for p in chosen], "o-", markersize=3, label=f"tp {tp}")
-            axes.axhline(1.0, color="grey", linewidth=0.8)
-            axes.set_xscale("log", base=2)
-            axes.set_xlabel("sequences at once")
-            axes.set_title(f"hidden size {hidden}", fontsize="medium")
-            axes.grid(alpha=0.3)
-        panels[0].set_ylabel("latency before / after")
-        panels[-1].legend(fontsize="small")
-        figure.suptitle(f"Predicted gain of fusing: {self.name}, {self.hardware}, {self.precision}", fontsize="medium")
-        figure.savefig(path)
+        panels = []
+        for scale, hidden in sorted({(point.scale, point.hidden) for point in self.points}):
+            chosen = [point for point in self.points if point.scale == scale]
+            lines = [
+                Line(label=f"tp {tp}", points=[(point.batch, point.gain) for point in chosen if point.tp == tp])
+                for tp in sorted({point.tp for point in chosen})
+            ]
+            words, up = f"hidden size {hidden}", "latency before / after"
+            panels.append(Panel(title=words, across="sequences at once", up=up, lines=lines, log_x=2, level=1.0))
+        title = f"Predicted gain of fusing: {self.name}, {self.hardware}, {self.precision}"
+        with style():
+            save(draw_panels(panels, title, width=250, share_y=True), path, path.suffix)
 
 
 def gains(

@@ -28,6 +28,8 @@ from fxfusion.planning.choice import ANYTHING, Search
 from fxfusion.planning.make_plan import search_for
 from fxfusion.planning.price import predicted_latency
 from fxfusion.planning.request import Request
+from fxfusion.report.charts.figure import save, style
+from fxfusion.report.charts.lines import Line, Panel, draw_panels
 from fxfusion.report.plain import table
 
 _KIND = "sweep"
@@ -115,44 +117,30 @@ class Sweep:
 
         Raises `OptionError` where another file is there, unless with `overwrite`.
         """
-        from matplotlib.figure import Figure
-
-        panels: list[tuple[str, Callable[[SweepPoint], float], Callable[[SweepPoint], bool]]] = [
-            ("FFN depth", lambda point: point.measured.depth, lambda point: point.on_front)
-        ]
+        panels = [self._panel("FFN depth", lambda point: point.measured.depth, lambda point: point.on_front)]
         if all(point.latency_ms is not None for point in self.points):
             label = "predicted latency [ms]" + (f": {self.predicted_for}" if self.predicted_for else "")
-            panels.append((label, lambda point: point.latency_ms or 0.0, lambda point: point.on_latency_front))
-        figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            self._panel(axes, *panel)
-        figure.suptitle("What depth costs")
-        with replacing(path, _KIND, overwrite=overwrite) as beside:
-            figure.savefig(beside)
+            panels.append(
+                self._panel(label, lambda point: point.latency_ms or 0.0, lambda point: point.on_latency_front)
+            )
+        with style(), replacing(path, _KIND, overwrite=overwrite) as beside:
+            save(draw_panels(panels, "What depth costs"), beside, Path(path).suffix)
         return Path(path)
 
-    def _panel(
-        self, axes: Any, label: str, place: Callable[[SweepPoint], float], is_front: Callable[[SweepPoint], bool]
-    ) -> None:
-        counts = sorted({len(point.measured.plan.dropped_attention) for point in self.points})
-        for count in counts:
-            chosen = [point for point in self.points if len(point.measured.plan.dropped_attention) == count]
-            axes.plot(
-                [place(point) for point in chosen],
-                [float(point.measured.quality.perplexity) for point in chosen],
-                "o",
-                alpha=0.7,
-                color=f"C{counts.index(count) % 10}",
-                label=f"{count} attentions dropped",
-            )
+    def _panel(self, label: str, place: Callable[[SweepPoint], float], is_front: Callable[[SweepPoint], bool]) -> Panel:
+        def spots(points: Iterable[SweepPoint]) -> list[tuple[float, float]]:
+            return [(place(point), float(point.measured.quality.perplexity)) for point in points]
+
+        by_count: dict[int, list[SweepPoint]] = {}
+        for point in self.points:
+            by_count.setdefault(len(point.measured.plan.dropped_attention), []).append(point)
+        lines = [
+            Line(label=f"{count} attentions dropped", points=spots(by_count[count]), look="o")
+            for count in sorted(by_count)
+        ]
         front = sorted(filter(is_front, self.points), key=place)
-        perplexities = [float(point.measured.quality.perplexity) for point in front]
-        axes.plot([place(point) for point in front], perplexities, "-", color="black", label="front")
-        axes.set_xlabel(label)
-        axes.set_ylabel("perplexity")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize="small")
+        lines.append(Line(label="front", points=spots(front), look="-", front=True))
+        return Panel(across=label, up="perplexity", lines=lines, log_y=10)
 
 
 def sweep(

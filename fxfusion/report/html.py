@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxfusion.report.charts.figure import COLOURS, HUES
+from fxfusion.report.charts.figure import COLOURS
 from fxfusion.report.charts.layer_map import map_of_graph
 from fxfusion.report.model import FusionReport, GraphReport
-from fxfusion.report.names import alike, compact
+from fxfusion.report.names import HUES, alike, compact
 from fxfusion.report.text import headline, span
 
 if TYPE_CHECKING:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from fxfusion.errors import Refusal
 
+HUES = 8  # colours of groups: h0 to h7, and then again
+
 _NUMBERED = re.compile(r"^(.*?\.|)(\d+)((?:\.\D.*)?)$")
 _PATH = re.compile(r"\b(?:[A-Za-z_]\w*\.)+\d+(?:\.\w+)*")
 

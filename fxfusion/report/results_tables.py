@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fxfusion.report.charts.figure import HUES
-from fxfusion.report.names import number, ranges
+from fxfusion.report.names import HUES, number, ranges
 from fxfusion.report.results import Interval, Layer, Matrix, PlanFacts, QualityRow, Sample, SpeedRow, SweepPoint
 
 MIXERS = {

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfusion.testing import effects, spec
-from fxfusion.testing.blocks import Ffn, Mixer, Norm
-from fxfusion.testing.look_alikes import NotFfn
+from fxfusion.testing.blocks import Ffn, Mixer, Norm, NotFfn
 
 Groups = Sequence[Sequence[int]]
 

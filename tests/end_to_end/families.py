@@ -177,15 +177,6 @@ def parallel_form(
     what enters the second layer; with `leading`, what enters the first layer's own FFN. With
     `last_norm`, every member uses the norm of the last one.
     """
-    with in_parallel(model, family, leading=leading, last_norm=last_norm):
-        return run(model, inputs)
-
-
-@contextmanager
-def in_parallel(
-    model: nn.Module, family: Family, *, leading: bool = False, last_norm: bool = False
-) -> Iterator[nn.Module]:
-    """The model, which computes its parallel form (see `parallel_form`) inside. Run it once; gradients flow."""
     layers = layers_of(model, family)
     sum_of = _Sum(len(layers) - 1)
     with ExitStack() as stack:
@@ -199,8 +190,9 @@ def in_parallel(
             stack.enter_context(_hook(layer.register_forward_hook(sum_of.leave)))
         if last_norm:
             stack.enter_context(shared_norm(layers[0 if leading else 1 :], family.ffn_norm))
-        yield model
+        found = run(model, inputs)
     assert (sum_of.passes, sum_of.count) == (family.passes, 0), "a layer did not run exactly once a pass"
+    return found
 
 
 class _Sum:

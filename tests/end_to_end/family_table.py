@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
 import torch
 
 from tests.end_to_end.families import Family
@@ -140,5 +144,19 @@ REFUSED = (
 )
 
 
+ALL = (*FAST, *VARIANTS, *OUTPUT_NORM, *OUTPUT_NORM_SLOW, *INNER, *PER_CHANNEL, *REFUSED)
+
+
 def family_named(id_: str) -> Family:
-    return next(family for family in (*FAST, *VARIANTS, *OUTPUT_NORM, *INNER, *REFUSED) if family.id == id_)
+    return next(family for family in ALL if family.id == id_)
+
+
+def named(ids: Sequence[str]) -> list[Family]:
+    return [family_named(id_) for id_ in ids]
+
+
+def each(fast: Sequence[Family], slow: Sequence[Family] = ()) -> Any:
+    """One test for each family; `slow` ones only in `make test-slow`."""
+    cases = [pytest.param(family, id=family.id) for family in fast]
+    cases += [pytest.param(family, id=family.id, marks=pytest.mark.slow) for family in slow]
+    return pytest.mark.parametrize("family", cases)

@@ -12,7 +12,19 @@ from tests.end_to_end.family_table import FLOAT32
 
 IMAGE = {"image_size": 16, "patch_size": 8}
 DENSE = {"mlp_layer_types": ["dense"] * 4}
-LINEAR_AFTER_FIRST = {"layer_types": ["full_attention"] + ["linear_attention"] * 3}
+LINEAR_AFTER_FIRST = {
+    "layer_types": ["full_attention"] + ["linear_attention"] * 3,
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 2},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
+LATENT = {
+    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4},
+    **{"qk_nope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4},
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+SHORT_CONVOLUTIONS = {"norms": ("operator_norm",), "ffn_norm": "ffn_norm"}
+BLOCK = {"block_ff_dim": 48, "block_auto_adjust_ff_dim": False}
+GPT = {"layers": "transformer.h", "mixers": ("attn",)}
 
 
 def sublayers(name: str, layers: str, **changes: Any) -> Family:
@@ -90,19 +102,12 @@ SLOW = (
         mixers=("mamba",),
         arity=0,
         ffn_norm="pre_ff_layernorm",
-        config={"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [0]},
+        config={**MAMBA, "attn_layer_indices": [0]},
     ),
     sublayers("biogpt", "biogpt.layers"),
     seq2seq("blenderbot"),
     vision("clip_vision_model", "encoder.layers", "layer_norm1", "layer_norm2", ("self_attn",)),
-    Family(
-        name="codegen",
-        layers="transformer.h",
-        mixers=("attn",),
-        norms=(),
-        ffn_norm="ln_1",
-        config={"rotary_dim": 4, "n_inner": 48},
-    ),
+    Family(name="codegen", norms=(), ffn_norm="ln_1", config={"rotary_dim": 4, "n_inner": 48}, **GPT),
     Family(name="cohere2", norms=(), ffn_norm="input_layernorm", limit=FLOAT32),
     Family(
         name="ctrl",
@@ -117,14 +122,7 @@ SLOW = (
     Family(name="diffllama"),
     Family(name="ernie4_5", config={"use_bias": True}),
     Family(name="eurobert", kind="encoder", layers="layers", config={"mask_token_id": 5}),
-    Family(
-        name="gpt_bigcode",
-        layers="transformer.h",
-        mixers=("attn",),
-        norms=("ln_1",),
-        ffn_norm="ln_2",
-        config={"n_inner": 48},
-    ),
+    Family(name="gpt_bigcode", norms=("ln_1",), ffn_norm="ln_2", config={"n_inner": 48}, **GPT),
     Family(name="gpt_neox_japanese", layers="gpt_neox_japanese.layers", mixers=("attention",), stub="zeros", arity=3),
     Family(name="granite_swa", config={"residual_multiplier": 0.22}),
     Family(
@@ -133,8 +131,7 @@ SLOW = (
         arity=0,
         config={
             "layer_types": ["attention"] + ["mamba"] * 3,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
+            **MAMBA,
             "num_local_experts": 0,
             "shared_intermediate_size": 48,
         },
@@ -148,22 +145,16 @@ SLOW = (
     Family(
         name="lfm2",
         mixers=("self_attn", "conv"),
-        norms=("operator_norm",),
-        ffn_norm="ffn_norm",
-        config={"block_ff_dim": 48, "block_auto_adjust_ff_dim": False, "layer_types": ["full_attention"] * 4},
+        config=BLOCK | {"layer_types": ["full_attention"] * 4},
+        **SHORT_CONVOLUTIONS,
     ),
     Family(
         name="lfm2",
         variant="conv",
         mixers=("conv",),
         arity=0,
-        norms=("operator_norm",),
-        ffn_norm="ffn_norm",
-        config={
-            "block_ff_dim": 48,
-            "block_auto_adjust_ff_dim": False,
-            "layer_types": ["full_attention"] + ["conv"] * 3,
-        },
+        config=BLOCK | {"layer_types": ["full_attention"] + ["conv"] * 3},
+        **SHORT_CONVOLUTIONS,
     ),
     seq2seq("m2m_100"),
     seq2seq("mbart"),
@@ -180,32 +171,14 @@ SLOW = (
         config={"expansion_ratio": 2},
     ),
     nested("mt5"),
-    Family(
-        name="olmo_hybrid",
-        mixers=("linear_attn",),
-        arity=0,
-        config=LINEAR_AFTER_FIRST
-        | {
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
-    ),
+    Family(name="olmo_hybrid", mixers=("linear_attn",), arity=0, config=LINEAR_AFTER_FIRST),
     seq2seq("pegasus"),
     Family(
         name="qwen3_5_text",
         mixers=("linear_attn",),
         arity=0,
         limit=FLOAT32,
-        config=LINEAR_AFTER_FIRST
-        | {
-            "head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        },
+        config=LINEAR_AFTER_FIRST | {"head_dim": 8},
     ),
     encoder("roberta-prelayernorm", ffn_norm="intermediate.LayerNorm"),
     Family(name="seed_oss", config={"head_dim": 8}),
@@ -217,27 +190,8 @@ SLOW = (
     vision("vit", "layers", "layernorm_before", "layernorm_after", stub="zeros"),
     sublayers("xglm", "model.layers", dtype=torch.float32, limit=1e-5, config={"ffn_dim": 48, "attention_heads": 4}),
     encoder("xlm-roberta-xl", ffn_norm="LayerNorm"),
-    Family(
-        name="youtu",
-        config={
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 4,
-            "v_head_dim": 8,
-            "num_key_value_heads": 4,
-        },
-    ),
+    Family(name="youtu", config=LATENT),
 )
-
-LATENT = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-}
 
 DENSE_LAYERS_OF_MOE = (
     Family(name="axk1", config=LATENT | DENSE | {"first_k_dense_replace": 4}),

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from fxfusion.report import FusionReport
 from tests.end_to_end.caching import (
     LENGTH,
     LIMIT,
-    PREFILL,
     RED,
     cache_bytes,
     decoded,
@@ -34,7 +32,7 @@ from tests.end_to_end.caching import (
     token_ids,
 )
 from tests.end_to_end.families import Family, parallel_form, relative, remove_mixers, run
-from tests.end_to_end.family_table import FAST, OUTPUT_NORM, REFUSED, VARIANTS
+from tests.end_to_end.family_table import FAST, OUTPUT_NORM, REFUSED, VARIANTS, each
 from tests.end_to_end.slow_families import SLOW
 
 WINDOW = {"sliding_window": 4}
@@ -83,13 +81,6 @@ OTHERS = (
 
 CHOICES = ((0,), (1,), (3,), (0, 2))
 """First, middle, last, several."""
-
-
-def each(quick: Sequence[Family], slow: Sequence[Family]) -> Any:
-    """One test for each family; `slow` ones only in `make test-slow`."""
-    cases = [pytest.param(family, id=family.id) for family in quick]
-    cases += [pytest.param(family, id=family.id, marks=pytest.mark.slow) for family in slow]
-    return pytest.mark.parametrize("family", cases)
 
 
 @lru_cache(maxsize=1)
@@ -141,36 +132,6 @@ def test_the_first_and_another_layer(family: Family) -> None:
 # --- what a cache does --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static", "bare"])
-@pytest.mark.parametrize("layers", [(0,), (1, 2), (0, 1, 3)], ids=str)
-@pytest.mark.slow
-def test_cache_bytes_fall_in_proportion(kind: str, layers: tuple[int, ...]) -> None:
-    whole, ids = intact("llama"), token_ids()
-    model, _ = dropped(KNOWN["llama"], layers)
-    caches = [new_cache(kind, found) for found in (whole, model)]
-    for found, cache in zip((whole, model), caches, strict=True):
-        decoded(found, ids, cache)
-    before, after = map(cache_bytes, caches)
-    assert before == 4 * 2 * 2 * 2 * LENGTH * 8 * 4  # layers, key and value, batch, heads, tokens, size, bytes
-    assert after * 4 == before * (4 - len(layers))
-
-
-@each(QUICK[:1], (QUICK[1], KNOWN["gpt2"]))
-def test_beams_can_be_reordered(family: Family) -> None:
-    model, by_hand = dropped(family, (0, 2))
-    ids, order = token_ids(batch=3), torch.tensor([2, 0, 0])
-    for kind in ("dynamic", "static"):
-        cache = new_cache(kind, model)
-        decoded(model, ids[:, :PREFILL], cache, prefill=PREFILL)
-        cache.reorder_cache(order)
-        with torch.no_grad():
-            step = model(input_ids=ids[:, PREFILL : PREFILL + 1], past_key_values=cache, use_cache=True).logits
-        history = torch.cat([ids[order, :PREFILL], ids[:, PREFILL : PREFILL + 1]], dim=1)
-        assert off(step, recomputed(by_hand, history)[:, -1:]) < LIMIT
-        stayed = recomputed(by_hand, ids[:, : PREFILL + 1])[:, -1:]
-        assert off(step, stayed) > RED, "reordering changes nothing: the comparison shows nothing"
-
-
 @torch.no_grad()
 def greedy(model: Any, ids: Tensor, count: int) -> Tensor:
     """Greedy tokens, each from a full computation."""
@@ -211,16 +172,6 @@ def test_left_padding(family: Family) -> None:
         assert off(found[:1], whole) < LIMIT
     unpadded = decoded(model, ids, new_cache("dynamic", model))
     assert off(unpadded[1:, pad:], alone) > RED, "padding changes nothing: the comparison shows nothing"
-
-
-@pytest.mark.slow
-def test_bfloat16() -> None:
-    for family in QUICK[:2]:
-        model = drop_attention(copy.deepcopy(intact(family.id)).to(torch.bfloat16), (0, 2))
-        assert model.config.fxfusion["dropped_attention"] == [0, 2]
-        cache = new_cache("dynamic", model)
-        decoded(model, token_ids(), cache)
-        assert sum(slot.get_seq_length() for slot in cache.layers if hasattr(slot, "get_seq_length")) == 2 * LENGTH
 
 
 # --- the compiler -------------------------------------------------------------------------------------

@@ -6,8 +6,7 @@ by its dataflow. Tables and expectations are in `family_table.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -38,20 +37,15 @@ from tests.end_to_end.family_table import (
     PER_CHANNEL,
     REFUSED,
     VARIANTS,
-    family_named,
+    each,
+    named,
 )
 from tests.end_to_end.slow_families import DENSE_LAYERS_OF_MOE, SCALED, SLOW
 
-OWN_LAYERS = {"include_leading": False}
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
+
 RED = 1e-4
 """A comparison that must fail misses by more than this; every limit is far below."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(model: nn.Module, policy: Mapping[str, Any] | str | None = None) -> Any:
@@ -93,17 +87,6 @@ def check(family: Family, model: nn.Module, *, leading: bool = False, last_norm:
     assert seen > RED, "a changed weight was not noticed"
     assert error <= family.limit
     return report
-
-
-def each(fast: Sequence[Family], slow: Sequence[Family] = ()) -> Any:
-    """One test for each family; `slow` ones only in `make test-slow`."""
-    cases = [pytest.param(family, id=family.id) for family in fast]
-    cases += [pytest.param(family, id=family.id, marks=pytest.mark.slow) for family in slow]
-    return pytest.mark.parametrize("family", cases)
-
-
-def named(ids: Sequence[str]) -> list[Family]:
-    return [family_named(id_) for id_ in ids]
 
 
 @each((*FAST, *INNER), (*VARIANTS, *SLOW, *PER_CHANNEL, *DENSE_LAYERS_OF_MOE, *SCALED))
@@ -148,40 +131,3 @@ def test_family_is_refused_and_left_alone(family: Family) -> None:
     for layer in range(1, 3):
         assert codes(report, f"{family.layers}.{layer}") == {family.refused}
     assert torch.equal(output, expected)
-
-
-def test_dropout_in_training_is_refused() -> None:
-    family = replace(family_named("gpt2"), config={"resid_pdrop": 0.2, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
-    model = make_model(family).train()
-    inputs = make_inputs(family, model)
-    torch.manual_seed(3)
-    expected = run(model, inputs)
-    call = compiled(model)
-    torch.manual_seed(3)
-    output, report = run_reported(call, inputs)
-    assert count(report) == 0
-    assert codes(report, "transformer.h.1") == codes(report, "transformer.h.2") == {"random"}
-    assert torch.equal(output, expected)
-    assert not torch.equal(run(model.eval(), inputs), expected)
-
-
-def test_training_without_dropout_is_fused() -> None:
-    family = replace(family_named("gpt2"), config={"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
-    assert count(check(family, make_model(family).train())) == 3
-
-
-def test_hidden_states_that_are_returned_are_kept() -> None:
-    family = family_named("llama")
-    model = make_model(family)
-    inputs = make_inputs(family, model) | {"output_hidden_states": True}
-    with torch.no_grad():
-        expected = model(**inputs)
-        before = len(last_reports())
-        found = compiled(model)(**inputs)
-    reports = last_reports()[before:]
-    refused = {refusal.code.value for report in reports for refusal in report.refusals}
-    assert sum(map(count, reports)) == 0
-    assert "stream_read" in refused
-    assert torch.equal(found.logits, expected.logits)
-    for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
-        assert torch.equal(one, other)

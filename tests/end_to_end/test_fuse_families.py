@@ -6,7 +6,6 @@ The reference is the user's own modules run in parallel under hooks, before anyt
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,19 +21,14 @@ from tests.end_to_end.families import Family, layers_of, make_inputs, make_model
 from tests.end_to_end.family_table import FAST, VARIANTS
 from tests.end_to_end.slow_families import SLOW
 
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
+
 RED = 1e-4
 ROUNDING = 1e-6  # of families that compute in float32 inside
 QUICK = ("llama", "gemma", "phi3", "granite", "gpt2", "gpt_neox", "cohere", "falcon")
 """Pre-norm, one plus weight, packed gate/up, scaled branches, Conv1D, biases, parallel blocks, a bias on its own."""
 
 LOOPED = {"hrm_text"}  # runs its layers several times, outside of any layer of its own
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def cases() -> list[Any]:

@@ -74,14 +74,6 @@ def test_an_exported_program_computes_the_same_and_holds_each_weight_once(
     compare(torch.export.load(tmp_path / "model.pt2").module(), models)
 
 
-def test_a_model_of_transformers_is_exported_as_it_is(models: tuple[nn.Module, nn.Module]) -> None:
-    ids = caching.token_ids()
-    arguments = {"input_ids": ids, "use_cache": False}
-    program = torch.export.export(models[1].model, (), kwargs=arguments)
-    with torch.no_grad():
-        assert off(program.module()(**arguments).logits, models[1](ids)) <= LIMIT
-
-
 @pytest.mark.compile
 def test_an_aotinductor_package_computes_the_same_and_is_no_larger_than_the_weights_plus_5_mb(
     models: tuple[nn.Module, nn.Module], tmp_path: Path

@@ -21,7 +21,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from fxfusion.report.charts.figure import COLOURS
-from fxfusion.report.results import Interval, Results
+from fxfusion.report.results import Interval
 from fxfusion.report.results_page import write_results_page
 from tests.end_to_end.browser import NAMES, Visit, chromium, find, visit
 from tests.fxfusion.report.results_samples import UNMEASURED, almost_empty, everything, large
@@ -265,21 +265,6 @@ def test_the_values_of_the_matrix_stand_in_its_table(browser: Browser, files: di
             assert [float(text) for text in found] == pytest.approx(expected, rel=6e-3)
 
 
-def test_plan_refusals_and_text_are_there(browser: Browser, files: dict[str, Path]) -> None:
-    page, results = visit(browser, files["everything"]), everything()
-    (group,) = table(page, after("plan"))
-    width = sum(layer.width for layer in results.layers if layer.group == 0)
-    assert group == {"group": "0", "layers": "4-7", "FFNs": "4", "fused width": f"{width:,}"}
-    assert (
-        results.plan is not None
-        and page.run("document.querySelector('#plan ~ .card pre').textContent") == results.plan.yaml
-    )
-    (refusal,) = table(page, "#g0-refusals ~ .card table")
-    assert refusal["code"] == "alone" and refusal["where"].startswith("8× model.layers.0-3,8-11.mlp")
-    assert page.run("[...document.querySelectorAll('.pair mark')].map(one => one.textContent)") == ["x", "f(x)"]
-    assert page.run("document.querySelector('#missing')") is None
-
-
 # --- pointer and keys --------------------------------------------------------------------------------------
 
 
@@ -400,11 +385,3 @@ def test_without_javascript_all_values_can_be_read(browser: Browser, files: dict
     assert [title.splitlines()[0] for title in titles] == [f"layer {layer.number}" for layer in results.layers]
     assert page.run("document.querySelectorAll('.values td').length") == 144
     assert page.run(TOO_WIDE) == 0 and page.run(OVERLAPS) == []
-
-
-def test_a_hostile_name_stays_text(browser: Browser, tmp_path: Path) -> None:
-    hostile = "</script><script>console.error('broken')</script><img src=x onerror=alert(1)>"
-    results = Results.from_dict({**everything().to_dict(), "notes": [hostile], "score_method": hostile})
-    page = visit(browser, write_results_page(results, tmp_path / "hostile.html", title=hostile))
-    assert (page.problems, len(page.requests)) == ([], 1)
-    assert page.run("document.querySelector('.note').textContent") == hostile

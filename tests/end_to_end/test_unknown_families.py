@@ -6,7 +6,7 @@ the parallel form is `x + sum(block(x) - x)`, computed by the blocks themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,16 +18,11 @@ from fxfusion.backend import last_reports
 from tests.end_to_end.families import hide_names, make_inputs, make_model, parallel_form, relative, run
 from tests.end_to_end.family_table import family_named
 
+pytestmark = pytest.mark.usefixtures("clean_dynamo")
+
 HIDDEN = 16
 WIDTHS = (24, 40, 24, 8)
 OPTIONS = {"compiler": "eager", "verify": "numeric", "strict": True, "policy": {"include_leading": False}}
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Block(nn.Module):

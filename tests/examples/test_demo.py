@@ -62,6 +62,7 @@ def ran(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[i
     return stopped.value.code or 0, "\n".join(lines), html
 
 
+@pytest.mark.slow
 def test_the_whole_demo_runs_and_prints_one_json_document(ran: tuple[int, str, Path]) -> None:
     code, out, html = ran
     result = json.loads(out)
@@ -70,6 +71,7 @@ def test_the_whole_demo_runs_and_prints_one_json_document(ran: tuple[int, str, P
     assert result["html"] == str(html) and "layers.4-8.mlp" in html.read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_it_proves_and_shows_that_the_proof_can_fail(ran: tuple[int, str, Path]) -> None:
     found = json.loads(ran[1])["exactness"]
     assert [proof["part"] for proof in found["proofs"]] == ["group 0", "whole graph", "clean-up"]
@@ -78,6 +80,7 @@ def test_it_proves_and_shows_that_the_proof_can_fail(ran: tuple[int, str, Path])
     assert found["logits_with_the_weight_restored"] == found["logits"]
 
 
+@pytest.mark.slow
 def test_it_measures_quality_of_different_models(ran: tuple[int, str, Path]) -> None:
     quality = json.loads(ran[1])["quality"]
     assert list(quality) == ["intact", "attention_removed", "fused_fold", "fused_last", "fused_paper"]
@@ -85,6 +88,7 @@ def test_it_measures_quality_of_different_models(ran: tuple[int, str, Path]) -> 
     assert {found["tokens"] for found in quality.values()} == {8 * 255}
 
 
+@pytest.mark.slow
 def test_it_measures_speed_with_a_control(ran: tuple[int, str, Path]) -> None:
     speed = json.loads(ran[1])["speed"]
     assert [found["tokens"] for found in speed.values()] == [128, 1]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fxfusion
 from fxfusion import FusionPlan, RefusalCode, ffn_fusion, last_reports
 from fxfusion.compiler.packing import live_packs
-from fxfusion.errors import MissingWeightsError, NotFusedError, OptionError
+from fxfusion.errors import MissingWeightsError, NotFusedError
 from fxfusion.graph import ops
 from tests.helpers import Plain, assert_exact, error_of, parallel_form, randomise, refusal_with, stack, tokens
 
@@ -340,12 +340,6 @@ def test_running_without_weights_says_so() -> None:
     model = stack().to("meta")
     with torch.no_grad(), pytest.raises(MissingWeightsError, match="meta device"):
         compiled(model)(tokens().to("meta"))
-
-
-def test_bad_options_reach_the_user_as_they_are() -> None:
-    with pytest.raises(OptionError, match="unknown option 'polcy'") as caught:
-        compiled(stack(), polcy="paper")(tokens())
-    assert type(caught.value).__name__ == "OptionError"
 
 
 # --- entry point --------------------------------------------------------------------------------------

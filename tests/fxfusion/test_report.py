@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 
-import torch
-from torch import nn
-
-import fxfusion
 from fxfusion.report import FusionReport
 from tests.helpers import Attention, Stack, fuse, randomise, stack, tokens
 
@@ -51,11 +47,6 @@ def test_text_names_groups_refusals_and_passes() -> None:
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
-def test_text_without_any_ffn() -> None:
-    text = str(fuse(nn.Sequential(nn.Linear(8, 8)), tokens(dtype=torch.float32))[1])
-    assert "Nothing to fuse: 0 FFNs found" in text
-
-
 def test_reports_of_several_graphs_are_joined() -> None:
     one, two = report_of(), report_of(policy={"keep_last": 1})
     both = FusionReport(graphs=(*one.graphs, *two.graphs), notes=("two",))
@@ -64,7 +55,3 @@ def test_reports_of_several_graphs_are_joined() -> None:
     assert both.before is not None and both.to_dict()["notes"] == ["two"]
     assert "two" in str(both)
     assert FusionReport(graphs=()).before is None
-
-
-def test_last_reports_are_bounded() -> None:
-    assert len(fxfusion.last_reports()) <= 64

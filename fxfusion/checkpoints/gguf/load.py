@@ -27,7 +27,7 @@ from fxfusion.checkpoints.empty_model import check_buffers, config_of, empty_mod
 from fxfusion.checkpoints.gguf.header import SUFFIX, GgufFile, require
 from fxfusion.checkpoints.gguf.settings import check_settings
 from fxfusion.checkpoints.reading import silent
-from fxfusion.errors import CheckpointError
+from fxfusion.errors import CheckpointError, first_line
 from fxfusion.models.ffn_surgery.widen import set_parameter
 
 _ALONE = f"model{SUFFIX}"  # its name while transformers reads it
@@ -123,7 +123,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Any:
         except Exception as error:  # each kind of tokenizer fails in its own way
             kind = file.metadata.get("tokenizer.ggml.model")
             raise CheckpointError(
-                f"{file.path}: its tokenizer ({kind}) cannot be read: {_reason(error)}; {_IDS}"
+                f"{file.path}: its tokenizer ({kind}) cannot be read: {first_line(error)}; {_IDS}"
             ) from error
     for name in ("vocab_file", "gguf_file"):
         found.init_kwargs.pop(name, None)
@@ -161,7 +161,7 @@ def _read(file: GgufFile, intact: Any, config: Any, dtype: torch.dtype) -> Any:
                 **more,
             )
         except Exception as error:  # whatever the library makes of it
-            raise CheckpointError(f"{file.path}: transformers cannot load its tensors: {_reason(error)}") from error
+            raise CheckpointError(f"{file.path}: transformers cannot load its tensors: {first_line(error)}") from error
     absent = sorted(info["missing_keys"])
     if absent:
         raise CheckpointError(f"{file.path} lacks the tensor {absent[0]} of the model")
@@ -208,7 +208,7 @@ def _unreadable(file: GgufFile, error: Exception) -> CheckpointError:
 
     return CheckpointError(
         f"{file.path}: transformers {transformers.__version__} does not read the architecture {file.architecture!r} "
-        f"from GGUF files ({_reason(error)}); {_OWN_FOLDER}"
+        f"from GGUF files ({first_line(error)}); {_OWN_FOLDER}"
     )
 
 
@@ -239,8 +239,3 @@ def _quiet() -> Iterator[None]:
     """Without what transformers says on the way, and without its bar, which no setting of its own takes away."""
     with silent(), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

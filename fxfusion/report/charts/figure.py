@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fxfusion.report.names import number
+from fxfusion.report.names import HUES, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,6 @@ COLOURS = {  # light, dark
     "h6": ("#7c3aed", "#8b5cf6"),
     "h7": ("#0369a1", "#0e87c4"),
 }
-HUES = 8
 
 _VARIABLES = {light: f"var(--{name})" for name, (light, _) in COLOURS.items()}
 _UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}

@@ -12,7 +12,6 @@ from fxfusion.analysis.planned import PlannedModel, analyse_without
 from fxfusion.errors import NotFusedError, PlanError
 from fxfusion.models.traced import TracedModel
 from fxfusion.plan.fusion_plan import FusionPlan
-from tests.fxfusion.models.tiny import family_model
 from tests.helpers import assert_exact
 from tests.tiny_lm import TinyLm, ids
 
@@ -79,10 +78,3 @@ def test_the_report_says_what_was_fused() -> None:
     planned = PlannedModel(TracedModel(TinyLm()), FusionPlan(dropped_attention=(2, 3), groups=((1, 2, 3),)))
     report = planned.report(ids())
     assert [len(group.members) for group in report.groups] == [3]
-
-
-def test_views_around_a_dropped_mixer_do_not_break_chains() -> None:
-    _, model = family_model("opt")
-    tokens = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(1))
-    (chain,) = analyse_without(TracedModel(model).graph(tokens), [1, 2, 3]).chains
-    assert len(chain.members) == 4

@@ -108,20 +108,6 @@ def test_a_process_killed_while_writing_leaves_what_was_before(moment: str, tmp_
     assert MatrixState(tmp_path, dict, ["a", "b"]).done == 2 and len(names(tmp_path)) == 3
 
 
-def test_a_full_disk_leaves_the_old_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = matrix(3)
-    old.save(tmp_path)
-
-    def full(self: Path, content: bytes) -> int:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(OptionError, match="cannot be written .nothing was changed.: No space left"):
-            matrix(4).save(tmp_path)
-    assert DependencyMatrix.load(tmp_path).to_dict() == old.to_dict() and len(names(tmp_path)) == 3
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

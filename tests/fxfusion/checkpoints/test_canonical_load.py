@@ -82,12 +82,6 @@ def test_a_model_without_attention_and_a_plain_one_come_back(saved: dict[str, Pa
         assert again.state_dict().keys() == model.state_dict().keys()
 
 
-def test_generation_works(saved: dict[str, Path]) -> None:
-    again, model = _fused_again(saved["last"]), models.fused("last")
-    settings = {"max_new_tokens": 5, "do_sample": False}
-    assert torch.equal(again.generate(token_ids(), **settings), model.generate(token_ids(), **settings))
-
-
 def test_dropped_attention_is_never_read_and_members_go_group_by_group(
     saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.export import engines_that_load, plan_export, save
 from fxfusion.checkpoints.nemotron_nas.load import load
-from fxfusion.errors import CheckpointError
 from tests.fxfusion.checkpoints.nemotron_models import (
     HIDDEN,
     VOCABULARY,
@@ -304,13 +303,6 @@ def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
     assert model.training and model.config.to_dict() == config
     assert all(value.requires_grad for value in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_failure_leaves_the_old_folder(tmp_path: Path) -> None:
-    save(decoder(), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="first layer"):
-        save(without_attention(decoder(), (0,)), tmp_path / "out")
-    assert off(logits(load(tmp_path / "out")), logits(decoder())) < 1e-5
 
 
 @pytest.mark.slow  # 15 s: captures

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fxfusion import cli
 from fxfusion.cli.explain import read_policy
+from tests.fxfusion.cli.conftest import Ran, Run
 
 TINY = {
     "vocab_size": 64,
@@ -40,29 +39,12 @@ def written(folder: Path, fields: dict[str, Any]) -> Path:
     return folder
 
 
-class Ran:
-    """The command in this process: exit code and what it printed."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> None:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fxfusion", *map(str, args)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        self.code = stopped.value.code or 0
-        self.out, self.err = capfd.readouterr()
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda *args: Ran(capfd, monkeypatch, *args)
-
-
 def groups_of(ran: Ran) -> list[list[str]]:
-    found = json.loads(ran.out)["graphs"][0]["groups"]
+    found = ran.json["graphs"][0]["groups"]
     return [[member["layer"].rpartition(".")[2] for member in group["members"]] for group in found]
 
 
-def test_what_would_be_fused_is_printed(run: Any, hybrid: Path, tmp_path: Path) -> None:
+def test_what_would_be_fused_is_printed(run: Run, hybrid: Path, tmp_path: Path) -> None:
     ran = run("explain", hybrid, "--output", tmp_path / "r.html")
     assert ran.code == 0
     assert ran.out.startswith("5 of 5 FFNs fused into 2")
@@ -70,17 +52,17 @@ def test_what_would_be_fused_is_printed(run: Any, hybrid: Path, tmp_path: Path) 
     assert hybrid.name in (tmp_path / "r.html").read_text("utf-8")
 
 
-def test_nothing_to_fuse_is_exit_code_3_with_reasons(run: Any, ordinary: Path) -> None:
+def test_nothing_to_fuse_is_exit_code_3_with_reasons(run: Run, ordinary: Path) -> None:
     ran = run("explain", ordinary)
     assert ran.code == 3
     assert ran.out.startswith("Nothing to fuse: 2 FFNs found") and "alone" in ran.out
 
 
-def test_json_is_the_report_and_nothing_else(run: Any, hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_the_report_and_nothing_else(run: Run, hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXFUSION_DEBUG", "2")  # prints lines, which must not get in between
     ran = run("explain", hybrid, "--json", "--length", 4, "--batch", 2)
     assert ran.code == 0 and "fxfusion: " in ran.err
-    assert set(json.loads(ran.out)) == {"summary", "graphs", "notes"}
+    assert set(ran.json) == {"summary", "graphs", "notes"}
     assert groups_of(ran) == [["1", "2"], ["4", "5", "6"]]
 
 
@@ -93,7 +75,7 @@ def test_json_is_the_report_and_nothing_else(run: Any, hybrid: Path, monkeypatch
         (["--groups", "4-5"], [["4", "5"]]),
     ],
 )
-def test_policies_and_plans_choose(run: Any, hybrid: Path, options: list[str], groups: list[list[str]]) -> None:
+def test_policies_and_plans_choose(run: Run, hybrid: Path, options: list[str], groups: list[list[str]]) -> None:
     ran = run("explain", hybrid, "--json", *options)
     assert ran.code == 0 and groups_of(ran) == groups
 
@@ -113,7 +95,7 @@ def test_policies_and_plans_choose(run: Any, hybrid: Path, options: list[str], g
         (["--colour"], "--colour"),
     ],
 )
-def test_a_wrong_option_is_exit_code_2_and_named(run: Any, hybrid: Path, args: list[str], named: str) -> None:
+def test_a_wrong_option_is_exit_code_2_and_named(run: Run, hybrid: Path, args: list[str], named: str) -> None:
     ran = run("explain", hybrid, *args)
     assert ran.code == 2 and named in ran.err and ran.out == ""
     assert "Traceback" not in ran.err
@@ -130,7 +112,7 @@ def test_a_wrong_option_is_exit_code_2_and_named(run: Any, hybrid: Path, args: l
     ],
 )
 def test_a_folder_that_is_no_model_is_exit_code_1_in_one_line(
-    run: Any, tmp_path: Path, config: str | None, named: str
+    run: Run, tmp_path: Path, config: str | None, named: str
 ) -> None:
     folder = tmp_path / "model"
     if config is not None:
@@ -142,7 +124,7 @@ def test_a_folder_that_is_no_model_is_exit_code_1_in_one_line(
     assert ran.err.strip().startswith("fxfusion: error: ") and len(ran.err.strip().splitlines()) == 1
 
 
-def test_the_traceback_is_shown_on_request(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_traceback_is_shown_on_request(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXFUSION_DEBUG", "1")
     ran = run("explain", tmp_path)
     assert ran.code == 1 and "Traceback" in ran.err and ran.err.strip().splitlines()[-1].startswith("fxfusion: error")

@@ -64,11 +64,6 @@ def test_a_canonical_folder_keeps_every_weight_and_loads_fused(model: Path, fuse
     assert torch.allclose(logits(loaded), logits(wanted), atol=1e-5)
 
 
-def test_plain_transformers_loads_it_as_the_unfused_model(model: Path, fused: Path) -> None:
-    dropped = fxfusion.drop_attention(AutoModelForCausalLM.from_pretrained(model), [1, 2])
-    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(fused)), logits(dropped), atol=1e-5)
-
-
 def test_unfuse_gives_the_weights_without_groups(run: Run, fused: Path, tmp_path: Path) -> None:
     ran = run("unfuse", fused, "--output", tmp_path / "out", "--json")
     assert ran.code == 0 and ran.json["after"]["groups"] == [] and ran.json["after"]["layers"] == 3
@@ -180,9 +175,6 @@ def test_generate_continues_prompts(run: Run, fused: Path, exported: Path, model
         (("export", "OUT", "--output", "OUT"), 1, "no such folder"),
         (("check", "OUT"), 1, "no such folder"),
         (("unfuse", "MODEL", "--output", "OUT"), 1, "nothing says what was fused"),
-        (("fuse", "MODEL", "--output", "MODEL", "--plan", "PLAN"), 2, "which the same command reads: it would be lost"),
-        (("export", "MODEL", "--output", "MODEL"), 2, "which the same command reads: it would be lost"),
-        (("unfuse", "MODEL", "--output", "MODEL"), 2, "which the same command reads: it would be lost"),
         (("generate", "MODEL"), 2, "--prompt: give the text"),
         (("generate", "MODEL", "--prompt", "3", "--cache", "paged"), 2, "'dynamic', 'static'"),
     ],
@@ -198,13 +190,6 @@ def test_wrong_use_says_what_is_wrong(
     assert ran.code == code and why in ran.err
     assert not (tmp_path / "out").exists()
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
-
-
-def test_a_folder_that_is_no_checkpoint_is_not_replaced(run: Run, model: Path, plan: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("all my work")
-    ran = run("fuse", model, "--output", tmp_path, "--plan", plan)
-    assert ran.code == 1 and "thesis.tex" in ran.error
-    assert (tmp_path / "thesis.tex").read_text() == "all my work"
 
 
 def measured(folder: Path, plan: dict[str, Any]) -> Path:

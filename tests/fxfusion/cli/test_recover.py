@@ -27,13 +27,19 @@ pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model`, `plan.yaml` and `text.safetensors`; `out` is a refitted folder."""
+    """A folder with `model`, `plan.yaml` and `text.safetensors`."""
     folder = tmp_path_factory.mktemp("refit")
     model_of().save_pretrained(folder / "model")
     fxfusion.FusionPlan(**PLAN).save(folder / "plan.yaml")
     save_file({"input_ids": torch.cat(own_text())}, folder / "text.safetensors")
-    assert call(*words(folder, folder / "out")) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def refitted(place: Path) -> Path:
+    """The same, with a refitted folder `out`; half a minute, so tests with it are slow."""
+    assert call(*words(place, place / "out")) == 0
+    return place
 
 
 def words(folder: Path, out: Path) -> list[Any]:
@@ -54,17 +60,19 @@ def loss(model: Any) -> float:
     return float(fxfusion.evaluate(model, own_text(seed=7), resamples=100).loss)
 
 
-def test_the_folder_loads_as_the_refitted_model(place: Path) -> None:
-    loaded = fxfusion.from_pretrained(place / "out")
+@pytest.mark.slow
+def test_the_folder_loads_as_the_refitted_model(refitted: Path) -> None:
+    loaded = fxfusion.from_pretrained(refitted / "out")
     assert loss(loaded) < loss(fxfusion.fuse(model_of(), PLAN)) - 0.01
-    record = fxfusion.FusionPlan.load(place / "out" / "fxfusion_plan.yaml").refit
+    record = fxfusion.FusionPlan.load(refitted / "out" / "fxfusion_plan.yaml").refit
     assert record is not None and record.reference == "intact" and record.loss_after < record.loss_before
     assert loaded.config.fxfusion["refit"]["fingerprint"] == record.fingerprint
-    assert "refitted in closed form to the intact model" in (place / "out" / "README.md").read_text()
+    assert "refitted in closed form to the intact model" in (refitted / "out" / "README.md").read_text()
 
 
-def test_only_what_was_refitted_is_changed(place: Path) -> None:
-    before, after = (load_file(place / name / "model.safetensors") for name in ("model", "out"))
+@pytest.mark.slow
+def test_only_what_was_refitted_is_changed(refitted: Path) -> None:
+    before, after = (load_file(refitted / name / "model.safetensors") for name in ("model", "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     attention = {name for name in before if ".1.self_attn." in name or ".2.self_attn." in name}
     norms = {f"model.layers.{layer}.input_layernorm.weight" for layer in (1, 2)}
@@ -74,10 +82,11 @@ def test_only_what_was_refitted_is_changed(place: Path) -> None:
     assert {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)} <= changed
 
 
-def test_engines_get_the_refitted_weights(run: Run, place: Path, tmp_path: Path) -> None:
-    ran = run(*words(place, tmp_path / "out"), "--format", "nemotron-nas", "--json")
+@pytest.mark.slow
+def test_engines_get_the_refitted_weights(run: Run, refitted: Path, tmp_path: Path) -> None:
+    ran = run(*words(refitted, tmp_path / "out"), "--format", "nemotron-nas", "--json")
     assert ran.code == 0 and ran.json["refit"]["reference"] == "intact"  # from what is in --results
-    one, other = (fxfusion.from_pretrained(folder) for folder in (tmp_path / "out", place / "out"))
+    one, other = (fxfusion.from_pretrained(folder) for folder in (tmp_path / "out", refitted / "out"))
     ids = own_text()[0][:2]
     with torch.no_grad():
         assert torch.allclose(one(ids).logits, other(ids).logits, atol=1e-4)
@@ -102,16 +111,18 @@ def test_a_plan_is_needed(run: Run, place: Path, tmp_path: Path) -> None:
     assert ran.code == 2 and "Missing option '--plan'" in ran.err
 
 
-def test_a_refitted_folder_is_not_refitted_again(run: Run, place: Path, tmp_path: Path) -> None:
-    given = words(place, tmp_path / "more")
-    given[1] = place / "out"
+@pytest.mark.slow
+def test_a_refitted_folder_is_not_refitted_again(run: Run, refitted: Path, tmp_path: Path) -> None:
+    given = words(refitted, tmp_path / "more")
+    given[1] = refitted / "out"
     ran = run(*given)
     assert ran.code == 1 and "was refitted already" in ran.error and not (tmp_path / "more").exists()
 
 
-def test_a_refitted_folder_is_not_taken_for_the_intact_model(run: Run, place: Path, tmp_path: Path) -> None:
-    text = ["--text", place / "text.safetensors", "--results", tmp_path / "results"]
-    ran = run("score", place / "out", *text)
+@pytest.mark.slow
+def test_a_refitted_folder_is_not_taken_for_the_intact_model(run: Run, refitted: Path, tmp_path: Path) -> None:
+    text = ["--text", refitted / "text.safetensors", "--results", tmp_path / "results"]
+    ran = run("score", refitted / "out", *text)
     assert ran.code == 1 and "was refitted already" in ran.error
 
 

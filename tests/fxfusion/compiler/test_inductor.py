@@ -70,22 +70,3 @@ def test_reduce_overhead_is_accepted(caplog: pytest.LogCaptureFixture) -> None:
         assert_exact(run(x), parallel_form(model, x), torch.float32)
     assert not [record for record in caplog.records if record.name == "fxfusion"]
     assert len(last_reports()[-1].groups) == 1
-
-
-@pytest.mark.slow
-def test_nothing_fused_is_bit_equal_to_inductor() -> None:
-    model, x = stack(count=1, dtype=torch.float32), tokens(dtype=torch.float32)
-    plain = torch.compile(model, backend="inductor")(x)
-    torch._dynamo.reset()
-    assert torch.equal(compiled(model)(x), plain)
-
-
-@pytest.mark.slow
-def test_dynamic_length() -> None:
-    model = stack(dtype=torch.float32)
-    run = compiled(model)
-    with torch.no_grad():
-        for seq in (3, 5, 9):
-            x = tokens(seq=seq, dtype=torch.float32)
-            assert_exact(run(x), parallel_form(model, x), torch.float32)
-    assert len(last_reports()[-1].groups) == 1

@@ -133,16 +133,6 @@ def test_one_pack_for_all_graphs_of_a_model() -> None:
     out.sum().backward()  # on the members' own weights, whatever was packed in other modes
 
 
-def test_explicitly_dynamic_graphs_fuse() -> None:
-    """With `dynamic=True` Dynamo makes even the norm's eps an input; see `specialise_numbers`."""
-    model = biased()
-    run = torch.compile(model, backend=fxfusion.ffn_fusion, dynamic=True, options={"compiler": "eager"})
-    for seq in (3, 5):
-        x = tokens(seq=seq)
-        assert_exact(run(x), parallel_form(model, x), torch.float64)
-        assert len(fxfusion.last_reports()[-1].groups) == 1
-
-
 @pytest.mark.parametrize("model_dies", [True, False])
 def test_packs_die_with_the_model_and_with_the_compiled_graph(model_dies: bool) -> None:
     held = [biased()]

@@ -32,12 +32,6 @@ def hooked(module: nn.Module, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
-def zero(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-    if isinstance(output, Tensor):
-        return torch.zeros_like(output)
-    return type(output)((torch.zeros_like(output[0]), *output[1:]))
-
-
 def same(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     stream = args[0] if args else kwargs["hidden_states"]
     return stream if isinstance(output, Tensor) else type(output)((stream, *output[1:]))
@@ -54,7 +48,7 @@ def without_attention(family: Family, model: nn.Module, layers: Iterable[int], *
     """The model's logits with the output of some attention modules set to zero. Knows nothing of graphs."""
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(hooked(layers_of(model, family)[layer].get_submodule(family.mixers[0]), zero))
+            stack.enter_context(hooked(layers_of(model, family)[layer].get_submodule(family.mixers[0]), tiny.zero))
         return logits(model, **inputs)
 
 
@@ -93,7 +87,7 @@ def test_a_removed_layer_hands_its_input_on(name: str) -> None:
 def test_a_removed_ffn_gives_the_model_with_its_ffn_zeroed(name: str) -> None:
     family, model, ids, graph = traced(name)
     for block in graph.blocks.ffns:
-        with hooked(model.get_submodule(block.name), zero):
+        with hooked(model.get_submodule(block.name), tiny.zero):
             expected = logits(model, input_ids=ids)
         found = graph.run(ids, keep=[graph.logits], removed=[block])[graph.logits]
         assert torch.allclose(found, expected, rtol=0, atol=limit(expected))

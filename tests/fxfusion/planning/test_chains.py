@@ -22,7 +22,7 @@ from fxfusion.planning.chains import ChainSearch
 from fxfusion.planning.make_plan import make_plan
 from fxfusion.planning.price import depth_price
 from fxfusion.planning.sweep import run_sweep
-from tests.tiny_lm import TinyLm, ids
+from tests.tiny_lm import TinyLm, ids, traced
 
 BATCHES = [ids(3, 9, seed=5), ids(3, 9, seed=6)]
 LAYERS = 5
@@ -37,7 +37,7 @@ def searching(meter: PlanMeter, **more: Any) -> ChainSearch:
 @pytest.fixture(scope="module")
 def search() -> ChainSearch:
     """One search for all tests that only ask; what it measured stays known."""
-    return searching(PlanMeter(TinyLm(LAYERS), BATCHES))
+    return searching(PlanMeter(traced(LAYERS), BATCHES))
 
 
 def test_a_fraction_of_the_attention_is_dropped_and_fused(search: ChainSearch) -> None:
@@ -83,7 +83,7 @@ def test_what_cannot_be_had_says_what_can(search: ChainSearch) -> None:
 
 
 def test_limits_reach_the_groups() -> None:
-    limited = searching(PlanMeter(TinyLm(LAYERS), BATCHES), limits=Limits(max_members=2))
+    limited = searching(PlanMeter(traced(LAYERS), BATCHES), limits=Limits(max_members=2))
     found = limited.fused((1, 2, 3, 4))
     assert max(len(group) for group in found.plan.groups) == 2
     free = searching(limited.judge).fused((1, 2, 3, 4))
@@ -97,7 +97,7 @@ class PricedMeter(PlanMeter):
     def __init__(
         self, per_merge: float, extra: dict[int, float] | None = None, last: float = 0.0, noise: float = 0.0
     ) -> None:
-        super().__init__(TinyLm(LAYERS), BATCHES)
+        super().__init__(traced(LAYERS), BATCHES)
         self.per_merge, self.extra, self.last, self.noise = per_merge, extra or {}, last, noise
 
     def price(self, plan: FusionPlan) -> float:
@@ -218,9 +218,9 @@ def test_a_second_plan_measures_nothing_again(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_cache_of_another_model_or_text_is_refused(tmp_path: Path) -> None:
-    PlanMeter(TinyLm(LAYERS), BATCHES, tmp_path).quality(FusionPlan())
+    PlanMeter(traced(LAYERS), BATCHES, tmp_path).quality(FusionPlan())
     with pytest.raises(OptionError, match=r"another measurement \(text is"):
-        PlanMeter(TinyLm(LAYERS), BATCHES[:1], tmp_path)
+        PlanMeter(traced(LAYERS), BATCHES[:1], tmp_path)
     with pytest.raises(OptionError, match=r"another measurement \(model is"):
         PlanMeter(TinyLm(LAYERS + 1), BATCHES, tmp_path)
 
@@ -242,7 +242,7 @@ def test_only_as_many_attentions_are_dropped_greedily_as_are_to_go(monkeypatch: 
         return attention_scores(*given, drop=drop, **more)
 
     monkeypatch.setattr(module, "attention_scores", scored)
-    fresh = searching(PlanMeter(TinyLm(LAYERS), BATCHES))
+    fresh = searching(PlanMeter(traced(LAYERS), BATCHES))
     first = [fresh.first(number) for number in (2, 1, 3, LAYERS)]
     assert asked == [2, 4, LAYERS], "2 and 1 are known, 3 is twice as many, and no more than there are"
     assert [len(one) for one in first] == [2, 1, 3, LAYERS] and all(one == first[-1][: len(one)] for one in first)

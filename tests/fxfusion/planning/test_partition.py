@@ -127,21 +127,6 @@ def test_equal_to_trying_everything(chain: Chain, cost: Cost) -> None:
     assert found_by(chain.chains, cost) == by_trying(chain, cost)
 
 
-@pytest.mark.parametrize("cost", ["sum", "max"])
-@pytest.mark.parametrize("kind", ["random", "ties", "constant", "band"])
-def test_equal_to_trying_everything_up_to_12(kind: str, cost: Cost) -> None:
-    for count in (1, 2, 3, 12):
-        random = np.random.default_rng(count)
-        matrix = {
-            "random": random.integers(0, 10**6, (count, count)),
-            "ties": random.integers(0, 3, (count, count)),
-            "constant": np.ones((count, count), dtype=int),
-            "band": np.fromfunction(lambda i, j: np.maximum(0, 8 - abs(i - j)), (count, count)).astype(int),
-        }[kind]
-        chain = Chain(matrix.tolist(), random.integers(1, 9, count).tolist(), Limits(max_width=30))
-        assert found_by(chain.chains, cost) == by_trying(chain, cost)
-
-
 @settings(deadline=None, max_examples=50)
 @given(
     st.integers(2, 7).flatmap(

@@ -1,0 +1,63 @@
+"""Lines and points over one or more axes, for files: what a sweep or a forecast found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fxfusion.report.charts.figure import hue, ink, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Points `(x, y)` in the order of the line. `look`: format of matplotlib; `front`: in the colour of text."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    look: Literal["o", "o-", "-"] = "o-"
+    front: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One pair of axes. `log`: base of the logarithmic axis that a direction has; `level`: where nothing changes."""
+
+    across: str
+    up: str
+    lines: Sequence[Line]
+    title: str = ""
+    log_x: int | None = None
+    log_y: int | None = None
+    level: float | None = None
+
+
+def draw_panels(panels: Sequence[Panel], title: str, *, width: float = 480, share_y: bool = False) -> Figure:
+    """The panels side by side, each of so many pixels, with a title over all."""
+    figure = new_figure(width * len(panels), 320)
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0], panels, strict=True):
+        _draw(axes, panel)
+    figure.suptitle(title)
+    return figure
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    for number, line in enumerate(panel.lines):
+        colour = ink("text") if line.front else hue(number)
+        places, values = [x for x, _ in line.points], [y for _, y in line.points]
+        axes.plot(places, values, line.look, color=colour, label=line.label, markersize=4)
+    if panel.level is not None:
+        axes.axhline(panel.level, color=ink("soft"), linewidth=0.8)
+    if panel.log_x is not None:
+        axes.set_xscale("log", base=panel.log_x)
+    if panel.log_y is not None:
+        axes.set_yscale("log", base=panel.log_y)
+    axes.set_title(panel.title)
+    axes.set_xlabel(panel.across)
+    axes.set_ylabel(panel.up)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(which="both")
+    axes.legend(fontsize="small")
