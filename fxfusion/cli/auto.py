@@ -55,17 +55,8 @@ def auto(
     for name in ("sequences", "batch"):
         if getattr(run, name) is None:
             setattr(run, name, getattr(settings, name))
-    given = choice.arguments()
-    arguments = {
-        "max_perplexity_increase": read(max_perplexity_increase, read_share, "--max-perplexity-increase"),
-        "target_depth": target_depth,
-        "max_members": max_members,
-        "preset": "automatic",
-        "after_refit": settings.after_refit,
-        **given,
-        "roads": given["roads"] or settings.roads,
-        "max_window": given["max_window"] or settings.max_window,
-    }
+    limits = {"max_perplexity_increase": max_perplexity_increase, "target_depth": target_depth}
+    arguments = _arguments(settings, {**choice.arguments(), **limits, "max_members": max_members})
     asked_for(arguments)  # what contradicts itself is refused before anything is read
     run.check(PLAN, QUALITY, AUTO, output=output, intact=True)
     divided(run.batches)
@@ -79,6 +70,18 @@ def auto(
         return run.plan_dry_run([*plan_work(run, asked, Method.loss.value), *parts], [PLAN, output])
     job = _Job(run=run, asked=asked, settings=settings, output=output, format=format, nearest=nearest)
     return job.make(profile, max(sizes.values(), default=0))
+
+
+def _arguments(settings: Settings, given: dict[str, Any]) -> dict[str, Any]:
+    """As `make_plan` takes them: what was given, and where nothing was, what the profile says."""
+    return {
+        **given,
+        "max_perplexity_increase": read(given["max_perplexity_increase"], read_share, "--max-perplexity-increase"),
+        "preset": "automatic",
+        "after_refit": settings.after_refit,
+        "roads": given["roads"] or settings.roads,
+        "max_window": given["max_window"] or settings.max_window,
+    }
 
 
 def _has_no_budget(arguments: dict[str, Any]) -> bool:

@@ -96,9 +96,10 @@ class ResultsFolder:
             self.write(MODEL, {"facts": dict(facts), **describe()})
         elif known.get("facts") != dict(facts):
             before = known.get("facts", {})
-            other = {**before, "dtype": facts.get("dtype")} != dict(facts)
-            what = f"another model ({known.get('name')})" if other else f"another precision ({before.get('dtype')})"
-            raise FxFusionError(f"{self.path} holds results of {what}; give another folder by --results")
+            same = all(before.get(name) == value for name, value in facts.items() if name not in ("tensors", "dtype"))
+            is_precision = same and before.get("dtype") != facts.get("dtype")  # of which `tensors` follows
+            what = f"precision ({before.get('dtype')})" if is_precision else f"model ({known.get('name')})"
+            raise FxFusionError(f"{self.path} holds results of another {what}; give another folder by --results")
 
     def check_same(self, name: str, given: Mapping[str, Any]) -> None:
         """Raises `FxFusionError` that names what differs, where a file says that the folder is of something else."""

@@ -128,8 +128,11 @@ def test_results_of_another_model_or_text_are_left_alone(
 ) -> None:
     before = contents_of(results)
     other = make_model(tmp_path / "other", seed=1)
-    for ran in (run("score", other, *args[2:]), run(*args, "--dtype", "bfloat16")):
-        assert ran.code == 1 and "another model or precision" in ran.error and "--results" in ran.error
+    for ran, named in (
+        (run("score", other, *args[2:]), "another model ("),
+        (run(*args, "--dtype", "bfloat16"), "another precision (float32)"),
+    ):
+        assert ran.code == 1 and named in ran.error and "--results" in ran.error
     ran = run(*args, "--seed", 1)
     assert ran.code == 2 and "other text" in ran.error
     assert contents_of(results) == before

@@ -86,7 +86,7 @@ def test_results_are_printed_as_a_few_lines(result: Any, expected: list[str]) ->
 
 
 def test_a_simulation_is_printed_as_a_few_lines() -> None:
-    text = str(simulate("llama_70b", tp=8))
+    text = str(simulate("llama-3.3-70b", tp=8))
     assert "latency [ms]" in text and "on 8 " in text and "Simulation(" not in text
 
 
