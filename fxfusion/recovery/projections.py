@@ -49,7 +49,8 @@ class Projection:
     """One layer to refit. Layers are numbered as in the model as it was loaded.
 
     `place`: which of `sites(graph)` it is, in the graph of any batch. `until`: the layer at whose end the reference's
-    stream is the target (for attention: after that layer's attention). `members`: layers of a fused group, whose FFNs
+    stream is the target (for attention: after that layer's attention): a later one where layers behind it were removed,
+    for which it stands in as well (`replaces`). `members`: layers of a fused group, whose FFNs
     or, in a wide block, whose attentions became this one. `weight`, `bias`: parameter names in the model that is
     refitted; the bias is None where it has none.
     """
@@ -64,6 +65,7 @@ class Projection:
     transposed: bool
     width: int
     hidden: int
+    replaces: bool = False
 
     @property
     def name(self) -> str:
@@ -149,8 +151,11 @@ def _last_linear(
     return down, end.steps, tuple(linear for linear in linears if linear.node not in deep)
 
 
-def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | None) -> list[Projection]:
+def find_projections(
+    model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | None, *, has_removed: bool = True
+) -> list[Projection]:
     """Every layer of a model that could be refitted, in order. `recipe`: how the model was fused, if it was.
+    `has_removed`: whether the reference has the layers that the model lost as a whole.
 
     Layers whose weight is computed, or shared with another place, are left out.
     """
@@ -168,11 +173,14 @@ def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | 
         bias = name_of(_bias_of(site))
         if group is not None and all(member.down.bias is None for member in group.members):
             bias = None  # the members' shifts: no member could take over what a refit makes of their sum
+        last = layer if group is None else max(group.layers)
+        until = _until(last, recipe) if has_removed and site.kind == "ffn" else last
         found.append(
             Projection(
                 kind=site.kind,
                 layer=layer,
-                until=layer if group is None else max(group.layers),
+                until=until,
+                replaces=until > last,
                 members=() if group is None else tuple(sorted(group.layers)),
                 place=place,
                 weight=weight,
@@ -186,6 +194,14 @@ def find_projections(model: nn.Module, graph: TracedGraph, recipe: FuseRecipe | 
     if missing:
         raise SurgeryError(f"{groups[min(missing)].home.name}: no linear layer ends it in the fused model's graph")
     return found
+
+
+def _until(layer: int, recipe: FuseRecipe | None) -> int:
+    """The last of the layers right behind this one that were removed, or this one (arXiv 2505.02819)."""
+    gone = () if recipe is None else recipe.gone
+    while layer + 1 in gone:
+        layer += 1
+    return layer
 
 
 def own_names(model: nn.Module, graph: TracedGraph) -> Callable[[fx.Node | None], str | None]:
@@ -242,11 +258,12 @@ def choose(found: Sequence[Projection], dropped: Sequence[int], later: str) -> l
     if later == "none" or not changed:
         return groups
     first = min(changed)
+    # What stands in for removed layers comes before them.
     # Attention that went before the FFNs of its window has a stream without them: the reference has none like it.
     moved = {layer for group in groups for layer in group.members[1:]}
     attention = (one for one in found if one.kind == "attention" and one.layer not in moved and later == "all")
     wanted = {one.place for one in (*attention, *groups, *(one for one in found if one.kind == "ffn"))}
-    return [one for one in found if one.layer >= first and one.place in wanted]
+    return [one for one in found if (one.layer >= first or one.replaces) and one.place in wanted]
 
 
 @dataclass(frozen=True, slots=True)

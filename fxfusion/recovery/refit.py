@@ -77,9 +77,9 @@ def refit(
         reference: "intact": the stream of the model as it was, so that dropped attention is made up for too;
             "unfused": that of the model with the attention dropped and the layers removed, and nothing fused.
         validation: text that decides on penalties and on what is kept; by default an eighth of `batches`.
-        later: what is refitted beside the groups, from the first layer that was changed on: "none", "ffn" (the down
-            projection of every FFN) or "all" (the output projection of every attention too). The attention of a wide
-            block belongs to its group.
+        later: what is refitted beside the groups, from the first layer that was changed on (and the FFN before layers
+            that were removed, which then stands in for them): "none", "ffn" (the down projection of every FFN) or "all"
+            (the output projection of every attention too). The attention of a wide block belongs to its group.
         sides: "both": the layers that read the stream first (gate and up; q, k and v) are fitted too, to what they
             would have read in the reference, each block's before its last layer; "out": last layers alone.
         penalties: ridge penalties to choose from, as parts of the mean diagonal of the Gram matrix.
@@ -221,8 +221,9 @@ class _Work:
         state = fused_state(self.model)
         recipe = None if state is None else state.recipe
         graph = self.traced.graph(self.texts.fit[0].inputs)
-        found = find_projections(self.model, graph, recipe)
-        gone = (*self.plan.dropped_attention, *self.plan.removed) if self.how.reference == "intact" else ()
+        is_intact = self.how.reference == "intact"
+        found = find_projections(self.model, graph, recipe, has_removed=is_intact)
+        gone = (*self.plan.dropped_attention, *self.plan.removed) if is_intact else ()
         chosen = choose(found, gone, self.how.later)
         if not chosen:
             raise SurgeryError("no linear layer of the model that could be refitted was found")

@@ -117,14 +117,16 @@ def test_a_plan_that_only_drops_can_be_refitted() -> None:
     assert record is not None and [fit.layers for fit in record.fits] == [(1,), (2,), (3,)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
-def test_what_follows_a_removed_layer_is_refitted() -> None:
-    """The first one, the attention after it, against a solution by hand; numbers are those of the model as loaded."""
+def test_what_stands_before_and_behind_a_removed_layer_is_refitted() -> None:
+    """The FFN before it stands in for it, by a solution by hand; numbers are those of the model as loaded."""
     plan = {"removed": [1]}
     found = refitted(plan=plan)
     record = plan_of(found).refit
     assert record is not None and plan_of(found).removed == (1,)
-    assert [fit.layers for fit in record.fits] == [(2,), (2,), (3,), (3,)] and record.loss_after < record.loss_before
+    assert [fit.layers for fit in record.fits] == [(0,), (2,), (2,), (3,), (3,)]
+    assert record.loss_after < record.loss_before
     smaller, intact = fxfusion.fuse(model_of(), plan), model_of()
     assert loss(found) < loss(smaller) - 0.01
 
@@ -136,15 +138,24 @@ def test_what_follows_a_removed_layer_is_refitted() -> None:
         return kept[0].reshape(-1, kept[0].shape[-1]).double()
 
     ids = [batch for number, batch in enumerate(own_text()) if number != 5]  # of six batches the last one decides
-    inputs = torch.cat([seen(smaller, "model.layers.1.self_attn.o_proj", one) for one in ids])
-    wanted = torch.cat([seen(intact, "model.layers.2.post_attention_layernorm", one) for one in ids])
-    lacks = wanted - torch.cat([seen(smaller, "model.layers.1.input_layernorm", one) for one in ids])
-    own = smaller.model.layers[1].self_attn.o_proj.weight.double()
+    inputs = torch.cat([seen(smaller, "model.layers.0.mlp.down_proj", one) for one in ids])
+    wanted = torch.cat([seen(intact, "model.layers.2.input_layernorm", one) for one in ids])
+    lacks = wanted - torch.cat([seen(smaller, "model.layers.0.post_attention_layernorm", one) for one in ids])
+    own = smaller.model.layers[0].mlp.down_proj.weight.double()
     root = (SHARE * inputs.square().sum(0).mean()).sqrt()
     stacked = (torch.cat([inputs, root * torch.eye(inputs.shape[1]).double()]), torch.cat([lacks, root * own.t()]))
     expected = torch.linalg.lstsq(*stacked).solution.t()
-    weight = found.model.layers[1].self_attn.o_proj.weight.double()
+    weight = found.model.layers[0].mlp.down_proj.weight.double()
     assert (weight - expected).norm() <= 1e-4 * expected.norm() < (own - expected).norm()
+
+
+@pytest.mark.slow
+def test_the_last_layers_can_be_removed_and_made_up_for() -> None:
+    plan = {"removed": [2, 3]}
+    found = refitted(plan=plan)
+    record = plan_of(found).refit
+    assert record is not None and [fit.layers for fit in record.fits] == [(1,)]
+    assert loss(found) < loss(fxfusion.fuse(model_of(), plan)) - 0.01
 
 
 def test_a_plan_that_removes_needs_the_intact_model_and_later_layers() -> None:
