@@ -82,6 +82,10 @@ def evaluate(
     if parts.speed and not chosen.groups and baseline is None:
         raise OptionError("--speed: there is nothing fused to time; give a --plan with groups, or a --baseline")
     run.check(MODEL, QUALITY, COMPILED, reads=list(filter(None, (plan, baseline))), intact=plan is not None)
+    if baseline is not None:
+        from fxfusion.cli import inputs
+
+        inputs.causal_config(baseline)  # what cannot be read is said before MODEL is loaded
     if run.dry_run:
         return run.plan_dry_run(_work(chosen, baseline, parts), [QUALITY])
     result = Evaluation(run=run, plan=chosen, compiler=compiler.value, baseline=baseline).measure(parts, plan)

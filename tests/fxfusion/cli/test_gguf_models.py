@@ -119,7 +119,6 @@ def test_every_command_names_the_architecture_of_a_file_that_it_cannot_read(
         ("refit", bad, *measured, *out, "--plan", plan),
         ("recover", bad, *measured, *out, "--reference", model),
         ("export", bad, *out),
-        ("unfuse", bad, *out),
         ("simulate", bad),
     ]  # fmt: skip
     for line in lines:
