@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 import fxfusion
-from fxfusion.cli import auto, check, eval, explain, fuse, generate, measure, plan, recover, report, simulate
+from fxfusion.cli import auto, check, compare, eval, explain, fuse, generate, measure, plan, recover, report, simulate
 from fxfusion.errors import OptionError, PlanError
 
 
@@ -64,6 +64,7 @@ for name, body, what in (
     ("explain", explain.explain, "What would be fused, and what not, and why."),
     ("eval", eval.evaluate, "What a plan costs in quality, gains in speed."),
     ("sweep", measure.sweep, "What every depth costs: table, plot, front."),
+    ("compare", compare.compare, "Plans against other ways to a shorter model."),
     ("report", report.report, "One page of all results."),
     ("simulate", simulate.simulate, "What a model would do on a device, and gain."),
     ("fuse", fuse.fuse, "Write a folder of the fused model."),

@@ -12,6 +12,7 @@
 | `compiled.json` | `plan`, `eval`: what the compiler found and refused |
 | `quality.json` | `eval` |
 | `sweep.json`, `sweep.csv`, `sweep.svg` | `sweep` |
+| `comparison.json`, `comparison.csv`, `comparison.svg`, `comparison/` | `compare`: with all that it measured |
 | `report.html` | `report` |
 """
 
@@ -32,7 +33,15 @@ if TYPE_CHECKING:
 
 MODEL, PLAN, COMPILED, QUALITY = "model.json", "plan.yaml", "compiled.json", "quality.json"
 SWEEP, SWEEP_TABLE, SWEEP_PLOT, PAGE = "sweep.json", "sweep.csv", "sweep.svg", "report.html"
-_KINDS = {PLAN: "plan", SWEEP_TABLE: "sweep", SWEEP_PLOT: "sweep", PAGE: "results page"}
+COMPARISON, COMPARISON_TABLE, COMPARISON_PLOT = "comparison.json", "comparison.csv", "comparison.svg"
+_KINDS = {
+    COMPARISON_TABLE: "comparison",
+    COMPARISON_PLOT: "comparison",
+    PLAN: "plan",
+    SWEEP_TABLE: "sweep",
+    SWEEP_PLOT: "sweep",
+    PAGE: "results page",
+}
 PLANS, MEASURED, MATRIX_FACTS = "plans.json", "scores.json", "matrix.json"
 
 

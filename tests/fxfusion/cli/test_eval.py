@@ -211,6 +211,7 @@ def test_explain_drops_what_the_plan_drops(run: Run, model: Path, plan: Path) ->
     assert len(group["members"]) == LAYERS
 
 
+@pytest.mark.slow
 def test_probes_are_asked_of_every_variant(
     run: Run, args: list[object], plan: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,6 +239,7 @@ def test_measurements_of_another_plan_are_refused(run: Run, model: Path, plan: P
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_layers_are_removed_by_commands(run: Run, model: Path, tmp_path: Path) -> None:
     file, both = tmp_path / "removed.yaml", tmp_path / "both.yaml"
     fxfusion.FusionPlan(removed=[1]).save(file)

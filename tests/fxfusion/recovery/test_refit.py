@@ -117,6 +117,7 @@ def test_a_plan_that_only_drops_can_be_refitted() -> None:
     assert record is not None and [fit.layers for fit in record.fits] == [(1,), (2,), (3,)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_stands_before_and_behind_a_removed_layer_is_refitted() -> None:
     """The FFN before it stands in for it, by a solution by hand; numbers are those of the model as loaded."""
@@ -148,6 +149,7 @@ def test_what_stands_before_and_behind_a_removed_layer_is_refitted() -> None:
     assert (weight - expected).norm() <= 1e-4 * expected.norm() < (own - expected).norm()
 
 
+@pytest.mark.slow
 def test_the_last_layers_can_be_removed_and_made_up_for() -> None:
     plan = {"removed": [2, 3]}
     found = refitted(plan=plan)

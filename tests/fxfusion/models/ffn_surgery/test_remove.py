@@ -19,6 +19,7 @@ from tests.end_to_end.caching import LIMIT, RED, decoded, decoder, new_cache, of
 from tests.end_to_end.family_table import family_named
 from tests.fxfusion.models.ffn_surgery.test_fuse import assert_same, llama, snapshot
 
+pytestmark = pytest.mark.slow
 HOISTED = {"members": [2, 3], "mixers": "hoist"}
 
 
