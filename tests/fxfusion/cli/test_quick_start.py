@@ -12,7 +12,7 @@ import pytest
 
 import fxfusion
 
-CHOOSING = ("score", "matrix", "plan", "explain", "eval", "sweep", "report", "simulate")
+CHOOSING = ("score", "matrix", "plan", "explain", "eval", "sweep", "compare", "report", "simulate")
 KEEPING = ("fuse", "refit", "recover", "unfuse", "export", "check", "generate")
 COMMANDS = ("auto", *CHOOSING, *KEEPING)
 HEAVY = ("torch", "transformers", "networkx", "jinja2", "tabulate", "pydantic", "matplotlib", "yaml")
