@@ -137,8 +137,8 @@ class _Job:
 
     def _told(self, written: int) -> dict[str, float]:
         """Say what will be done, how long it takes and what room; the parts with their seconds."""
-        from fxfusion.cli import forecast
         from fxfusion.models.traced import TracedModel
+        from fxfusion.planning import forecast
 
         run, model = self.run, self.run.model
         with run.screen.busy("timing one block of the model"):

@@ -36,7 +36,7 @@ def rehearse(folder: Path, format: Format, roads: Iterable[str], mixers: list[in
     found = {}
     for road in roads:
         for first in range(min(_TRIES, layers - 1)):
-            segment = window(roads, road, first, first + 1, mixers)
+            segment = window(roads, road, first, first + 1, mixers) or window(roads, road, first, first, mixers)
             if segment is None:
                 continue
             plan = plan_of([segment], mixers)
@@ -66,7 +66,8 @@ def _written(folder: Path, format: Format, model: Any, plan: FusionPlan) -> int:
     tensors = CanonicalTensors.of(model)
     read = outline(tensors.config, model.dtype)
     _compare(tensors.facts, (TensorFacts.of(name, value) for name, value in own_tensors(read).items()))
-    fuse_on_meta(read, plan, 1)
+    if not plan.removed:  # then the folder holds a plain model
+        fuse_on_meta(read, plan, 1)
     return sum(one.nbytes for one in tensors.facts)
 
 

@@ -29,7 +29,7 @@ from fxfusion.planning.request import Request
 from fxfusion.planning.scores import RefitMeter, Screen, divided, in_fours, screened
 from fxfusion.planning.windows import WindowSearch
 
-_MAX_WINDOW = 6
+MAX_WINDOW = 6
 Cache = str | os.PathLike[str] | None
 
 
@@ -147,7 +147,7 @@ def _over_roads(model: nn.Module, batches: Sequence[Batch], asked: Request, cach
         tuple(asked.roads or ()),
         norm=asked.norm or "fold",
         limits=asked.limits,
-        max_window=asked.max_window or _MAX_WINDOW,
+        max_window=asked.max_window or MAX_WINDOW,
         progress=progress,
         in_modules=bool(asked.after_refit),
         halving=_halving(meter, less, inside(folder, "windows.json")),

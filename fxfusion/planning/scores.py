@@ -36,7 +36,7 @@ Ceiling = Callable[[], float]
 
 # Tokens: windows are screened on few, since there are many of them; a choice between the best few takes more; and
 # those that a refit is tried with are few too, since it is tried often. The refit that follows the plan takes all.
-_SCREENED, _JUDGED, _FITTED = 2048, 4096, 8192
+SCREENED, JUDGED, FITTED = 2048, 4096, 8192
 _JUDGES = 4  # at most one batch in so many judges
 
 
@@ -157,13 +157,13 @@ def divided(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """What to fit to, and what to judge by. Raises `OptionError` where there are fewer than two batches."""
     if len(batches) < 2:
         raise OptionError("after_refit needs two batches at least: one to fit to, one to judge by")
-    judged = first(batches[: max(1, len(batches) // _JUDGES)], _JUDGED)
-    return first(batches[len(judged) :], _FITTED), judged
+    judged = first(batches[: max(1, len(batches) // _JUDGES)], JUDGED)
+    return first(batches[len(judged) :], FITTED), judged
 
 
 def screened(batches: Sequence[Batch]) -> list[Batch]:
     """The batches that windows are screened on."""
-    return first(batches, _SCREENED)
+    return first(batches, SCREENED)
 
 
 def in_fours(batches: Sequence[Batch]) -> list[Batch]:
@@ -174,7 +174,7 @@ def in_fours(batches: Sequence[Batch]) -> list[Batch]:
     for batch in batches:
         parts = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         rows, length = parts["input_ids"].shape
-        size = max(1, min(rows, _SCREENED // 4 // length))
+        size = max(1, min(rows, SCREENED // 4 // length))
         if all(isinstance(value, Tensor) and value.shape[:1] == (rows,) for value in parts.values()):
             for start in range(0, rows, size):
                 own = {name: value[start : start + size] for name, value in parts.items()}

@@ -28,12 +28,12 @@ from fxfusion.planning.scores import RefitMeter, Screen, increase
 from fxfusion.report.progress import each, reporting
 
 _KEPT = 4  # proposals for each price
-_TRIED, _JUDGED = 8, 3  # whole plans that are measured for one price on the text of the screen, and by the judge
+TRIED, _JUDGED = 8, 3  # whole plans that are measured for one price on the text of the screen, and by the judge
 # A window that costs more alone than so many times what the whole plan may cost is hopeless, and so are longer ones.
 # A refit takes much of a window's cost back.
 _SLACK, _SLACK_AFTER_REFIT = 2.0, 8.0
-_PROBES, _PROBES_AFTER_REFIT = 12, 4  # prices that are tried on the way to the least one within a budget
-_JUDGED_ON_THE_WAY = 2
+_PROBES, PROBES_AFTER_REFIT = 12, 4  # prices that are tried on the way to the least one within a budget
+JUDGED_ON_THE_WAY = 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,7 +78,7 @@ class WindowSearch(Search):
         return [(self.intact_price - one.saved, one.cost) for one in front(self.proposals) if one.saved > 0]
 
     def most_tries(self, rungs: int) -> int:
-        return _PROBES if self.refitted is None else _PROBES_AFTER_REFIT
+        return _PROBES if self.refitted is None else PROBES_AFTER_REFIT
 
     def least_price(self, start: Start) -> float:
         return -math.inf
@@ -164,7 +164,7 @@ class WindowSearch(Search):
         if not expected:
             return None
         ranked = sorted(expected, key=expected.__getitem__)
-        count = _JUDGED_ON_THE_WAY if on_the_way else _JUDGED
+        count = JUDGED_ON_THE_WAY if on_the_way else _JUDGED
         best_alone = [self._first(ranked, proposals) for proposals in alone]
         for plan in (*self._finalists(ranked, count), *(plan for plan in best_alone if plan is not None)):
             self.measure(plan)
@@ -180,7 +180,7 @@ class WindowSearch(Search):
 
     def _fitting(self, proposals: Sequence[Proposal], most: float) -> list[Proposal]:
         """Those that are worth trying at a price of at most `most`, the best expected first."""
-        return sorted((one for one in proposals if self._reaches(one, most)), key=lambda one: one.cost)[:_TRIED]
+        return sorted((one for one in proposals if self._reaches(one, most)), key=lambda one: one.cost)[:TRIED]
 
     def _first(self, ranked: Sequence[FusionPlan], proposals: Sequence[Proposal]) -> FusionPlan | None:
         plans = {self._plan(one) for one in proposals}

@@ -34,3 +34,8 @@ def test_what_would_be_written_is_read_again_without_weights(model: Path, monkey
 def test_a_road_that_a_format_cannot_hold_is_named(model: Path) -> None:
     with pytest.raises(OptionError, match="--format nemotron-nas: what --roads wide makes cannot be written so"):
         rehearse(model, Format.nemotron_nas, ["hoist", "wide"], MIXERS, LAYERS)
+
+
+def test_a_model_of_fewer_layers_is_read_again_as_a_plain_one(model: Path) -> None:
+    size = (model / "model.safetensors").stat().st_size
+    assert rehearse(model, Format.canonical, ["remove"], MIXERS, LAYERS)["remove"] < 0.9 * size

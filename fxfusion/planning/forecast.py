@@ -18,14 +18,14 @@ from torch import Tensor, fx
 
 from fxfusion.errors import FxFusionError
 from fxfusion.models.traced import Run, TracedModel
+from fxfusion.planning.make_plan import MAX_WINDOW
 from fxfusion.planning.request import Request
+from fxfusion.planning.scores import FITTED, JUDGED, SCREENED
+from fxfusion.planning.windows import JUDGED_ON_THE_WAY, PROBES_AFTER_REFIT, TRIED
 
-_MAX_WINDOW = 6  # where nobody says
 _WINDOW = 0.3  # passes over the screen's text for one window: most are ranked by a part of that
 _LONGER = 0.5  # of the windows of three and more layers, this part is measured: the others are hopeless
-_TRIED, _PROBES, _JUDGED = 8, 4, 2  # plans for a price; prices on the way to the least one, and plans judged at each
-_SCREENED, _JUDGED_TOKENS, _FITTED = 2048, 4096, 8192  # tokens, as `fxfusion.planning.scores` takes them
-# Passes over a text that it is fitted to: both models once, the sums and the solutions about as much again.
+# Passes over a text that it is fitted to: each block once in both models, sums and solutions, what decides.
 _REFIT = 4.0
 _COPIES = 3  # of the weights: the model, the fused one, and the one that is written
 
@@ -83,19 +83,19 @@ def steps_of(
     `choosing`, `fitted`, `held_out`: tokens of the text; `layers`, `mixers`: numbers of them; `each`: seconds of one
     token in one pass.
     """
-    screen, judge = min(choosing, _SCREENED), min(choosing, _JUDGED_TOKENS)
+    screen, judge = min(choosing, SCREENED), min(choosing, JUDGED)
     roads = len(asked.roads or ())
-    longest = min(asked.max_window or _MAX_WINDOW, asked.limits.max_members or layers, layers)
+    longest = min(asked.max_window or MAX_WINDOW, asked.limits.max_members or layers, layers)
     windows = mixers * ("drop" in (asked.roads or ()))
     windows += roads * max(0, layers - 1) * (longest > 1)
     windows += round(_LONGER * roads * sum(layers - size + 1 for size in range(3, longest + 1)))
-    prices = 1 if asked.budget.most is not None else _PROBES
-    tried = prices * _TRIED * (roads if prices == 1 and roads > 1 else 1)
+    prices = 1 if asked.budget.most is not None else PROBES_AFTER_REFIT
+    tried = prices * TRIED * (roads if prices == 1 and roads > 1 else 1)
     tokens = float(screen * (1 + _WINDOW * windows + tried))
     words = f"choose: {windows} windows of layers alone, some {tried} whole plans"
     if asked.after_refit:
-        refits = roads + prices * _JUDGED
-        tokens += refits * (_REFIT * min(fitted, _FITTED) + 2 * judge)
+        refits = roads + prices * JUDGED_ON_THE_WAY
+        tokens += refits * (_REFIT * min(fitted, FITTED) + 2 * judge)
         words += f", some {refits} of them after a refit"
     parts = [
         (words, tokens),

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from fxfusion.cli import forecast
-from fxfusion.cli.forecast import Room, lines_of, room_of, seconds_per_token, steps_of, told
 from fxfusion.errors import FxFusionError
 from fxfusion.models.traced import TracedModel
+from fxfusion.planning import forecast
+from fxfusion.planning.forecast import Room, lines_of, room_of, seconds_per_token, steps_of, told
 from fxfusion.planning.request import Request
 from tests.fxfusion.recovery.own_text import LENGTH, model_of, own_text
 
@@ -51,7 +51,9 @@ def test_the_steps_count_passes() -> None:
     )
     assert len(quick) == 5
     assert "29 windows of layers alone, some 8 whole plans" in quick[0].what and "refit" not in quick[0].what
-    assert quick[0].tokens == 1024 * (1 + 29 + 8) and quick[0].seconds == pytest.approx(quick[0].tokens * 0.001)
+    assert quick[0].tokens == 1024 * (1 + forecast._WINDOW * 29 + 8) and quick[0].seconds == pytest.approx(
+        quick[0].tokens * 0.001
+    )
     thorough = steps_of(request(), 65536, 57344, 8192, **sizes)
     assert "after a refit" in thorough[0].what and thorough[0].tokens > 10 * quick[0].tokens
     assert [step.what.split()[0] for step in quick] == ["choose:", "refit", "measure", "time", "write"]
