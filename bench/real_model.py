@@ -326,6 +326,12 @@ def stages(screen: Sequence[Row]) -> list[Row]:
     return [{**row, **stage} for row in screen for stage in row["stages"]]
 
 
+def told(missing: Sequence[str]) -> str:
+    """Cells that were not measured, windows by their number."""
+    windows = [name for name in missing if "-" in name]
+    return "; ".join([name for name in missing if name not in windows] + [f"{len(windows)} windows"] * bool(windows))
+
+
 def shares(rows: Sequence[Row]) -> str:
     """What both sides leave of what last layers alone leave; the goals are those of the plan's issue."""
     lines = []

@@ -71,3 +71,8 @@ def test_stages_are_ranked_by_the_loss_on_other_text() -> None:
     assert [round(stage["correlation"], 6) for stage in found["stages"][:2]] == [-1.0, 1.0]
     assert [stage["seconds"] for stage in found["stages"]] == [1.0, 2.0, 3.0]
     assert found["chosen"] == 5, "of 7, 6, 5 and 4, of these 4 and 5, of these 5 % 3 == 2 and 4 % 3 == 1"
+
+
+def test_what_is_missing_is_said_in_short() -> None:
+    assert real_model.told(["chosen 27", "drop 0-0", "hoist 3-4"]) == "chosen 27; 2 windows"
+    assert real_model.told(["raw"]) == "raw"
