@@ -57,8 +57,14 @@ def auto(
             setattr(run, name, getattr(settings, name))
     limits = {"max_perplexity_increase": max_perplexity_increase, "target_depth": target_depth}
     arguments = _arguments(settings, {**choice.arguments(), **limits, "max_members": max_members})
-    asked_for(arguments)  # what contradicts itself is refused before anything is read
-    run.check(PLAN, QUALITY, AUTO, output=output, intact=True)
+    roads = asked_for(arguments).roads  # what contradicts itself is refused before anything is read
+
+    def layout() -> None:
+        from fxfusion.cli import inputs
+
+        inputs.check_format(run.model_dir, format, roads=roads)
+
+    run.check(PLAN, QUALITY, AUTO, output=output, intact=True, layout=layout)
     divided(run.batches)
     if settings.remaining is not None and _has_no_budget(arguments):
         arguments["target_depth"] = max(1, math.floor(settings.remaining * run.layers))
@@ -90,11 +96,9 @@ def _has_no_budget(arguments: dict[str, Any]) -> bool:
 
 def _rehearsed(run: Session, asked: Request, format: Format) -> dict[str, int]:
     """By road, the bytes of the folder. Raises where it could not be written, or not be read again."""
-    from fxfusion.cli import inputs
     from fxfusion.cli.rehearsal import rehearse
 
     with run.screen.busy("trying on the meta device what would be written"):
-        inputs.check_format(run.model_dir, format, roads=asked.roads)
         return rehearse(run.model_dir, format, asked.roads or (), run.mixers, run.layers)
 
 

@@ -111,10 +111,13 @@ def refit(
     """
     chosen = fxfusion.FusionPlan.load(plan)
     limit = read(memory_limit, read_bytes, "--memory-limit")
-    run.check(output=output, reads=[plan, *(validation or ())], intact=True)
-    from fxfusion.cli import inputs
 
-    inputs.check_format(run.model_dir, format, chosen)
+    def layout() -> None:
+        from fxfusion.cli import inputs
+
+        inputs.check_format(run.model_dir, format, chosen)
+
+    run.check(output=output, reads=[plan, *(validation or ())], intact=True, layout=layout)
     result = {
         "model": str(run.model_dir),
         "output": str(output),
@@ -237,6 +240,7 @@ def recover(
     intact.check(output=output, reads=[run.model_dir], intact=True)
     from fxfusion.cli import inputs
 
+    inputs.causal_config(run.model_dir)  # what cannot be read is said before the intact model is loaded
     if inputs.is_nemotron(run.model_dir):
         inputs.check_format(run.model_dir, Format.nemotron_nas)
     if run.dry_run:

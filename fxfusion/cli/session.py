@@ -272,12 +272,14 @@ class Session(Run):
         output: Path | None = None,
         reads: Sequence[Path] = (),
         intact: bool = False,
+        layout: Callable[[], None] = lambda: None,
     ) -> None:
         """Before long work: the model's folder and the text are there, and what is written may be.
 
         `writes`: files in the results folder by name, others by path and kind. `output`: a model's folder. `reads`:
-        what is read beside model and text. `intact`: nothing may have been done to the model yet. The text is read, so
-        that too little of it is known before the model is loaded. Raises `OptionError`: over what is read, or over what
+        what is read beside model and text. `intact`: nothing may have been done to the model yet. `layout`: checks
+        the form that is to be written. The text is read last, so that too little of it is known before the model is
+        loaded. Raises `OptionError`: over what is read, or over what
         is not ours.
         """
         check_model(self.model_dir)
@@ -297,6 +299,7 @@ class Session(Run):
             from fxfusion.cli import inputs
 
             inputs.check_intact(self.model_dir)
+        layout()
         self._say_little_text()
 
     def _say_little_text(self) -> None:

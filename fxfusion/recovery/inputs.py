@@ -182,7 +182,8 @@ def check_memory(readers: Sequence[Reader], penalties: int, limit: int) -> None:
     bytes."""
     for reader in readers:
         width = len(reader.sources) + 1
-        needed = 8 * (reader.hidden + 1) ** 2 * width * (penalties + 2 + 2 * width)
+        held_out = 2 * width**2 if penalties > 1 else 0
+        needed = 8 * (reader.hidden + 1) ** 2 * (width * (penalties + 2) + 1 + held_out)
         if needed > limit:
             raise OptionError(
                 f'memory_limit: {reader.name} take {needed:,} bytes, and the limit is {limit:,} (or sides="out")'

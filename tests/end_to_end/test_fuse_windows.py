@@ -484,4 +484,4 @@ def test_hooks_are_not_lost() -> None:
     model = llama()
     model.model.layers[1].mlp.act_fn.register_forward_hook(lambda *_: None)
     with pytest.raises(SurgeryError, match=r"model.layers.1.mlp.act_fn has hooks"):
-        fxfusion.fuse(model, PLANS["hoist"])
+        fxfusion.fuse(model, {"groups": [[1, 2]], "hoist": True})

@@ -138,7 +138,7 @@ def test_ffns_and_whole_layers_are_scored_likewise(unit: Any, parts: list[str], 
 
 def test_the_cosine_of_a_block_is_how_far_the_layer_turns_the_stream() -> None:
     model, traced = shared()
-    found = attention_scores(traced, BATCHES, unit="block")
+    found = attention_scores(traced, BATCHES, "cosine", unit="block")
     turns: list[list[Tensor]] = [[] for _ in range(4)]
     with torch.no_grad():
         for ids in BATCHES:

@@ -119,13 +119,6 @@ def test_a_refitted_folder_is_not_refitted_again(run: Run, refitted: Path, tmp_p
     assert ran.code == 1 and "was refitted already" in ran.error and not (tmp_path / "more").exists()
 
 
-@pytest.mark.slow
-def test_a_refitted_folder_is_not_taken_for_the_intact_model(run: Run, refitted: Path, tmp_path: Path) -> None:
-    text = ["--text", refitted / "text.safetensors", "--results", tmp_path / "results"]
-    ran = run("score", refitted / "out", *text)
-    assert ran.code == 1 and "was refitted already" in ran.error
-
-
 def test_a_model_is_not_written_over_itself(run: Run, place: Path) -> None:
     ran = run(*words(place, place / "model"))
     assert ran.code == 2 and "which the same command reads: it would be lost" in ran.error
