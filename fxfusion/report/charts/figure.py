@@ -136,7 +136,9 @@ def plain_numbers(axis: Any, most: int = 6) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     log = axis.get_scale() == "log"
-    axis.set_major_locator(LogLocator(numticks=most) if log else MaxNLocator(most, steps=(1, 2, 5, 10)))
+    axis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0), numticks=most) if log else MaxNLocator(most, steps=(1, 2, 5, 10))
+    )
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
     axis.set_minor_formatter(NullFormatter())
 

@@ -14,6 +14,7 @@ from fxfusion.cli.report import collect
 from fxfusion.cli.results_folder import ResultsFolder
 from fxfusion.errors import FxFusionError
 from fxfusion.plan.fusion_plan import FusionPlan
+from fxfusion.planning.comparison import Cell, Comparison, Entrant
 from tests.fxfusion.cli.conftest import LAYERS, Run
 
 
@@ -81,6 +82,33 @@ def test_quality_speed_and_text_are_those_of_the_last_evaluation(folder: Results
     assert found.speed[0].name == "1 token a call, against the same model without fusing"
     assert found.speed[0].ratio.value == 2.0
     assert (found.samples[0].text, found.samples[0].agreeing) == ("4 6", 1) and found.samples[1].prompt == "2 3"
+
+
+def test_probes_are_those_of_the_last_evaluation(folder: ResultsFolder) -> None:
+    kept = {"copy": 0.5, "add": None, "all": 0.5}
+    more = latest(probes={"fused": {"solved": {}, "share": 0.5, "kept": kept}})
+    folder.write("quality.json", {"latest": more, "kept": {}})
+    (row,) = collect(folder).probes
+    assert row.name == "fused" and dict(row.solved) == kept
+
+
+def test_a_comparison_is_shown_cell_by_cell(folder: ResultsFolder) -> None:
+    entrant = Entrant("hoist", FusionPlan(groups=[{"members": [0, 1], "mixers": "hoist"}]))
+    common: dict[str, Any] = {"method": "hoist", "depth": 2, "entrant": entrant, "ffns": 2, "latency_ms": 1.5}
+    cells = (
+        Cell(**common, repaired=False, quality=QUALITY | {"kl": estimate(0.5)}, probes={"copy": 0.5, "all": 0.5}),
+        Cell(**common, repaired=True, quality=QUALITY | {"kl": estimate(0.25)}),
+        Cell(method="pairs", depth=1, repaired=False, problem="too few layers"),
+    )
+    found = Comparison(cells=cells, ffns=3, latency_ms=2.0, predicted_for="H100", tokens=(30, 10))
+    folder.write("comparison.json", found.to_dict())
+    shown = collect(folder).comparison
+    assert shown is not None and (shown.ffns, shown.latency_ms, shown.tokens) == (3, 2.0, (30, 10))
+    raw, refitted, absent = shown.entries
+    assert raw.kl is not None and raw.kl.value == 0.5 and raw.probes == 0.5 and raw.what == "hoist 0-1"
+    assert [entry.best for entry in shown.entries] == [False, True, False]
+    assert refitted.name == "hoist + refit" and refitted.probes is None
+    assert absent.problem == "too few layers" and absent.kl is None
 
 
 def test_quality_of_another_plan_is_said_to_be_so(folder: ResultsFolder) -> None:

@@ -10,11 +10,14 @@ from dataclasses import replace
 from fxfusion.errors import Refusal, RefusalCode
 from fxfusion.report import Block, ChainSummary, FusionReport, GraphReport, GroupSummary, MemberSummary
 from fxfusion.report.results import (
+    Contest,
+    Entry,
     Interval,
     Layer,
     Matrix,
     Model,
     PlanFacts,
+    ProbeRow,
     QualityRow,
     Results,
     Sample,
@@ -51,11 +54,16 @@ def everything(count: int = 12, groups: Sequence[Sequence[int]] = ((4, 5, 6, 7),
         ),
         report=FusionReport(graphs=(_graph(layers, groups),)),
         quality=_quality(),
+        probes=(
+            ProbeRow(name="intact", solved=(("copy", 1.0), ("add", None), ("all", 1.0))),
+            ProbeRow(name="fused", solved=(("copy", 0.875), ("add", None), ("all", 0.875))),
+        ),
         speed=(
             SpeedRow(name="prefill, 128 tokens", ratio=_around(1.08, 0.01), control=_around(0.998, 0.009)),
             SpeedRow(name="decode, 1 token", ratio=_around(1.16, 0.02), control=_around(1.002, 0.007)),
         ),
         sweep=_sweep(draw),
+        comparison=_contest(),
         samples=(Sample(prompt="def f(x):\n", reference="    return x", text="    return f(x)", agreeing=2),),
         notes=("the text has only 4 sequences: intervals are wide",),
     )
@@ -120,6 +128,29 @@ def _quality() -> tuple[QualityRow, ...]:
             )
         )
     return tuple(rows)
+
+
+def _contest() -> Contest:
+    entries = [
+        Entry(
+            method=method,
+            depth=10,
+            refitted=refitted,
+            ffns=10,
+            latency_ms=1.5,
+            loss_increase=_around(kl, 0.01),
+            kl=_around(kl, 0.01),
+            top1=_around(1 - kl, 0.02),
+            probes=0.75,
+            best=refitted,
+            what=f"{method} 4-6",
+        )
+        for method, refitted, kl in (("hoist", False, 0.21), ("hoist", True, 0.08), ("sleb", False, 0.4))
+    ]
+    entries.append(Entry(method="pairs", depth=10, problem="7 pairs need 14 layers, the model has 12"))
+    return Contest(
+        entries=tuple(entries), predicted_for="H100, tp 1, bf16", ffns=12, latency_ms=1.8, tokens=(3072, 1024)
+    )
 
 
 def _sweep(draw: random.Random) -> tuple[SweepPoint, ...]:

@@ -20,16 +20,32 @@ from fxfusion.report.results_page import MAX_BYTES, render, write_results_page
 from tests.fxfusion.report.results_samples import almost_empty, everything, large
 from tests.fxfusion.report.test_html import parsed
 
-HEADINGS = ("layers", "dependency", "plan", "quality", "text", "speed", "sweep", "compiler", "missing")
+HEADINGS = (
+    *(
+        "layers",
+        "dependency",
+        "plan",
+        "quality",
+        "probes",
+        "text",
+        "speed",
+        "sweep",
+        "comparison",
+        "compiler",
+        "missing",
+    ),
+)
 # Which field makes which section.
 SECTIONS = {
     "layers": "layers",
     "matrix": "dependency",
     "plan": "plan",
     "quality": "quality",
+    "probes": "probes",
     "samples": "text",
     "speed": "speed",
     "sweep": "sweep",
+    "comparison": "comparison",
     "report": "compiler",
 }
 
@@ -74,7 +90,7 @@ def test_a_part_that_is_missing_is_named_with_its_command(field: str, section: s
     text = render(dataclasses.replace(everything(), **{field: getattr(empty, field)}))
     assert headings(text) == [name for name in HEADINGS if name != section]
     (command,) = re.findall(r'<td class="mono">(fxfusion [^<]+)</td>', text)
-    assert command.split()[1] in {"score", "matrix", "plan", "eval", "sweep"}
+    assert command.split()[1] in {"score", "matrix", "plan", "eval", "sweep", "compare"}
 
 
 def test_layers_without_scores_name_the_command_that_scores() -> None:

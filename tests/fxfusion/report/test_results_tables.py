@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from fxfusion.report import results_tables as tables
-from fxfusion.report.results import Interval, Layer, Matrix, PlanFacts, QualityRow, Sample, SpeedRow, SweepPoint
+from fxfusion.report.results import (
+    Entry,
+    Interval,
+    Layer,
+    Matrix,
+    PlanFacts,
+    ProbeRow,
+    QualityRow,
+    Sample,
+    SpeedRow,
+    SweepPoint,
+)
 from fxfusion.report.results_tables import Cell
 
 
@@ -70,6 +81,20 @@ def test_only_measured_qualities_get_a_column() -> None:
     found = tables.quality([QualityRow(name="a", perplexity=Interval(20.0, 19.0, 21.0)), QualityRow(name="b")])
     assert found.heads == ("perplexity",)
     assert [row.cells[0].value for row in found.rows] == ["20.00", ""]
+
+
+def test_probes_are_in_percent_and_empty_where_nothing_counts() -> None:
+    found = tables.probes([ProbeRow(name="fused", solved=(("copy", 0.875), ("add", None)))])
+    assert found.heads == ("copy, %", "add, %")
+    assert [cell.value for cell in found.rows[0].cells] == ["88", ""]
+
+
+def test_a_comparison_has_the_columns_that_were_measured_and_the_rows_that_could_be_had() -> None:
+    entry = Entry(method="hoist", depth=2, refitted=True, ffns=2, kl=Interval(0.25, 0.2, 0.3))
+    found = tables.comparison([entry, Entry(method="pairs", depth=1, problem="too few layers")])
+    assert found.heads == ("FFN depth", "KL")
+    (row,) = found.rows
+    assert row.name == "hoist + refit" and [cell.value for cell in row.cells] == ["2", "0.2500"]
 
 
 def test_each_speed_has_its_control() -> None:
