@@ -35,6 +35,7 @@ from fxfusion.models.drop_record import read_refit
 
 BUDGETS = (6, 3, 7)  # attentions of twelve that are dropped, neighbours
 TOKENS = (1, 4, 8, 16, 48, 96)  # batches
+SIDED = (8, 16)  # batches
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 DEEP = list(range(3, 11))  # a run that few would drop: fusing it costs ten times what the best runs cost
 FUSION = (("none", 8), ("none", 48), ("none", 96), ("all", 96))  # what is refitted, and batches
@@ -105,16 +106,18 @@ class Study:
         reference: str,
         later: str = "all",
         batches: int | None = None,
+        sides: str = "out",
         **more: Any,
     ) -> Cell:
         """Quality, seconds, and what was done to each layer."""
         count = batches or self.calibration
-        words = " ".join(f"{name}={value}" for name, value in {"later": later, "batches": count, **more}.items())
+        told = {"later": later, "batches": count} | ({} if sides == "out" else {"sides": sides})
+        words = " ".join(f"{name}={value}" for name, value in {**told, **more}.items())
 
         def make() -> dict[str, Any]:
             started = time.perf_counter()
             text = calibration_batches(limit=count)
-            found = refit(self.model, plan_of(dropped, groups), text, reference, later=later, sides="out", **more)
+            found = refit(self.model, plan_of(dropped, groups), text, reference, later=later, sides=sides, **more)
             seconds = time.perf_counter() - started
             done = read_refit(found.config)
             assert done is not None
@@ -192,6 +195,17 @@ def penalties(study: Study) -> dict[str, Any]:
     return {"dropped": dropped, "groups": groups, "batches": study.calibration, "rows": _rows("penalty", cells)}
 
 
+def sides(study: Study) -> dict[str, Any]:
+    """Last layers alone, and first layers too, at two numbers of tokens."""
+    dropped, groups = half_run(study)
+    rows = []
+    for count in SIDED:
+        for side in ("out", "both"):
+            cell = study.refitted(dropped, groups, "intact", "all", count, side)
+            rows += [] if cell is None else [{"sides": side, "batches": count, **cell}]
+    return {"dropped": dropped, "groups": groups, "rows": rows}
+
+
 def fusion(study: Study) -> dict[str, Any]:
     """What fusing alone costs where it costs much, and what refits to the unfused model leave of it."""
     groups = [DEEP]
@@ -218,7 +232,15 @@ def cost(study: Study) -> dict[str, Any]:
     return {"batches": 16, "evaluate": study.cells.get("evaluate calibration", make), "refit": whole}
 
 
-PARTS = {"budgets": budgets, "fusion": fusion, "later": later, "tokens": tokens, "penalties": penalties, "cost": cost}
+PARTS = {
+    "budgets": budgets,
+    "fusion": fusion,
+    "later": later,
+    "sides": sides,
+    "tokens": tokens,
+    "penalties": penalties,
+    "cost": cost,
+}
 
 
 # --- the section of docs/results.md -------------------------------------------------------------------
@@ -234,6 +256,12 @@ LATER_TABLE: show.Columns = {
     "refitted": lambda row: REFITTED[row["later"]],
     "loss": "loss_increase",
     "layers": lambda row: len(row["refit"]["fits"]),
+}
+SIDES_TABLE: show.Columns = {
+    "refitted": lambda row: "last layers" if row["sides"] == "out" else "both sides",
+    "calibration tokens": lambda row: tokens_of(row["batches"]),
+    "loss": "loss_increase",
+    "KL": "kl",
 }
 TOKENS_TABLE: show.Columns = {"calibration tokens": lambda row: tokens_of(row["batches"]), "loss": "loss_increase"}
 PENALTY_TABLE: show.Columns = {
@@ -321,17 +349,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heldout", type=int, default=8, help="batches of 8 x 256 tokens")
     parser.add_argument("--calibration", type=int, default=8, help="batches of 8 x 256 tokens, of most refits")
-    parser.add_argument("--only", choices=PARTS, help="measure this part, and write nothing else")
+    parser.add_argument("--only", choices=PARTS, help="measure this anew, and keep what the file has")
     parser.add_argument("--known", action="store_true", help="measure nothing")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*calibration tokens are few.*|.*refit is not applied.*")
     study = Study(options.calibration, options.heldout, not options.known)
-    if options.only:
-        PARTS[options.only](study)
-        return
     results: dict[str, Any] = {"tokens_per_batch": TOKENS_PER_BATCH, "heldout": options.heldout}
+    if options.only:
+        results = dict(Record.read("recovery").results)
     for name, part in PARTS.items():
-        results[name] = part(study)
+        if options.only in (None, name):
+            results[name] = part(study)
     missing = tuple(dict.fromkeys(study.cells.left_out))
     path = Record.of("recovery", results=results, complete=not missing, left_out=missing).write()
     say(f"recorded: {path.name}; written: {write_section(results, missing)}")
