@@ -61,7 +61,7 @@ TRAINING: Mapping[str, Any] = {"steps": 300, "every": 25, "learning_rate": RATE,
 TRAINED_ROWS = 2  # of LENGTH tokens, of a step
 PROBES = 16  # of each kind
 COMPARED_REFITTED = 23  # FFNs at which the other methods are refitted, too
-ARENA_TOKENS = 18_432, 6_144  # chosen and fitted on; the quarter that judges
+ARENA_TOKENS = 12_288, 4_096  # chosen and fitted on; the quarter that judges
 TP = 3  # of the predicted latency: 9 heads and 3 KV heads
 PARTS = {"deciding": (0, 15), "fitted to": (15, 75), "held out": (75, 100)}  # of a hundred parts of the topics
 

@@ -41,7 +41,7 @@ from fxfusion.planning.make_plan import search_for
 from fxfusion.planning.price import merged, predicted_latency, table_of_model
 from fxfusion.planning.request import Request
 from fxfusion.planning.roads import ROADS
-from fxfusion.planning.scores import increase, screened
+from fxfusion.planning.scores import JUDGED, first, increase, screened
 from fxfusion.recovery.refit import refit as refitted
 from fxfusion.report.progress import each, reporting
 
@@ -259,7 +259,7 @@ class Arena:
         if roads not in self._searches:
             asked = Request(roads=roads, budget=Budget(target_depth=1), max_window=self.asked.max_window)
             self._searches[roads] = search_for(
-                self.traced.model, self.fitted, asked, cache=inside(self.folder, "planner"), progress=self.progress
+                self.traced.model, first(self.fitted, JUDGED), asked, cache=inside(self.folder, "planner"), progress=self.progress
             )
         found = self._searches[roads].choose(Budget(target_depth=self.meter.ffns - fewer))
         return Entrant(method, found.plan)
