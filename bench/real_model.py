@@ -315,7 +315,9 @@ def findings(study: Study) -> dict[str, Any]:
         for (sides, tokens), cell in zip(asked, cells, strict=True)
         if cell is not None
     ]
-    arena = [study.compared(DEPTHS, repaired=False), study.compared((COMPARED_REFITTED,), repaired=True)]
+    arena = [study.compared((COMPARED_REFITTED,), repaired=True)]
+    trained = [cell for name in reversed(STARTS) if (cell := study.trained(name)) is not None]
+    arena.append(study.compared(DEPTHS, repaired=False))  # the longest part
     return {
         "intact": study.intact(),
         "pairs": [list(pair) for pair in PAIRS],
@@ -325,7 +327,7 @@ def findings(study: Study) -> dict[str, Any]:
         "chosen": [row for depth in DEPTHS if (row := chosen_row(study, depth)) is not None],
         "screen": screened(study),
         "arena": [cell for cell in arena if cell is not None],
-        "trained": [cell for name in STARTS if (cell := study.trained(name)) is not None],
+        "trained": trained,
     }
 
 
