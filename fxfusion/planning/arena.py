@@ -259,7 +259,11 @@ class Arena:
         if roads not in self._searches:
             asked = Request(roads=roads, budget=Budget(target_depth=1), max_window=self.asked.max_window)
             self._searches[roads] = search_for(
-                self.traced.model, first(self.fitted, JUDGED), asked, cache=inside(self.folder, "planner"), progress=self.progress
+                self.traced.model,
+                first(self.fitted, JUDGED),
+                asked,
+                cache=inside(self.folder, "planner"),
+                progress=self.progress,
             )
         found = self._searches[roads].choose(Budget(target_depth=self.meter.ffns - fewer))
         return Entrant(method, found.plan)

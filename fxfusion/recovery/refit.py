@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar, cast
 
@@ -177,9 +178,11 @@ class _Work:
         old = {name: value.detach().clone() for name, value in self._parameters(*steps).items()}
         fits = self._known(store, steps)
         with reporting(progress, "refit", sum(map(self._passes, steps[len(fits) :]))) as advance:
-            fitters = self._fitters(advance)
+            ticks = _Ticks(advance)
+            fitters = self._fitters(ticks.tick)
             for step in steps[len(fits) :]:
-                fitted = fitters[type(step)].fit(step)
+                with ticks.at_most(self._passes(step)):
+                    fitted = fitters[type(step)].fit(step)
                 self._keep(store, step, fitted)
                 fits.append(fitted)
                 if on_layer is not None:
@@ -187,7 +190,7 @@ class _Work:
         self._finish(steps, fits, before, old)
 
     def _passes(self, step: Step) -> int:
-        """Over how many batches a step goes."""
+        """Over how many batches a step goes, about: what it tries depends on what it finds."""
         fit, decide = len(self.texts.fit), len(self.texts.decide)
         return fit + decide * (1 if isinstance(step, Projection) else 2 + (len(self.how.penalties) > 1))
 
@@ -306,6 +309,25 @@ class _Work:
             ),
         )
         write_refit(self.model.config, record)
+
+
+class _Ticks:
+    """Progress by batches, of steps that may need fewer or more of them than is known before."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance, self._left = advance, 0
+
+    def tick(self, count: int) -> None:
+        shown = min(count, self._left)
+        self._left -= shown
+        self._advance(shown)
+
+    @contextmanager
+    def at_most(self, count: int) -> Iterator[None]:
+        """One step: it counts as so many in the end."""
+        self._left = count
+        yield
+        self.tick(self._left)
 
 
 def _layer_fits(step: Step, fitted: Fitted, kept: bool) -> Iterator[LayerFit]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fxfusion
 from fxfusion.errors import FxFusionError, OptionError, SurgeryError
 from fxfusion.models.ffn_surgery.record import plan_of
-from fxfusion.recovery.refit import refitted_parameters
+from fxfusion.recovery.refit import _Ticks, refitted_parameters
 from tests.end_to_end.caching import off, recomputed, token_ids
 from tests.fxfusion.recovery.own_text import DROPPED, PLAN, is_same, model_of, own_text, state
 
@@ -333,3 +333,14 @@ def test_biases_and_transposed_weights_are_refitted_and_saved(tmp_path: Path) ->
 def test_a_model_that_was_not_refitted_has_none() -> None:
     with pytest.raises(SurgeryError, match="not refitted"):
         list(refitted_parameters(model_of()))
+
+
+def test_progress_counts_as_many_batches_as_were_announced() -> None:
+    told: list[int] = []
+    ticks = _Ticks(told.append)
+    for needed in (5, 1):  # more than the three that were announced, and fewer
+        with ticks.at_most(3):
+            for _ in range(needed):
+                ticks.tick(1)
+        assert sum(told) == 3
+        told.clear()
