@@ -32,6 +32,7 @@ from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
+from fxfusion.checkpoints.per_layer.export import ExportPlan
 from fxfusion.checkpoints.reading import SafeFolder, silent
 from fxfusion.cli.options import Format, check_model
 from fxfusion.errors import CheckpointError, FxFusionError, OptionError, first_line
@@ -144,7 +145,11 @@ def check_format(
     if format is Format.nemotron_nas:
         plan_export(build_without_weights(folder), check=False)
     elif is_nemotron(folder):
-        raise OptionError(f"--format canonical: {folder} is in the nemotron-nas layout, which has no canonical form")
+        raise OptionError(
+            f"--format {format.value}: {folder} is in the nemotron-nas layout, which has no {format.value} form"
+        )
+    elif format is Format.transformers:
+        ExportPlan.of(build_without_weights(folder))
 
 
 def stored_plan(path: Path) -> FusionPlan | None:
