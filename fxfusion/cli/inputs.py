@@ -27,6 +27,7 @@ from fxfusion.analysis.texts import batches_from_text
 from fxfusion.checkpoints.api import from_pretrained
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, read_plan
 from fxfusion.checkpoints.canonical_save import refuse_removed
+from fxfusion.checkpoints.empty_model import refuse_own_code
 from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
 from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
@@ -62,6 +63,8 @@ def load_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            refuse_own_code(SafeFolder.of(folder).json(CONFIG), folder / CONFIG)
         raise FxFusionError(f"{folder}/config.json cannot be used: {first_line(error)}") from error
     if getattr(config, "fxfusion", None):
         raise FxFusionError(

@@ -18,6 +18,7 @@ from torch import nn
 import fxfusion
 from fxfusion.checkpoints.per_layer.export import ExportPlan, save
 from fxfusion.checkpoints.per_layer.proof import prove
+from fxfusion.cli.inputs import load_config
 from fxfusion.errors import CheckpointError
 from fxfusion.plan.fusion_plan import FusionPlan
 from tests.end_to_end.caching import decoder, token_ids
@@ -214,6 +215,14 @@ def test_layers_that_have_no_place_are_named(tmp_path: Path) -> None:
     fxfusion.fuse(model, {"groups": [{"members": [1, 2], "mixers": "wide"}]})
     with pytest.raises(CheckpointError, match=r"layer 1: attn.c_attn.weight is \[32, 192\], and no setting of"):
         ExportPlan.of(model)
+
+
+def test_fxfusion_does_not_run_the_code_of_a_folder_and_says_what_to_do(tmp_path: Path) -> None:
+    save(models.intact(), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"which fxfusion does not run: AutoModel.* give fxfusion the canonical"):
+        fxfusion.from_pretrained(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="which fxfusion does not run"):
+        load_config(tmp_path / "out")
 
 
 def test_a_folder_of_others_is_not_replaced(tmp_path: Path) -> None:
