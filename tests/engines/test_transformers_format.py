@@ -72,7 +72,7 @@ def test_vllm_says_what_the_fused_model_says(tmp_path: Path) -> None:
     scratch = tmp_path / "answers"
     scratch.mkdir()
     folders = [tmp_path / family for family in PLANS]
-    run_script("vllm", "in_vllm.py", [tmp_path / "request.json", scratch, *folders], scratch, timeout=200)
+    run_script("vllm", "in_vllm.py", [tmp_path / "request.json", scratch, *folders], scratch, timeout=400)
     assert "Using Transformers modeling backend" in (scratch / "in_vllm.log").read_text()
     for family, (tokens, chances, _) in wanted.items():
         found = Answer.read(scratch / family)
