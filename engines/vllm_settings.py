@@ -8,8 +8,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process for t
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
-def options(tensor_parallel_size: int = 1) -> dict:
-    """Arguments of `vllm.LLM` for a small model in float32. The folder's own configuration file is code."""
+def options(tensor_parallel_size: int = 1, **others) -> dict:
+    """Arguments of `vllm.LLM` for a small model in float32, and `others`. The folder's own configuration is code."""
     return {
         "tensor_parallel_size": tensor_parallel_size,
         "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
@@ -20,4 +20,5 @@ def options(tensor_parallel_size: int = 1) -> dict:
         "max_num_seqs": 8,
         "trust_remote_code": True,
         "seed": 0,
+        **others,
     }

@@ -2,6 +2,7 @@
 
 canonical      original names and shapes, plan beside them: plain transformers loads the unfused model
 nemotron-nas   fused layers as they are: engines for DeciLM models load the fused model
+transformers   fused layers of the family's own classes: transformers loads the fused model
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fxfusion.checkpoints.gguf.header import is_gguf
 from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.nemotron_nas.members import load_unfused
+from fxfusion.checkpoints.per_layer import export as per_layer_export
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE
 from fxfusion.compiler.unwrap import offloaded
@@ -31,8 +33,8 @@ from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.plan.fusion_plan import FusionPlan
 
-FORMATS = ("canonical", "nemotron-nas")
-Format = Literal["canonical", "nemotron-nas"]
+FORMATS = ("canonical", "nemotron-nas", "transformers")
+Format = Literal["canonical", "nemotron-nas", "transformers"]
 
 
 def save_pretrained(
@@ -53,7 +55,8 @@ def save_pretrained(
         model: a causal language model of `transformers`: intact, without some attention, or fused, on any device.
         directory: a new or empty folder, or one that fxfusion wrote and nobody changed since, which is replaced.
         format: `"canonical"` keeps the original tensors and puts the plan beside them; `"nemotron-nas"` writes the
-            fused layers for engines that know DeciLM models, which only Llama-like models are.
+            fused layers for engines that know DeciLM models, which only Llama-like models are; `"transformers"` writes
+            them as `per_layer_config` and one file of the family's own classes, for transformers and vLLM.
         plan: fuse the model by it, in place, as `fuse` does. A canonical folder then has the members' weights bit for
             bit, as no fused model can give them back where gains were folded.
         tokenizer: one of `transformers`. Without it, that of the folder or name that the model was loaded from; if
@@ -93,7 +96,8 @@ def save_pretrained(
         raise CheckpointError(f"the model cannot be written: {offloaded(bare)}; load it whole")
     if chosen is not None:
         fuse(model, chosen)
-    nemotron_export.save(model, where, tokenizer=companions, **more)
+    exporter = per_layer_export if format == "transformers" else nemotron_export
+    exporter.save(model, where, tokenizer=companions, **more)
 
 
 def from_pretrained(

@@ -138,7 +138,7 @@ class Card:
 
 
 def card_text(model: Any, plan: FusionPlan, form: str, given: Card | Mapping[str, Any] | None = None) -> str:
-    """The content of README.md. `form`: "canonical" or "nemotron-nas"."""
+    """The content of README.md. `form`: "canonical", "nemotron-nas" or "transformers"."""
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 

@@ -40,6 +40,7 @@ def config_of(data: Mapping[str, Any], where: object) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
+    refuse_own_code(data, where)
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         hint = ", and code of the folder is never run" if "auto_map" in data else ""
@@ -55,6 +56,17 @@ def config_of(data: Mapping[str, Any], where: object) -> Any:
         return CONFIG_MAPPING[kind].from_dict(_without_code(data))
     except Exception as error:  # whatever a config class makes of bad values
         raise CheckpointError(f"{where}: no valid config of a {kind} model: {error}") from error
+
+
+def refuse_own_code(data: Mapping[str, Any], where: object) -> None:
+    """Raises `CheckpointError` for the config.json of `format="transformers"`: its layers are built by code in the
+    folder, which is never run here."""
+    if "skip_returns" in data and "per_layer_config" in data:
+        raise CheckpointError(
+            f"{where}: a folder of format='transformers' is loaded by its own code, which fxfusion does not run: "
+            "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) of transformers loads it; give "
+            "fxfusion the canonical folder of the model, or one of format='nemotron-nas'"
+        )
 
 
 def _without_code(value: Any) -> Any:

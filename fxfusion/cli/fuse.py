@@ -56,7 +56,7 @@ def fuse(
         return result | outline(run, chosen, format, max_shard_size)
     model = run.load()
     before = _told(run, "before", model)
-    if format is Format.nemotron_nas:
+    if format is not Format.canonical:
         with run.screen.busy("fusing"):
             fxfusion.fuse(model, chosen)
     _write(run, model, output, format, max_shard_size, plan=chosen if format is Format.canonical else None, card=card)
@@ -159,6 +159,7 @@ def outline(run: Conversion, plan: FusionPlan | None, format: Format, max_shard_
     engines' layout config, index and who loads it."""
     from fxfusion.checkpoints.nemotron_nas.export import plan_export
     from fxfusion.checkpoints.nemotron_nas.load import outline_of
+    from fxfusion.checkpoints.per_layer.export import ExportPlan
     from fxfusion.checkpoints.reading import SafeFolder
     from fxfusion.cli import inputs
     from fxfusion.models.ffn_surgery.fuse import fuse
@@ -183,6 +184,10 @@ def outline(run: Conversion, plan: FusionPlan | None, format: Format, max_shard_
         found["export"] = exported.to_dict()
         say_engines(run.screen, exported.engines)
         run.screen.line(f"would write {len(exported.tensors)} tensors, {exported.nbytes / 2**20:,.1f} MiB")
+    if format is Format.transformers:
+        written = ExportPlan.of(model)
+        found["export"] = {"per_layer_config": written.config["per_layer_config"], "bytes": written.nbytes}
+        run.screen.line(f"would write {len(written.tensors)} tensors, {written.nbytes / 2**20:,.1f} MiB")
     return found
 
 

@@ -27,11 +27,13 @@ from fxfusion.analysis.texts import batches_from_text
 from fxfusion.checkpoints.api import from_pretrained
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, read_plan
 from fxfusion.checkpoints.canonical_save import refuse_removed
+from fxfusion.checkpoints.empty_model import refuse_own_code
 from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
 from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
+from fxfusion.checkpoints.per_layer.export import ExportPlan
 from fxfusion.checkpoints.reading import SafeFolder, silent
 from fxfusion.cli.options import Format, check_model
 from fxfusion.errors import CheckpointError, FxFusionError, OptionError, first_line
@@ -61,6 +63,8 @@ def load_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            refuse_own_code(SafeFolder.of(folder).json(CONFIG), folder / CONFIG)
         raise FxFusionError(f"{folder}/config.json cannot be used: {first_line(error)}") from error
     if getattr(config, "fxfusion", None):
         raise FxFusionError(
@@ -144,7 +148,11 @@ def check_format(
     if format is Format.nemotron_nas:
         plan_export(build_without_weights(folder), check=False)
     elif is_nemotron(folder):
-        raise OptionError(f"--format canonical: {folder} is in the nemotron-nas layout, which has no canonical form")
+        raise OptionError(
+            f"--format {format.value}: {folder} is in the nemotron-nas layout, which has no {format.value} form"
+        )
+    elif format is Format.transformers:
+        ExportPlan.of(build_without_weights(folder))
 
 
 def stored_plan(path: Path) -> FusionPlan | None:

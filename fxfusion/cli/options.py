@@ -58,6 +58,7 @@ class Format(str, Enum):
 
     canonical = "canonical"
     nemotron_nas = "nemotron-nas"
+    transformers = "transformers"
 
 
 class Preset(str, Enum):
@@ -132,7 +133,11 @@ CompilerOption = Annotated[
 StoredDType = Annotated[DType, typer.Option("--dtype", help="auto: as the weights are stored.")]
 FormatOption = Annotated[
     Format,
-    typer.Option("--format", help="canonical: original weights and the plan; nemotron-nas: fused weights for engines."),
+    typer.Option(
+        "--format",
+        help="canonical: original weights and the plan; nemotron-nas: fused weights for engines; transformers: fused "
+        "weights for transformers and vLLM, of any family.",
+    ),
 ]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Of one file of weights at most.")]
 DropAttention = Annotated[

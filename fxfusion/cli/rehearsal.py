@@ -17,6 +17,7 @@ from fxfusion.checkpoints.empty_model import fuse_on_meta, outline, own_tensors
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
 from fxfusion.checkpoints.nemotron_nas.load import config_from
 from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder
+from fxfusion.checkpoints.per_layer.export import ExportPlan
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.checkpoints.shards import TensorFacts
 from fxfusion.cli import inputs
@@ -63,6 +64,8 @@ def _written(folder: Path, format: Format, model: Any, plan: FusionPlan) -> int:
         named = dict(loaded.named_parameters())
         _compare(exported.tensors, (TensorFacts.of(name, value) for name, value in named.items()))
         return exported.nbytes
+    if format is Format.transformers:
+        return ExportPlan.of(model).nbytes
     tensors = CanonicalTensors.of(model)
     read = outline(tensors.config, model.dtype)
     _compare(tensors.facts, (TensorFacts.of(name, value) for name, value in own_tensors(read).items()))

@@ -89,6 +89,20 @@ def test_fuse_straight_into_the_engines_format(
     assert ours.keys() == theirs.keys() and all(torch.allclose(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow  # 10 s: fuses twice
+def test_fuse_straight_into_the_format_of_transformers(run: Run, model: Path, plan: Path, tmp_path: Path) -> None:
+    words = ("fuse", model, "--plan", plan, "--format", "transformers", "--json", "--output")
+    dry, ran = run(*words, tmp_path / "dry", "--dry-run"), run(*words, tmp_path / "out")
+    assert dry.code == ran.code == 0 and (ran.json["before"]["layers"], ran.json["after"]["layers"]) == (3, 1)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert dry.json["export"]["per_layer_config"] == config["per_layer_config"] and not (tmp_path / "dry").exists()
+    assert config["per_layer_config"] == {"0": {"intermediate_size": 120}}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "trust_remote_code=True" in card and 'model_impl="transformers"' in card
+    refused = run("fuse", model, "--plan", plan, "--format", "safetensors", "--output", tmp_path / "no")
+    assert refused.code != 0 and not (tmp_path / "no").exists()
+
+
 def test_a_dry_run_of_a_folder_for_engines(run: Run, exported: Path, tmp_path: Path) -> None:
     """It holds the fused form itself: its plan is not fused a second time."""
     ran = run("export", exported, "--output", tmp_path / "out", "--dry-run", "--json")
