@@ -323,3 +323,21 @@ def test_hooks_on_a_layer_that_goes_are_not_lost_unsaid() -> None:
     handle.remove()
     model.model.layers[0].register_forward_hook(lambda *_: None)
     assert len(fxfusion.fuse(model, PLAN).model.layers) == 2
+
+
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.float64, 1e-6)])
+def test_what_rounding_allows_does_not_hang_on_one_small_error(dtype: torch.dtype, allowed: float) -> None:
+    exact = torch.linspace(-1, 1, 24, dtype=torch.float64).view(1, 3, 8)
+    form = ParallelForm(torch.zeros(1, 3, dtype=torch.int64), (exact,), (allowed / 10,))
+
+    class Off(nn.Module):
+        def __init__(self, by: float) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, input_ids: torch.Tensor) -> Tensor:
+            return (exact + self.by * exact.flip(-1)).to(dtype)
+
+    assert form.check(Off(allowed / 6), 0) <= allowed
+    with pytest.raises(SurgeryError, match="logits are off by"):
+        form.check(Off(3 * allowed), 0)
