@@ -86,9 +86,7 @@ class _Reader:
             found = self.setting(name)
             column = found if isinstance(found, list) else [found] * self.count
             if len(column) != self.count or not all(type(one) is int and one >= 0 for one in column):
-                raise CheckpointError(
-                    f"{self.file.path}: {name} has {len(column)} numbers, for {self.count} layers"
-                )
+                raise CheckpointError(f"{self.file.path}: {name} has {len(column)} numbers, for {self.count} layers")
             columns.append(column)
         return list(zip(*columns, strict=True))
 

@@ -129,8 +129,8 @@ class Rope:
         for name, value in model.named_buffers():
             if name.rpartition(".")[2] != "inv_freq" or value.is_meta:
                 continue
-            wanted = self.speeds().to(torch.float32)
-            if value.shape != wanted.shape or not torch.allclose(
-                value.detach().float().cpu(), wanted, rtol=1e-4, atol=0
-            ):
+            facts, wanted = torch.finfo(value.dtype), self.speeds()  # some models round them with their weights
+            own = value.detach().double().cpu()
+            limits = {"rtol": max(1e-4, 2 * facts.eps), "atol": facts.smallest_normal * facts.eps}
+            if own.shape != wanted.shape or not torch.allclose(own, wanted, **limits):
                 raise CheckpointError(f"{name} is not what llama.cpp computes for rope_type {self.kind!r}")

@@ -121,10 +121,10 @@ class _Reader:
         return cls(tokenizer, json.loads(backend.to_str()), size)
 
     def settings(self) -> list[Setting]:
-        tokens, types = self.tokens()
+        rule, (tokens, types) = self.rule(), self.tokens()
         found = [
             Setting("tokenizer.ggml.model", "gpt2"),
-            Setting("tokenizer.ggml.pre", self.rule()),
+            Setting("tokenizer.ggml.pre", rule),
             Setting("tokenizer.ggml.tokens", tokens),
             Setting("tokenizer.ggml.token_type", types, ("ARRAY", "INT32")),
             Setting("tokenizer.ggml.merges", self.merges()),

@@ -17,9 +17,9 @@ from fxfusion.checkpoints.llama_cpp.export import GgufExport, save
 from fxfusion.errors import CheckpointError, OptionError
 from fxfusion.plan.fusion_plan import FusionPlan
 from tests.fxfusion.checkpoints import gguf_eager
-from tests.fxfusion.checkpoints.nemotron_models import HEADS, HIDDEN, KV_HEADS, LAYERS, WIDTH, decoder, ids, logits, off
+from tests.fxfusion.checkpoints.nemotron_models import HEADS, HIDDEN, LAYERS, WIDTH, decoder, ids, logits, off
 
-pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer is written")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:no tokenizer is written")]
 
 PLANS = {
     "intact": None,
@@ -129,7 +129,7 @@ def test_types(type: str, tmp_path: Path) -> None:
     else:
         kind = gguf.GGMLQuantizationType[type.upper()]
         assert torch.equal(found, torch.from_numpy(gguf.dequantize(gguf.quantize(own.numpy(), kind), kind)))
-        assert 1e-4 < off(found, own) < {"q8_0": 5e-3, "q4_0": 7e-2}[type]
+        assert 1e-4 < off(found, own) < {"q8_0": 5e-3, "q4_0": 0.1}[type]
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
