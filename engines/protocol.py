@@ -21,7 +21,7 @@ def main(answer: Callable[[str, dict], tuple[dict, dict]], save_file: Callable[[
     request, answers = json.loads(Path(sys.argv[1]).read_text("utf-8")), Path(sys.argv[2])
     for folder in sys.argv[3:]:
         found, logits = answer(folder, request)
-        name = Path(folder).name
+        name = Path(folder).stem  # of a file without its ending
         if save_file is not None:
             save_file(logits, str(answers / f"{name}.safetensors"))
         (answers / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")

@@ -38,7 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         by_file[item.nodeid.partition("::")[0]].append(item)
     for tests in by_file.values():
-        fast = [test for test in tests if not any(map(test.get_closest_marker, ("slow", "gpu", "engines")))]
+        fast = [
+            test for test in tests if not any(map(test.get_closest_marker, ("slow", "gpu", "engines", "engines_full")))
+        ]
         fast.sort(key=lambda test: seconds.get(test.nodeid, 0.0))
         for test in fast[1:]:
             if seconds.get(test.nodeid, 0.0) > SLOW:

@@ -1,8 +1,9 @@
-"""`save_pretrained` and `from_pretrained`: model folders in the formats that fxfusion knows.
+"""`save_pretrained` and `from_pretrained`: models in the formats that fxfusion knows.
 
 canonical      original names and shapes, plan beside them: plain transformers loads the unfused model
 nemotron-nas   fused layers as they are: engines for DeciLM models load the fused model
 transformers   fused layers of the family's own classes: transformers loads the fused model
+gguf           the same as one file, for llama.cpp and what is built on it
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 from torch import nn
 
 from fxfusion.checkpoints import canonical_load, canonical_save
-from fxfusion.checkpoints.companions import Card, Companions, card_text
+from fxfusion.checkpoints.companions import Card, Companions, card_text, gguf_about
 from fxfusion.checkpoints.folder import check_replaceable
 from fxfusion.checkpoints.gguf import load as gguf_load
 from fxfusion.checkpoints.gguf.header import is_gguf
+from fxfusion.checkpoints.llama_cpp import export as gguf_export
 from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.nemotron_nas.members import load_unfused
@@ -33,8 +35,9 @@ from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.plan.fusion_plan import FusionPlan
 
-FORMATS = ("canonical", "nemotron-nas", "transformers")
-Format = Literal["canonical", "nemotron-nas", "transformers"]
+FORMATS = ("canonical", "nemotron-nas", "transformers", "gguf")
+Format = Literal["canonical", "nemotron-nas", "transformers", "gguf"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
 def save_pretrained(
@@ -45,23 +48,28 @@ def save_pretrained(
     plan: Any = None,
     tokenizer: Any = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    gguf_type: GgufType | None = None,
     card: Card | Mapping[str, Any] | None = None,
     progress: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Write a model folder: all of it, or nothing. Without `plan`, the model is not changed.
+    """Write a model folder or file: all of it, or nothing. Without `plan`, the model is not changed.
 
     Args:
         model: a causal language model of `transformers`: intact, without some attention, or fused, on any device.
-        directory: a new or empty folder, or one that fxfusion wrote and nobody changed since, which is replaced.
+        directory: a new or empty folder, or one that fxfusion wrote and nobody changed since, which is replaced; of
+            format `"gguf"` such a file.
         format: `"canonical"` keeps the original tensors and puts the plan beside them; `"nemotron-nas"` writes the
             fused layers for engines that know DeciLM models, which only Llama-like models are; `"transformers"` writes
-            them as `per_layer_config` and one file of the family's own classes, for transformers and vLLM.
+            them as `per_layer_config` and one file of the family's own classes, for transformers and vLLM; `"gguf"` as
+            one file for llama.cpp, wide attention too, of Llama-like models.
         plan: fuse the model by it, in place, as `fuse` does. A canonical folder then has the members' weights bit for
             bit, as no fused model can give them back where gains were folded.
         tokenizer: one of `transformers`. Without it, that of the folder or name that the model was loaded from; if
             there is none, a warning says so.
         max_shard_size: bytes of a file at most, or text such as `"500MB"`.
+        gguf_type: of the matrices of a GGUF file: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"` or `"q4_0"`; None: the model's
+            dtype. Norms stay float32; with q4_0 embedding and head are q8_0.
         card: what README.md should say beside base model, licence and plan: fields of `Card`, such as
             `{"quality": {"perplexity": 21.4}, "engines": ["vLLM 0.32"]}`.
         progress: say how far it is, on the error stream.
@@ -73,13 +81,24 @@ def save_pretrained(
             setting or file. What was in the folder before is as it was.
         SurgeryError: the model was fused in another process, so its members are not known; or the plan cannot be
             applied to it.
-        OptionError: no such format.
+        OptionError: no such format, or no such type.
     """
     if format not in FORMATS:
         raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    check_replaceable(directory, overwrite=overwrite)
+    if gguf_type is not None and format != "gguf":
+        raise OptionError(f"gguf_type is of format gguf, not of {format}")
+    check = gguf_export.check_target if format == "gguf" else check_replaceable
+    check(directory, overwrite=overwrite)
     chosen = None if plan is None else FusionPlan.resolve(plan)
     bare = bare_model(model)
+    if format == "gguf":
+        _refuse_offloaded(bare)
+        if chosen is not None:
+            fuse(model, chosen)
+        about = gguf_about(bare, chosen or plan_of(bare), card)
+        options: dict[str, Any] = {"progress": progress, "overwrite": overwrite}
+        gguf_export.save(bare, directory, type=gguf_type, tokenizer=tokenizer, about=about, **options)
+        return
     companions = Companions.of(bare, tokenizer)
     text = card_text(bare, chosen or plan_of(bare), format, card)
     where = Path(directory)
@@ -92,8 +111,7 @@ def save_pretrained(
     if format == "canonical":
         canonical_save.save(bare, where, plan=chosen, tokenizer=companions, **more)
         return
-    if offloaded(bare):
-        raise CheckpointError(f"the model cannot be written: {offloaded(bare)}; load it whole")
+    _refuse_offloaded(bare)
     if chosen is not None:
         fuse(model, chosen)
     exporter = per_layer_export if format == "transformers" else nemotron_export
@@ -153,6 +171,11 @@ def from_pretrained(
             f"{folder.path} has its channels in one order: fuse with shards={shards} before exporting"
         )
     return nemotron_load.load(directory, dtype=dtype, device=device, progress=progress)
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    if offloaded(model):
+        raise CheckpointError(f"the model cannot be written: {offloaded(model)}; load it whole")
 
 
 def _read_dtype(given: Any) -> torch.dtype | None:

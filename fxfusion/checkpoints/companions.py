@@ -4,6 +4,7 @@ the model card (README.md): base model and licence, plan, measured quality, engi
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -144,10 +145,7 @@ def card_text(model: Any, plan: FusionPlan, form: str, given: Card | Mapping[str
 
     card = Card.of(given)
     base = _metadata_of(base_name(model))
-    name = card.base_model or _hub_name(base_name(model)) or _first(base.get("base_model"))
-    licence = {key: base[key] for key in _LICENCE_KEYS if isinstance(base.get(key), str)}
-    if card.license is not None:
-        licence = {"license": card.license}
+    name, licence = _origin(model, base, card)
     data = ModelCardData(
         base_model=name,
         language=list(card.language) or base.get("language"),
@@ -162,6 +160,30 @@ def card_text(model: Any, plan: FusionPlan, form: str, given: Card | Mapping[str
     return template.render(
         front_matter=data.to_yaml(), card=card, base=name or _folder_name(model), licence=licence, plan=plan, form=form
     )
+
+
+def gguf_about(model: Any, plan: FusionPlan, given: Card | Mapping[str, Any] | None = None) -> dict[str, str | int]:
+    """What a GGUF file says of itself, in settings: name, base model, licence, plan and quality (JSON)."""
+    card = Card.of(given)
+    base, licence = _origin(model, _metadata_of(base_name(model)), card)
+    known = base or _folder_name(model)
+    what = "fused" if plan.groups else "changed" if not plan.changes_nothing else ""
+    found: dict[str, str | int] = {"general.name": f"{known} {what}".strip()}
+    found |= {f"general.{key.replace('_', '.')}": value for key, value in licence.items()}
+    if base is not None:
+        found |= {"general.base_model.count": 1, "general.base_model.0.name": base}
+    found["fxfusion.plan"] = json.dumps(plan.to_dict())
+    if card.quality:
+        found["fxfusion.quality"] = json.dumps(dict(card.quality))
+    return found
+
+
+def _origin(model: Any, base: Mapping[str, Any], card: Card) -> tuple[str | None, dict[str, Any]]:
+    """Base model and licence, by the card or else by what the model came from. `base`: its metadata."""
+    name = card.base_model or _hub_name(base_name(model)) or _first(base.get("base_model"))
+    if card.license is not None:
+        return name, {"license": card.license}
+    return name, {key: base[key] for key in _LICENCE_KEYS if isinstance(base.get(key), str)}
 
 
 def _metadata_of(name: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import Format, Method, read, read_share
+from fxfusion.cli.fuse import say_how_to_run
+from fxfusion.cli.options import Format, GgufType, Method, read, read_share
 from fxfusion.cli.plan import Chosen, asked_for, chosen_of, new_search, plan_work, show_windows
 from fxfusion.cli.profiles import PROFILES, Profile, Settings
 from fxfusion.cli.recover import write_refitted
@@ -43,6 +44,7 @@ def auto(
     max_members: options.MaxMembers = None,
     nearest: options.Nearest = False,
     format: options.FormatOption = Format.canonical,
+    gguf_type: options.GgufTypeOption = GgufType.auto,
 ) -> dict[str, Any]:
     """A plan, a fused and refitted checkpoint, its loss and its speed: for any model with its attention intact.
 
@@ -62,7 +64,7 @@ def auto(
     def layout() -> None:
         from fxfusion.cli import inputs
 
-        inputs.check_format(run.model_dir, format, roads=roads)
+        inputs.check_format(run.model_dir, format, roads=roads, output=output, gguf_type=gguf_type)
 
     run.check(PLAN, QUALITY, AUTO, output=output, intact=True, layout=layout)
     divided(run.batches)
@@ -74,7 +76,8 @@ def auto(
     if run.dry_run:
         parts = [Work("refit on all text but an eighth"), Work("loss on the eighth, and speed here")]
         return run.plan_dry_run([*plan_work(run, asked, Method.loss.value), *parts], [PLAN, output])
-    job = _Job(run=run, asked=asked, settings=settings, output=output, format=format, nearest=nearest)
+    form: dict[str, Any] = {"format": format, "gguf_type": gguf_type}
+    job = _Job(run=run, asked=asked, settings=settings, output=output, nearest=nearest, **form)
     return job.make(profile, max(sizes.values(), default=0))
 
 
@@ -122,6 +125,7 @@ class _Job:
     settings: Settings
     output: Path
     format: Format
+    gguf_type: GgufType
     nearest: bool
     begin: Callable[[str], None] = field(init=False)
     text: list[Tensor] = field(init=False)
@@ -185,7 +189,8 @@ class _Job:
         self.begin("time")
         result |= {"quality": {name: one.to_dict() for name, one in quality.items()}, "speed": self._speed(fused)}
         self.begin("write")
-        write_refitted(run, fused, chosen.plan, self.output, self.format, card={"quality": _card(quality)})
+        more: dict[str, Any] = {"card": {"quality": _card(quality)}, "gguf_type": self.gguf_type}
+        write_refitted(run, fused, chosen.plan, self.output, self.format, **more)
         result["output"] = str(self.output)
         self._keep(chosen, result)
         self._show(result, quality)
@@ -262,6 +267,7 @@ class _Job:
         if not self.nearest:
             run.screen.line(over_budget(self.asked.budget.max_perplexity_increase, *perplexities) or "", "bold yellow")
         run.screen.line(f"written: {self.output} ({self.format.value}), plan: {run.folder.file(PLAN)}")
+        say_how_to_run(run.screen, self.output)
         run.screen.line(f"kept in {run.folder.path}; fxfusion report --results {run.folder.path} shows it", "dim")
 
 

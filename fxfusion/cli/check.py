@@ -1,4 +1,4 @@
-"""`fxfusion check MODEL`: is a model folder whole, and does it compute what it says?"""
+"""`fxfusion check MODEL`: is a model folder or file whole, and does it compute what it says?"""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ Verdict = tuple[bool, str]
 
 @command
 def check(run: Conversion) -> dict[str, Any]:
-    """Check a model folder: files, tensors, plan, logits, cache; exit code 1 where something is wrong.
+    """Check a model folder or GGUF file: files, tensors, plan, logits, cache; exit code 1 where something is wrong.
 
     Nothing of the folder is trusted: no pickle is read and no code of it is run. Of a folder with a plan, the fused
-    model is compared with the parallel form of its members. Of a nemotron-nas folder, says which engines load it.
+    model is compared with the parallel form of its members. Of a nemotron-nas folder, says which engines load it; of a
+    GGUF file, what its layers are (one of architecture deci runs in llama.cpp alone).
     """
     check_model(run.model_dir)
     planned, rows = _checks(run), list[dict[str, Any]]()
@@ -59,10 +60,16 @@ def _engines(run: Conversion) -> dict[str, str | None] | None:
 
 def _checks(run: Conversion) -> dict[str, Callable[[], Verdict]]:
     """What can be checked of a folder, one after the other; each needs those before it."""
+    from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
+    from fxfusion.checkpoints.gguf.layers import ARCHITECTURES
     from fxfusion.cli.inputs import stored_plan
 
     folder = _Folder(run)
     found = {"files": folder.files, "loads": folder.loads, "computes": folder.computes, "cache": folder.caches}
+    if is_gguf(run.model_dir):
+        kind = GgufFile.read(run.model_dir).architecture
+        layers = {"layers": folder.layers} if kind in ARCHITECTURES else {}
+        return {"files": folder.files} | layers | ({} if kind == "deci" else found)
     plan = stored_plan(run.model_dir)
     return found | ({"fused": lambda: folder.fuses(plan)} if plan is not None and plan.groups else {})
 
@@ -81,6 +88,16 @@ class _Folder:
         path = self.run.model_dir
         stored = GgufFile.read(path).tensors if is_gguf(path) else CheckpointReader.open(path).stored.values()
         return True, f"{len(stored)} tensors, {sum(one.nbytes for one in stored) / 2**20:,.1f} MiB"
+
+    def layers(self) -> Verdict:
+        """Of a GGUF file, as its header has them."""
+        from fxfusion.checkpoints.gguf.header import GgufFile
+        from fxfusion.checkpoints.gguf.layers import layers_of, rows_of
+
+        file = GgufFile.read(self.run.model_dir)
+        found = layers_of(file)
+        self.run.screen.table(("layers", "heads", "key-value heads", "FFN"), rows_of(found))
+        return True, f"{len(found)} of {file.architecture}, numbers as tensors have them"
 
     def loads(self) -> Verdict:
         self.model = self.run.load()

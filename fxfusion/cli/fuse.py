@@ -9,7 +9,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import Format, check_model, check_output, show_layers, show_members
+from fxfusion.cli.options import Format, GgufType, check_model, check_output, show_layers, show_members
 from fxfusion.cli.results_folder import QUALITY, ResultsFolder, contents
 from fxfusion.cli.screen import Screen
 from fxfusion.cli.session import Conversion, Run, command
@@ -40,8 +40,9 @@ def fuse(
     format: options.FormatOption = Format.canonical,
     results: Measured = None,
     max_shard_size: options.ShardSize = "2GB",
+    gguf_type: options.GgufTypeOption = GgufType.auto,
 ) -> dict[str, Any]:
-    """Drop attention and fuse FFNs as a plan says, prove it, and write the result as a model folder.
+    """Drop attention and fuse FFNs as a plan says, prove it, and write the result as a model folder or file.
 
     A canonical folder has the original weights, bit for bit, and the plan: plain transformers loads it as the
     unfused model, fxfusion.from_pretrained as the fused one. MODEL stays as it is.
@@ -49,17 +50,18 @@ def fuse(
     chosen, result = fxfusion.FusionPlan.load(plan), _started(run, output, plan, results) | {"format": format.value}
     from fxfusion.cli import inputs
 
-    inputs.check_format(run.model_dir, format, chosen)
+    inputs.check_format(run.model_dir, format, chosen, output=output, gguf_type=gguf_type)
     card = _card(results, chosen)
     say_plan(run, chosen)
     if run.dry_run:
-        return result | outline(run, chosen, format, max_shard_size)
+        return result | outline(run, chosen, format, max_shard_size, gguf_type)
     model = run.load()
     before = _told(run, "before", model)
     if format is not Format.canonical:
         with run.screen.busy("fusing"):
             fxfusion.fuse(model, chosen)
-    _write(run, model, output, format, max_shard_size, plan=chosen if format is Format.canonical else None, card=card)
+    more = {"plan": chosen if format is Format.canonical else None, "gguf_type": inputs.read_type(gguf_type)}
+    _write(run, model, output, format, max_shard_size, card=card, **more)
     return result | {"before": before, "after": _told(run, "after", model, output)}
 
 
@@ -70,19 +72,23 @@ def export(
     plan: options.PlanFile = None,
     results: Measured = None,
     max_shard_size: options.ShardSize = "2GB",
+    format: options.FormatOption = Format.nemotron_nas,
+    gguf_type: options.GgufTypeOption = GgufType.auto,
 ) -> dict[str, Any]:
-    """Write a model in the nemotron-nas layout, with its fused FFNs as ordinary wide ones, and say who loads it.
+    """Write a model with its fused FFNs as ordinary wide ones, for engines, and say who loads it.
 
     MODEL is a canonical folder with its plan, or any Llama-like model, fused by --plan first. With --dry-run
     prints config and tensor index (all of it under --json); no weights are read, so any size is quick.
     """
+    if format is Format.canonical:
+        raise OptionError("--format canonical: engines do not load the fused form of it; `fxfusion fuse` writes it")
     chosen = None if plan is None else fxfusion.FusionPlan.load(plan)
     result = _started(run, output, plan, results)
     from fxfusion.cli import inputs
 
-    inputs.check_format(run.model_dir, Format.nemotron_nas)
+    inputs.check_format(run.model_dir, format, output=output, gguf_type=gguf_type)
     if run.dry_run:
-        return result | outline(run, chosen, Format.nemotron_nas, max_shard_size)
+        return result | outline(run, chosen, format, max_shard_size, gguf_type)
     from fxfusion.checkpoints.nemotron_nas.export import engines_that_load
     from fxfusion.checkpoints.reading import SafeFolder
     from fxfusion.models.ffn_surgery.record import plan_of
@@ -91,7 +97,10 @@ def export(
     if chosen is not None:
         with run.screen.busy("fusing"):
             fxfusion.fuse(model, chosen)
-    _write(run, model, output, Format.nemotron_nas, max_shard_size, card=_card(results, plan_of(model)))
+    more = {"card": _card(results, plan_of(model)), "gguf_type": inputs.read_type(gguf_type)}
+    _write(run, model, output, format, max_shard_size, **more)
+    if format is not Format.nemotron_nas:
+        return result | {"after": _told(run, "exported", model, output)}
     engines = engines_that_load(SafeFolder.of(output).json("config.json"))
     say_engines(run.screen, engines)
     return result | {"after": _told(run, "exported", model, output), "engines": engines}
@@ -151,12 +160,20 @@ def _told(run: Conversion, name: str, model: PreTrainedModel, written: Path | No
     show(run.screen, name, found)
     if written is not None:
         run.screen.line(f"written: {written}")
+        say_how_to_run(run.screen, written)
     return found
 
 
-def outline(run: Conversion, plan: FusionPlan | None, format: Format, max_shard_size: str) -> dict[str, Any]:
+def outline(
+    run: Conversion,
+    plan: FusionPlan | None,
+    format: Format,
+    max_shard_size: str,
+    gguf_type: GgufType = GgufType.auto,
+) -> dict[str, Any]:
     """What would be written, from config and plan alone: the fused model on the meta device in facts, and for the
     engines' layout config, index and who loads it."""
+    from fxfusion.checkpoints.llama_cpp.export import GgufExport
     from fxfusion.checkpoints.nemotron_nas.export import plan_export
     from fxfusion.checkpoints.nemotron_nas.load import outline_of
     from fxfusion.checkpoints.per_layer.export import ExportPlan
@@ -179,6 +196,11 @@ def outline(run: Conversion, plan: FusionPlan | None, format: Format, max_shard_
     show(run.screen, "before", before)
     show(run.screen, "after", after)
     found: dict[str, Any] = {"before": before, "after": after}
+    if format is Format.gguf:
+        file = GgufExport.of(model, inputs.read_type(gguf_type))
+        found["export"] = file.to_dict()
+        run.screen.line(f"would write {len(file.types)} tensors, {file.nbytes / 2**20:,.1f} MiB")
+        run.screen.line(file.rounded or "")
     if format is Format.nemotron_nas:
         exported = plan_export(model, max_shard_size=max_shard_size)
         found["export"] = exported.to_dict()
@@ -227,6 +249,14 @@ def say_plan(run: Run, plan: FusionPlan) -> None:
         run.screen.line(f"removed: layers {show_layers(plan.removed)}")
     if plan.groups:
         run.screen.line(f"FFNs fused: {'; '.join(show_members(group) for group in plan.groups)} (norm {plan.norm})")
+
+
+def say_how_to_run(screen: Screen, written: Path) -> None:
+    """What runs a GGUF file; nothing of a folder."""
+    from fxfusion.checkpoints.llama_cpp.export import how_to_run
+
+    if written.is_file():
+        screen.line(how_to_run(written))
 
 
 def say_engines(screen: Screen, engines: dict[str, str | None]) -> None:

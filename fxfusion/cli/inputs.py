@@ -28,14 +28,15 @@ from fxfusion.checkpoints.api import from_pretrained
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, read_plan
 from fxfusion.checkpoints.canonical_save import refuse_removed
 from fxfusion.checkpoints.empty_model import refuse_own_code
-from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
+from fxfusion.checkpoints.gguf.header import SUFFIX, GgufFile, is_gguf
 from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
+from fxfusion.checkpoints.llama_cpp import export as gguf_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
 from fxfusion.checkpoints.per_layer.export import ExportPlan
 from fxfusion.checkpoints.reading import SafeFolder, silent
-from fxfusion.cli.options import Format, check_model
+from fxfusion.cli.options import Format, GgufType, check_model
 from fxfusion.errors import CheckpointError, FxFusionError, OptionError, first_line
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.ffn_surgery.fuse import fuse
@@ -135,17 +136,31 @@ def format_of(model: PreTrainedModel) -> Format:
 
 
 def check_format(
-    folder: Path, format: Format, plan: FusionPlan | None = None, roads: Sequence[str] | None = None
+    folder: Path,
+    format: Format,
+    plan: FusionPlan | None = None,
+    roads: Sequence[str] | None = None,
+    *,
+    output: Path | None = None,
+    gguf_type: GgufType = GgufType.auto,
 ) -> None:
-    """Raises where a model cannot be written in that layout, by its config alone, under a plan or one over some roads:
-    before hours of work on it."""
+    """Raises where a model cannot be written in that layout, by its config alone, under a plan or one over some roads,
+    or not to that place: before hours of work on it."""
+    if output is not None and (output.suffix.lower() == SUFFIX) != (format is Format.gguf):
+        how = f"is one file: name one that ends in {SUFFIX}" if format is Format.gguf else "is a folder"
+        raise OptionError(f"--output {output}: the format {format.value} {how}")
+    if gguf_type is not GgufType.auto and format is not Format.gguf:
+        raise OptionError(f"--gguf-type is of --format gguf, not of {format.value}")
     if format is Format.canonical and plan is not None:
         refuse_removed(plan)
     if format is Format.canonical and "remove" in (roads or ()) and len(roads or ()) > 1:
         raise OptionError(
             "--roads remove: beside other roads it needs --format nemotron-nas, as there is no canonical form of both"
         )
-    if format is Format.nemotron_nas:
+    if format is Format.gguf:
+        model = build_without_weights(folder)
+        gguf_export.check_model(model, folder, read_type(gguf_type))
+    elif format is Format.nemotron_nas:
         plan_export(build_without_weights(folder), check=False)
     elif is_nemotron(folder):
         raise OptionError(
@@ -153,6 +168,11 @@ def check_format(
         )
     elif format is Format.transformers:
         ExportPlan.of(build_without_weights(folder))
+
+
+def read_type(given: GgufType) -> Any:
+    """As `save_pretrained` takes it."""
+    return None if given is GgufType.auto else given.value
 
 
 def stored_plan(path: Path) -> FusionPlan | None:

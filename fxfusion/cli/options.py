@@ -59,6 +59,18 @@ class Format(str, Enum):
     canonical = "canonical"
     nemotron_nas = "nemotron-nas"
     transformers = "transformers"
+    gguf = "gguf"
+
+
+class GgufType(str, Enum):
+    """What the matrices of a GGUF file are stored as."""
+
+    auto = "auto"
+    f32 = "f32"
+    f16 = "f16"
+    bf16 = "bf16"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
 
 
 class Preset(str, Enum):
@@ -116,7 +128,11 @@ NeededPlan = Annotated[
 ]
 Output = Annotated[
     Path,
-    typer.Option("--output", metavar="DIR", help="Where the new folder goes; it replaces one that fxfusion wrote."),
+    typer.Option(
+        "--output",
+        metavar="DIR",
+        help="Where the new folder (of format gguf: file) goes; it replaces one that fxfusion wrote.",
+    ),
 ]
 Groups = Annotated[
     list[str] | None,
@@ -136,8 +152,11 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         help="canonical: original weights and the plan; nemotron-nas: fused weights for engines; transformers: fused "
-        "weights for transformers and vLLM, of any family.",
+        "weights for transformers and vLLM, of any family; gguf: one file for llama.cpp (--output NAME.gguf).",
     ),
+]
+GgufTypeOption = Annotated[
+    GgufType, typer.Option("--gguf-type", help="With --format gguf: type of the matrices; auto: as they are stored.")
 ]
 ShardSize = Annotated[str, typer.Option("--max-shard-size", help="Of one file of weights at most.")]
 DropAttention = Annotated[
@@ -265,9 +284,15 @@ def check_model(path: Path) -> None:
 
 
 def check_output(output: Path, overwrite: bool, *reads: Path | None) -> None:
-    """Raises where a model folder cannot go there, before long work: over what is read, or over what is not ours."""
+    """Raises where a model folder or file cannot go there, before long work: over what is read, or what is not ours."""
     from fxfusion.checkpoints.folder import check_replaceable
+    from fxfusion.checkpoints.gguf.header import SUFFIX
 
+    if output.suffix.lower() == SUFFIX:
+        from fxfusion.checkpoints.llama_cpp.export import check_target
+
+        check_target(output, overwrite=overwrite, reads=tuple(read for read in reads if read is not None))
+        return
     check_apart(output, [read for read in reads if read is not None], OptionError)
     check_replaceable(output, overwrite=overwrite)
 

@@ -11,8 +11,8 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.fuse import say_plan
-from fxfusion.cli.options import DType, Format, check_model, read, read_bytes, show_layers
+from fxfusion.cli.fuse import say_how_to_run, say_plan
+from fxfusion.cli.options import DType, Format, GgufType, check_model, read, read_bytes, show_layers
 from fxfusion.cli.results_folder import contents, digest
 from fxfusion.cli.session import Session, Work, command
 from fxfusion.errors import FxFusionError
@@ -102,6 +102,7 @@ def refit(
     memory_limit: MemoryLimit = None,
     format: options.FormatOption = Format.canonical,
     max_shard_size: options.ShardSize = "2GB",
+    gguf_type: options.GgufTypeOption = GgufType.auto,
 ) -> dict[str, Any]:
     """Drop attention and fuse FFNs as a plan says, refit what reads and writes the stream, and write the result.
 
@@ -115,7 +116,7 @@ def refit(
     def layout() -> None:
         from fxfusion.cli import inputs
 
-        inputs.check_format(run.model_dir, format, chosen)
+        inputs.check_format(run.model_dir, format, chosen, output=output, gguf_type=gguf_type)
 
     run.check(output=output, reads=[plan, *(validation or ())], intact=True, layout=layout)
     result = {
@@ -132,8 +133,9 @@ def refit(
     how = {"reference": reference.value, "later": later.value, "sides": sides.value}
     found = _refit(run, chosen, how, validation, limit)
     record = _show_fits(run, found)
-    write_refitted(run, found, chosen, output, format, max_shard_size)
+    write_refitted(run, found, chosen, output, format, max_shard_size, gguf_type=gguf_type)
     run.screen.line(f"written: {output}")
+    say_how_to_run(run.screen, output)
     return result | {"dry_run": False, "refit": record.model_dump(mode="json")}
 
 
@@ -190,10 +192,12 @@ def write_refitted(
     format: Format,
     max_shard_size: str = "2GB",
     card: dict[str, Any] | None = None,
+    gguf_type: GgufType = GgufType.auto,
 ) -> None:
     """The folder's own tensors but for those that were refitted, in the dtype that it stores."""
     import torch
 
+    from fxfusion.cli.inputs import read_type
     from fxfusion.models.drop_record import read_refit
     from fxfusion.recovery.refit import refitted_parameters
 
@@ -209,6 +213,7 @@ def write_refitted(
             format.value,
             plan=plan.replace(refit=read_refit(model.config)),
             card=card,
+            gguf_type=read_type(gguf_type),
             max_shard_size=max_shard_size,
             progress=loud,
             overwrite=run.overwrite,

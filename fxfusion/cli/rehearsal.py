@@ -14,6 +14,7 @@ import torch
 
 from fxfusion.checkpoints.canonical_save import CanonicalTensors
 from fxfusion.checkpoints.empty_model import fuse_on_meta, outline, own_tensors
+from fxfusion.checkpoints.llama_cpp.export import GgufExport
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
 from fxfusion.checkpoints.nemotron_nas.load import config_from
 from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder
@@ -66,6 +67,8 @@ def _written(folder: Path, format: Format, model: Any, plan: FusionPlan) -> int:
         return exported.nbytes
     if format is Format.transformers:
         return ExportPlan.of(model).nbytes
+    if format is Format.gguf:
+        return GgufExport.of(model).nbytes
     tensors = CanonicalTensors.of(model)
     read = outline(tensors.config, model.dtype)
     _compare(tensors.facts, (TensorFacts.of(name, value) for name, value in own_tensors(read).items()))

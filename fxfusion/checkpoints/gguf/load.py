@@ -206,9 +206,10 @@ def _names(file: GgufFile, intact: Any) -> list[str]:
 def _unreadable(file: GgufFile, error: Exception) -> CheckpointError:
     import transformers
 
+    runs = "llama.cpp runs it as it is; else " if file.architecture == "deci" else ""
     return CheckpointError(
         f"{file.path}: transformers {transformers.__version__} does not read the architecture {file.architecture!r} "
-        f"from GGUF files ({first_line(error)}); {_OWN_FOLDER}"
+        f"from GGUF files ({first_line(error)}); {runs}{_OWN_FOLDER}"
     )
 
 
