@@ -88,6 +88,10 @@ def by_kind(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]
 # --- cells of docs/results.md -------------------------------------------------------------------------
 
 
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
 def value(row: Row) -> float:
     """Loss above the intact model [nats per token]."""
     return float(row["loss_increase"]["value"])
