@@ -76,3 +76,24 @@ def test_stages_are_ranked_by_the_loss_on_other_text() -> None:
 def test_what_is_missing_is_said_in_short() -> None:
     assert real_model.told(["chosen 27", "drop 0-0", "hoist 3-4"]) == "chosen 27; 2 windows"
     assert real_model.told(["raw"]) == "raw"
+
+
+def cell(method: str, kl: float, problem: str = "") -> dict[str, Any]:
+    return {"method": method, "depth": 23, "repaired": False, "problem": problem, "quality": {"kl": {"value": kl}}}
+
+
+def test_methods_stand_in_order_of_their_kl_and_what_could_not_be_had_is_said() -> None:
+    arena = [
+        {"cells": [cell("sleb", 0.9), cell("wide", 0.4)]},
+        {"cells": [cell("wide", 0.4), cell("drop", 0.0, "no chain")]},
+    ]
+    assert {depth: [row["method"] for row in rows] for depth, rows in real_model.entries(arena).items()} == {
+        23: ["wide", "sleb"]
+    }
+    assert real_model.absent(arena) == ["drop, 23 FFNs: no chain"]
+
+
+def test_depth_is_worth_more_where_devices_share_a_model() -> None:
+    found = {(row["shape"], row["tp"]): row for row in real_model.predicted()}
+    assert found["Llama-3.1-8B", 8]["wide"] > found["Llama-3.1-8B", 1]["wide"] > 1
+    assert all(row["wide"] > row["hoist"] > 1 for row in found.values())
