@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import fxfusion
 from fxfusion.cli import options
+from fxfusion.cli.fuse import say_loading
 from fxfusion.cli.options import Format, Method, read, read_share
 from fxfusion.cli.plan import Chosen, asked_for, chosen_of, new_search, plan_work, show_windows
 from fxfusion.cli.profiles import PROFILES, Profile, Settings
@@ -262,6 +263,7 @@ class _Job:
         if not self.nearest:
             run.screen.line(over_budget(self.asked.budget.max_perplexity_increase, *perplexities) or "", "bold yellow")
         run.screen.line(f"written: {self.output} ({self.format.value}), plan: {run.folder.file(PLAN)}")
+        say_loading(run.screen, self.output, self.format)
         run.screen.line(f"kept in {run.folder.path}; fxfusion report --results {run.folder.path} shows it", "dim")
 
 

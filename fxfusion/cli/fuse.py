@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,7 +61,9 @@ def fuse(
         with run.screen.busy("fusing"):
             fxfusion.fuse(model, chosen)
     _write(run, model, output, format, max_shard_size, plan=chosen if format is Format.canonical else None, card=card)
-    return result | {"before": before, "after": _told(run, "after", model, output)}
+    after = _told(run, "after", model, output)
+    say_loading(run.screen, output, format)
+    return result | {"before": before, "after": after}
 
 
 @command
@@ -232,6 +235,15 @@ def say_plan(run: Run, plan: FusionPlan) -> None:
 def say_engines(screen: Screen, engines: dict[str, str | None]) -> None:
     """Which engines load a nemotron-nas folder, by their own rules."""
     screen.table(("engine", "loads it"), [(name, why or "yes") for name, why in engines.items()])
+
+
+def say_loading(screen: Screen, output: Path, format: Format) -> None:
+    """How other programs load a folder of transformers' format. vLLM: what `tests/engines` ran."""
+    if format is not Format.transformers:
+        return
+    folder = json.dumps(str(output))
+    screen.line(f"in transformers: AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)")
+    screen.line(f'in vLLM: LLM({folder}, model_impl="transformers", trust_remote_code=True)')
 
 
 def _card(results: Path | None, plan: FusionPlan) -> dict[str, Any] | None:

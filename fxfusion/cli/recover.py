@@ -11,7 +11,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.fuse import say_plan
+from fxfusion.cli.fuse import say_loading, say_plan
 from fxfusion.cli.options import DType, Format, check_model, read, read_bytes, show_layers
 from fxfusion.cli.results_folder import contents, digest
 from fxfusion.cli.session import Session, Work, command
@@ -134,6 +134,7 @@ def refit(
     record = _show_fits(run, found)
     write_refitted(run, found, chosen, output, format, max_shard_size)
     run.screen.line(f"written: {output}")
+    say_loading(run.screen, output, format)
     return result | {"dry_run": False, "refit": record.model_dump(mode="json")}
 
 
