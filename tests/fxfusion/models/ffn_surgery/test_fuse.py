@@ -325,6 +325,7 @@ def test_hooks_on_a_layer_that_goes_are_not_lost_unsaid() -> None:
     assert len(fxfusion.fuse(model, PLAN).model.layers) == 2
 
 
+@pytest.mark.slow  # fuses twice
 def test_what_stands_in_is_tried_again_where_layers_are_gone_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
     """Phi3 has dropout on what its FFN returns, so the first that is tried, a number, is refused: layers 1 and 2 were
     one by then, and 3 had the number 2."""
