@@ -267,7 +267,7 @@ class _Job:
         if not self.nearest:
             run.screen.line(over_budget(self.asked.budget.max_perplexity_increase, *perplexities) or "", "bold yellow")
         run.screen.line(f"written: {self.output} ({self.format.value}), plan: {run.folder.file(PLAN)}")
-        say_how_to_run(run.screen, self.output)
+        say_how_to_run(run.screen, self.output, self.format)
         run.screen.line(f"kept in {run.folder.path}; fxfusion report --results {run.folder.path} shows it", "dim")
 
 

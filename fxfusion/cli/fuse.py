@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +63,7 @@ def fuse(
             fxfusion.fuse(model, chosen)
     more = {"plan": chosen if format is Format.canonical else None, "gguf_type": inputs.read_type(gguf_type)}
     _write(run, model, output, format, max_shard_size, card=card, **more)
-    return result | {"before": before, "after": _told(run, "after", model, output)}
+    return result | {"before": before, "after": _told(run, "after", model, output, format)}
 
 
 @command
@@ -100,10 +101,10 @@ def export(
     more = {"card": _card(results, plan_of(model)), "gguf_type": inputs.read_type(gguf_type)}
     _write(run, model, output, format, max_shard_size, **more)
     if format is not Format.nemotron_nas:
-        return result | {"after": _told(run, "exported", model, output)}
+        return result | {"after": _told(run, "exported", model, output, format)}
     engines = engines_that_load(SafeFolder.of(output).json("config.json"))
     say_engines(run.screen, engines)
-    return result | {"after": _told(run, "exported", model, output), "engines": engines}
+    return result | {"after": _told(run, "exported", model, output, format), "engines": engines}
 
 
 @command
@@ -154,13 +155,19 @@ def _write(
         )
 
 
-def _told(run: Conversion, name: str, model: PreTrainedModel, written: Path | None = None) -> dict[str, Any]:
+def _told(
+    run: Conversion,
+    name: str,
+    model: PreTrainedModel,
+    written: Path | None = None,
+    format: Format = Format.canonical,
+) -> dict[str, Any]:
     """What a model is, told on a line."""
     found = facts(model)
     show(run.screen, name, found)
     if written is not None:
         run.screen.line(f"written: {written}")
-        say_how_to_run(run.screen, written)
+        say_how_to_run(run.screen, written, format)
     return found
 
 
@@ -251,12 +258,17 @@ def say_plan(run: Run, plan: FusionPlan) -> None:
         run.screen.line(f"FFNs fused: {'; '.join(show_members(group) for group in plan.groups)} (norm {plan.norm})")
 
 
-def say_how_to_run(screen: Screen, written: Path) -> None:
-    """What runs a GGUF file; nothing of a folder."""
+def say_how_to_run(screen: Screen, written: Path, format: Format) -> None:
+    """What runs a GGUF file, and how other programs load a folder of transformers' format, as `tests/engines` ran them;
+    nothing of other folders."""
     from fxfusion.checkpoints.llama_cpp.export import how_to_run
 
-    if written.is_file():
+    if format is Format.gguf:
         screen.line(how_to_run(written))
+    elif format is Format.transformers:
+        folder = json.dumps(str(written))
+        screen.line(f"in transformers: AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)")
+        screen.line(f'in vLLM: LLM({folder}, model_impl="transformers", trust_remote_code=True)')
 
 
 def say_engines(screen: Screen, engines: dict[str, str | None]) -> None:

@@ -135,7 +135,7 @@ def refit(
     record = _show_fits(run, found)
     write_refitted(run, found, chosen, output, format, max_shard_size, gguf_type=gguf_type)
     run.screen.line(f"written: {output}")
-    say_how_to_run(run.screen, output)
+    say_how_to_run(run.screen, output, format)
     return result | {"dry_run": False, "refit": record.model_dump(mode="json")}
 
 

@@ -275,16 +275,13 @@ class _Surgery:
         layers = [*self.recipe.gone, *(layer for group in groups for layer in group.removed)]
 
         def prove() -> None:
-            if layers:
-                depth.without(layers)
-            if self.form is not None:
-                self.form.check(self.model, len(groups))
-            elif recipe.mixers == "wide":
-                check_heads(self.model, self.recipe, groups, self.ids)
-            elif recipe.is_window and self.ids.is_meta:
-                TracedModel(self.model).graph(self.ids)  # raises where the stand-ins do not fit
-            elif recipe.is_window:
-                run_once(self.model, self.ids)
+            try:
+                if layers:
+                    depth.without(layers)
+                self._prove(recipe, groups)
+            except BaseException:
+                depth.put(depth.layers)  # what is tried next has names of the model with all its layers
+                raise
 
         if recipe.mixers != "hoist":
             self._prove_heads(recipe, depth, prove)
@@ -294,6 +291,16 @@ class _Surgery:
         moved = {site.ffn: own for site, own in zip(sites, names, strict=True)}
         stubs.put(sites, moved, prove)
         return [stubs.gone[path] for site in sites for path in site.paths]
+
+    def _prove(self, recipe: GroupRecipe, groups: Sequence[GroupRecipe]) -> None:
+        if self.form is not None:
+            self.form.check(self.model, len(groups))
+        elif recipe.mixers == "wide":
+            check_heads(self.model, self.recipe, groups, self.ids)
+        elif recipe.is_window and self.ids.is_meta:
+            TracedModel(self.model).graph(self.ids)  # raises where the stand-ins do not fit
+        elif recipe.is_window:
+            run_once(self.model, self.ids)
 
     def _prove_heads(self, recipe: GroupRecipe, depth: DepthEditor, prove: Callable[[], object]) -> None:
         """Prove a group, and let a wide attention, where it has one, know its heads."""

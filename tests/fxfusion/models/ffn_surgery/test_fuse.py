@@ -341,3 +341,36 @@ def test_what_rounding_allows_does_not_hang_on_one_small_error(dtype: torch.dtyp
     assert form.check(Off(allowed / 6), 0) <= allowed
     with pytest.raises(SurgeryError, match="logits are off by"):
         form.check(Off(3 * allowed), 0)
+
+
+@pytest.mark.slow  # fuses twice
+def test_what_stands_in_is_tried_again_where_layers_are_gone_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phi3 has dropout on what its FFN returns, so the first that is tried, a number, is refused: layers 1 and 2 were
+    one by then, and 3 had the number 2."""
+    plan = {"dropped_attention": [2], "groups": [[1, 2], {"members": [3, 4], "mixers": "hoist"}]}
+    model = decoder(family_named("phi3"), num_hidden_layers=5)
+    before, text, ids = copy.deepcopy(model), str(model), token_ids()
+    groups: list[int] = []
+    check = ParallelForm.check
+
+    def failing(self: ParallelForm, model: nn.Module, done: int) -> None:
+        groups.append(done)
+        check(self, model, done)
+        if done == 2:
+            raise SurgeryError("off")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ParallelForm, "check", failing)
+        with pytest.raises(
+            SurgeryError, match=r"layers.3.mlp; tried 0: TypeError: dropout.*; zeros: SurgeryError: off"
+        ):
+            fxfusion.fuse(model, plan)
+    assert groups[:3] == [1, 2, 2] and str(model) == text
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in model.state_dict().items())
+    fxfusion.fuse(model, plan)
+    layers = model.model.layers
+    assert [type(layer.mlp).__name__ for layer in layers] == ["Phi3MLP", "Phi3MLP", "NoFfn", "Phi3MLP"]
+    fxfusion.unfuse(model)
+    wanted = fxfusion.drop_attention(before, [2])
+    with torch.no_grad():
+        assert off(model(ids).logits, wanted(ids).logits) <= LIMIT
