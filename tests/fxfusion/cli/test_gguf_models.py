@@ -65,7 +65,8 @@ def test_a_dry_run_reads_no_weights(run: Run, file: Path, plan: Path, tmp_path: 
 
 def test_check_looks_at_it_like_at_a_folder(run: Run, file: Path) -> None:
     found = run("check", file, "--json")
-    assert found.code == 0 and [row["what"] for row in found.json["checks"]] == ["files", "loads", "computes", "cache"]
+    wanted = ["files", "layers", "loads", "computes", "cache"]
+    assert found.code == 0 and [row["what"] for row in found.json["checks"]] == wanted
     assert found.json["checks"][0]["detail"].startswith("21 tensors, ")
 
 
