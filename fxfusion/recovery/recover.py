@@ -142,7 +142,7 @@ def _train(
                 run.run(_telling(run, advance, on_step))
         best = run.progress.tensors.get("best")
         if best is None:
-            warnings.warn("nothing was better than the start on the text for validation: not changed", stacklevel=4)
+            warnings.warn(_why_nothing(run), stacklevel=4)
             return student.model
         found = student.finish(best, merge)
         after = run.measure()
@@ -155,6 +155,17 @@ def _train(
     finally:
         if not done:
             student.revert()
+
+
+def _why_nothing(run: Distillation) -> str:
+    (_, start), *later = run.progress.validation
+    least = min((kl for _, kl in later), default=start)
+    rate = run.training.top_rate
+    return (
+        "nothing was better than the start on the text for validation: not changed "
+        f"(KL {start:.4g} at the start, {least:.4g} at best later, with a learning rate of up to {rate:g}; "
+        "a refitted model wants a low one, such as a tenth of that)"
+    )
 
 
 def _telling(run: Distillation, advance: Any, on_step: Listener | None) -> Listener:
