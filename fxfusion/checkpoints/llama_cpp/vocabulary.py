@@ -1,7 +1,7 @@
 """The tokenizer of a file: `tokenizer.*` settings, from a tokenizer of transformers or copied from another GGUF file.
 
-Byte-level BPE only, and only where llama.cpp cuts text by the same rule (`tokenizer.ggml.pre`) as the tokenizer's own
-pipeline says: what is not understood there is refused by its name.
+Byte-level BPE, only where llama.cpp cuts text by the same rule (`tokenizer.ggml.pre`) as the tokenizer's own pipeline
+says, and BPE of SentencePiece (`sentencepiece.py`): what is not understood there is refused by its name.
 Source: the regular expressions in src/llama-vocab.cpp of llama.cpp, and set_vocab of its convert_hf_to_gguf.py.
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
+from fxfusion.checkpoints.llama_cpp import sentencepiece
 from fxfusion.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
@@ -121,14 +122,8 @@ class _Reader:
         return cls(tokenizer, json.loads(backend.to_str()), size)
 
     def settings(self) -> list[Setting]:
-        rule, (tokens, types) = self.rule(), self.tokens()
-        found = [
-            Setting("tokenizer.ggml.model", "gpt2"),
-            Setting("tokenizer.ggml.pre", rule),
-            Setting("tokenizer.ggml.tokens", tokens),
-            Setting("tokenizer.ggml.token_type", types, ("ARRAY", "INT32")),
-            Setting("tokenizer.ggml.merges", self.merges()),
-        ]
+        self._check_model()
+        found = self._of_pieces() if sentencepiece.is_sentencepiece(self.pipeline) else self._of_bytes()
         for role, word in _IDS.items():
             number = getattr(self.tokenizer, f"{role}_token_id", None)
             if number is not None:
@@ -138,17 +133,42 @@ class _Reader:
         found += [Setting(f"tokenizer.ggml.add_{role}_token", added) for role, added in self.added().items()]
         return found + self.templates()
 
-    def rule(self) -> str:
-        """`tokenizer.ggml.pre`."""
-        model, normalizer = self.pipeline["model"], self.pipeline.get("normalizer")
-        if model.get("type") != "BPE" or model.get("byte_fallback"):
-            raise CheckpointError(
-                f"{_NO_TYPE}: only byte-level BPE is written, and it is {model.get('type')}"
-                f"{' with byte_fallback' if model.get('byte_fallback') else ''}"
-            )
+    def _check_model(self) -> None:
+        model = self.pipeline["model"]
+        if model.get("type") != "BPE":
+            raise CheckpointError(f"{_NO_TYPE}: only BPE is written, and it is {model.get('type')}")
         for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(name):
                 raise CheckpointError(f"{_NO_TYPE}: {name} = {model[name]!r} of its BPE")
+
+    def _of_bytes(self) -> list[Setting]:
+        rule, (tokens, types) = self.rule(), self.tokens()
+        return [
+            Setting("tokenizer.ggml.model", "gpt2"),
+            Setting("tokenizer.ggml.pre", rule),
+            Setting("tokenizer.ggml.tokens", tokens),
+            Setting("tokenizer.ggml.token_type", types, ("ARRAY", "INT32")),
+            # Bytes that are spaces have letters of their own.
+            Setting("tokenizer.ggml.merges", [" ".join(pair) for pair in self.merges()]),
+        ]
+
+    def _of_pieces(self) -> list[Setting]:
+        in_front, (tokens, types) = sentencepiece.space_in_front(self.pipeline), self.tokens()
+        added = {one["content"] for one in self.pipeline.get("added_tokens") or []}
+        types = sentencepiece.kinds(tokens, types, getattr(self.tokenizer, "unk_token_id", None))
+        scores = sentencepiece.scores(tokens, self.merges(), added)
+        return [
+            Setting("tokenizer.ggml.model", "llama"),
+            Setting("tokenizer.ggml.pre", "default"),
+            Setting("tokenizer.ggml.tokens", tokens),
+            Setting("tokenizer.ggml.scores", scores, ("ARRAY", "FLOAT32")),
+            Setting("tokenizer.ggml.token_type", types, ("ARRAY", "INT32")),
+            Setting("tokenizer.ggml.add_space_prefix", in_front),
+        ]
+
+    def rule(self) -> str:
+        """`tokenizer.ggml.pre`."""
+        model, normalizer = self.pipeline["model"], self.pipeline.get("normalizer")
         if normalizer not in (None, {"type": "NFC"}):
             raise CheckpointError(f"{_NO_TYPE}: it normalises text by {normalizer.get('type')}")
         steps = tuple(self._steps())
@@ -198,9 +218,9 @@ class _Reader:
             types[one["id"]] = _CONTROL if one.get("special") else _USER
         return tokens, types
 
-    def merges(self) -> list[str]:
+    def merges(self) -> list[tuple[str, str]]:
         found = [one.split(" ") if isinstance(one, str) else one for one in self.pipeline["model"]["merges"]]
-        return [" ".join(pair) for pair in found]  # bytes that are spaces have letters of their own
+        return [(left, right) for left, right in found]
 
     def added(self) -> dict[str, bool]:
         """Whether text gets a token in front (`bos`) or at the end (`eos`)."""

@@ -106,8 +106,8 @@ def _stripping() -> Any:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (_unigram, "only byte-level BPE is written, and it is Unigram"),
-        (lambda: tokenizer(byte_fallback=True), "BPE with byte_fallback"),
+        (_unigram, "only BPE is written, and it is Unigram"),
+        (lambda: tokenizer(byte_fallback=True), "its BPE has no piece <0x00>"),
         (lambda: tokenizer(dropout=0.1), "dropout = 0.1"),
         (_normalised, "it normalises text by Lowercase"),
         (_stripping, "lstrip of its token '<gap>'"),
