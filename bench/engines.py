@@ -215,23 +215,33 @@ def run_script(engine: str, script: str, arguments: Sequence[str | Path], scratc
     `scratch` keeps the engine's caches, so that it neither finds nor leaves any elsewhere. Raises `FxFusionError` with
     the end of the output where the script fails or takes more than `timeout` seconds.
     """
+    run_command(engine, [python_of(engine), SCRIPTS / script, *arguments], scratch, timeout=timeout)
+
+
+def run_command(
+    engine: str, command: Sequence[str | Path], scratch: Path, *, timeout: float, **environment: str
+) -> str:
+    """Run a command with the programs of an engine's environment; the same terms. Returns what it says."""
     caches = {"HF_HOME": str(scratch / "huggingface"), "VLLM_CACHE_ROOT": str(scratch / "vllm")}
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     # Threads wait for one another by spinning: where other processes use the cores too, a step then takes seconds.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    command = [str(python_of(engine)), str(SCRIPTS / script), *map(str, arguments)]
-    log = scratch / f"{Path(script).stem}.log"
+    programs = {"PATH": f"{python_of(engine).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    name = next((Path(one).stem for one in command[1:] if str(one).endswith(".py")), engine)
+    log = scratch / f"{name}.log"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VLLM", "HF_"))}
     with log.open("wb") as output:
         try:
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-            environment = {**kept, **settings, **threads, **caches}
-            done = subprocess.run(command, **streams, cwd=scratch, env=environment, timeout=timeout, check=False)
+            where = {"cwd": scratch, "env": {**kept, **settings, **threads, **caches, **programs, **environment}}
+            done = subprocess.run([*map(str, command)], **streams, **where, timeout=timeout, check=False)
             problem = f"ended with exit code {done.returncode}" if done.returncode else None
         except subprocess.TimeoutExpired:
             problem = f"took more than {timeout:.0f} seconds"
+    said = log.read_text("utf-8", "replace")
     if problem is not None:
-        raise FxFusionError(f"{script} {problem}:\n{log.read_text('utf-8', 'replace')[-_TAIL:]}")
+        raise FxFusionError(f"{name} {problem}:\n{said[-_TAIL:]}")
+    return said
 
 
 # --- speed ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +101,7 @@ def save_pretrained(
         gguf_export.save(bare, directory, type=gguf_type, tokenizer=tokenizer, about=about, **options)
         return
     companions = Companions.of(bare, tokenizer)
-    text = card_text(bare, chosen or plan_of(bare), format, card)
+    text = partial(card_text, bare, chosen or plan_of(bare), format, card)
     where = Path(directory)
     more: dict[str, Any] = {
         "max_shard_size": max_shard_size,

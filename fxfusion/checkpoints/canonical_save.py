@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN
-from fxfusion.checkpoints.companions import write_beside
+from fxfusion.checkpoints.companions import CardText, write_beside
 from fxfusion.checkpoints.empty_model import changed_own, check_plain, empty_model, outline, own_tensors, tied_names
 from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.reading import CheckpointReader
@@ -52,10 +52,10 @@ def save(
     plan: FusionPlan | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: bool = False,
-    card: str | None = None,
+    card: CardText | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Arguments and errors as of `fxfusion.save_pretrained`; `card` is the content of README.md."""
+    """Arguments and errors as of `fxfusion.save_pretrained`; `card` makes the content of README.md."""
     bare: Any = bare_model(model)
     _check_plain(bare)
     missing = next((name for name, value in own_tensors(bare).items() if value.is_meta), None)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import resources
@@ -32,7 +32,31 @@ CARD = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _MAX_CARD = 2**20
+_NOBODY: Mapping[str, str | None] = {}
+CardText = Callable[[Mapping[str, str | None]], str]
+"""The content of a model card, by what the engines say: None for those that load the folder, else why not."""
 _LICENCE_KEYS = ("license", "license_name", "license_link")
+
+_NAMES = {"vllm": "vLLM", "tensorrt-llm": "TensorRT-LLM", "transformers": "`transformers`"}
+_WAYS = {
+    "transformers": """\
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({path}, trust_remote_code=True)
+""",
+    "vllm": """\
+from vllm import LLM
+
+model = LLM({path}, {more}trust_remote_code=True)
+print(model.generate({prompt})[0].outputs[0].text)
+""",
+    "mlx-lm": "mlx_lm.generate --model {path} --trust-remote-code --prompt {prompt}\n",
+    "llama.cpp": """\
+from llama_cpp import Llama
+
+print(Llama({path})({prompt})["choices"][0]["text"])
+""",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +102,17 @@ class Companions:
             ) from error
 
 
-def write_beside(folder: Path, model: Any, tokenizer: Any, card: str | None) -> None:
-    """What every format has beside config and weights, into an existing folder. None for what there is not."""
+def write_beside(
+    folder: Path, model: Any, tokenizer: Any, card: CardText | None, engines: Mapping[str, str | None] = _NOBODY
+) -> None:
+    """What every format has beside config and weights, into an existing folder. None for what there is not; `engines`:
+    None for those that load it, else why not."""
     if getattr(model, "generation_config", None) is not None:
         write_file(folder / "generation_config.json", model.generation_config.to_json_string())
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if card is not None:
-        write_file(folder / CARD, card)
+        write_file(folder / CARD, card(engines))
 
 
 def base_name(model: Any) -> str:
@@ -138,8 +165,14 @@ class Card:
         return cls(**(given or {}))
 
 
-def card_text(model: Any, plan: FusionPlan, form: str, given: Card | Mapping[str, Any] | None = None) -> str:
-    """The content of README.md. `form`: "canonical", "nemotron-nas" or "transformers"."""
+def card_text(
+    model: Any,
+    plan: FusionPlan,
+    form: str,
+    given: Card | Mapping[str, Any] | None = None,
+    engines: Mapping[str, str | None] = _NOBODY,
+) -> str:
+    """The content of README.md. `form`: "canonical", "nemotron-nas" or "transformers"; `engines` as of `CardText`."""
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
@@ -157,9 +190,16 @@ def card_text(model: Any, plan: FusionPlan, form: str, given: Card | Mapping[str
     text = (resources.files(__package__) / "card.md.j2").read_text("utf-8")
     # A README is Markdown, shown by sites that clean it themselves: escaping would spoil it.
     template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(text)  # noqa: S701
-    return template.render(
-        front_matter=data.to_yaml(), card=card, base=name or _folder_name(model), licence=licence, plan=plan, form=form
-    )
+    ways = {one: how_to_run(form, one) for one, why in engines.items() if why is None}
+    refused = [(_NAMES.get(one, one), why) for one, why in engines.items() if why is not None]
+    told = {"base": name or _folder_name(model), "licence": licence, "plan": plan, "form": form, "ways": ways}
+    return template.render(front_matter=data.to_yaml(), card=card, names=_NAMES, refused=refused, **told)
+
+
+def how_to_run(form: str, engine: str, path: str | os.PathLike[str] = "this folder") -> str:
+    """What to type: Python, or a command line. `tests/engines` runs these very texts."""
+    quoted = {"path": json.dumps(os.fspath(path)), "prompt": json.dumps("Once upon a time")}
+    return _WAYS[engine].format(more='model_impl="transformers", ' if form == "transformers" else "", **quoted)
 
 
 def gguf_about(model: Any, plan: FusionPlan, given: Card | Mapping[str, Any] | None = None) -> dict[str, str | int]:

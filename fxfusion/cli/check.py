@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fxfusion.cli.fuse import say_engines
+from fxfusion.cli.fuse import engines_of, say_engines
 from fxfusion.cli.options import check_model
 from fxfusion.cli.session import Conversion, command
 from fxfusion.errors import FxFusionError, first_line
@@ -43,19 +43,9 @@ def check(run: Conversion) -> dict[str, Any]:
         if not good:  # what follows needs it
             run.exit_code = 1
             return result | {"good": False, "checks": rows}
-    return result | {"good": True, "checks": rows, "engines": _engines(run)}
-
-
-def _engines(run: Conversion) -> dict[str, str | None] | None:
-    from fxfusion.checkpoints.nemotron_nas.export import engines_that_load
-    from fxfusion.checkpoints.reading import SafeFolder
-    from fxfusion.cli.inputs import is_nemotron
-
-    if not is_nemotron(run.model_dir):
-        return None
-    engines = engines_that_load(SafeFolder.of(run.model_dir).json("config.json"))
+    engines = engines_of(run.model_dir)
     say_engines(run.screen, engines)
-    return engines
+    return result | {"good": True, "checks": rows, "engines": engines or None}
 
 
 def _checks(run: Conversion) -> dict[str, Callable[[], Verdict]]:

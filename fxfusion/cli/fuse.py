@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,8 +90,6 @@ def export(
     inputs.check_format(run.model_dir, format, output=output, gguf_type=gguf_type)
     if run.dry_run:
         return result | outline(run, chosen, format, max_shard_size, gguf_type)
-    from fxfusion.checkpoints.nemotron_nas.export import engines_that_load
-    from fxfusion.checkpoints.reading import SafeFolder
     from fxfusion.models.ffn_surgery.record import plan_of
 
     model = run.load()
@@ -100,9 +98,7 @@ def export(
             fxfusion.fuse(model, chosen)
     more = {"card": _card(results, plan_of(model)), "gguf_type": inputs.read_type(gguf_type)}
     _write(run, model, output, format, max_shard_size, **more)
-    if format is not Format.nemotron_nas:
-        return result | {"after": _told(run, "exported", model, output, format)}
-    engines = engines_that_load(SafeFolder.of(output).json("config.json"))
+    engines = engines_of(output)
     say_engines(run.screen, engines)
     return result | {"after": _told(run, "exported", model, output, format), "engines": engines}
 
@@ -258,22 +254,38 @@ def say_plan(run: Run, plan: FusionPlan) -> None:
         run.screen.line(f"FFNs fused: {'; '.join(show_members(group) for group in plan.groups)} (norm {plan.norm})")
 
 
-def say_how_to_run(screen: Screen, written: Path, format: Format) -> None:
-    """What runs a GGUF file, and how other programs load a folder of transformers' format, as `tests/engines` ran them;
-    nothing of other folders."""
-    from fxfusion.checkpoints.llama_cpp.export import how_to_run
+def engines_of(written: Path) -> dict[str, str | None]:
+    """For each engine None where it loads a folder or GGUF file, else why not; nothing of canonical folders."""
+    from fxfusion.checkpoints.gguf.header import is_gguf
+    from fxfusion.checkpoints.nemotron_nas import export as nemotron
+    from fxfusion.checkpoints.per_layer import export as per_layer
+    from fxfusion.checkpoints.reading import SafeFolder
+    from fxfusion.cli.inputs import is_nemotron
 
+    if is_gguf(written):
+        return {"llama.cpp": None}
+    if is_nemotron(written):
+        return nemotron.engines_that_load(SafeFolder.of(written).json("config.json"))
+    config = SafeFolder.of(written).json("config.json")
+    return per_layer.engines_that_load(config) if per_layer.is_ours(config) else {}
+
+
+def say_how_to_run(screen: Screen, written: Path, format: Format) -> None:
+    """What to type in each engine that loads it, as `tests/engines` did."""
+    from fxfusion.checkpoints.companions import how_to_run
+
+    for engine, why in engines_of(written).items():
+        if why is None:
+            text = how_to_run(format.value, engine, written).rstrip().replace("\n\n", "\n")
+            screen.line(f"in {engine}:\n{textwrap.indent(text, '    ')}")
     if format is Format.gguf:
-        screen.line(how_to_run(written))
-    elif format is Format.transformers:
-        folder = json.dumps(str(written))
-        screen.line(f"in transformers: AutoModelForCausalLM.from_pretrained({folder}, trust_remote_code=True)")
-        screen.line(f'in vLLM: LLM({folder}, model_impl="transformers", trust_remote_code=True)')
+        screen.line(f"or: llama-cli -m {written}, and whatever else is built on llama.cpp")
 
 
 def say_engines(screen: Screen, engines: dict[str, str | None]) -> None:
-    """Which engines load a nemotron-nas folder, by their own rules."""
-    screen.table(("engine", "loads it"), [(name, why or "yes") for name, why in engines.items()])
+    """Which engines load what was written, by their own rules."""
+    if engines:
+        screen.table(("engine", "loads it"), [(name, why or "yes") for name, why in engines.items()])
 
 
 def _card(results: Path | None, plan: FusionPlan) -> dict[str, Any] | None:

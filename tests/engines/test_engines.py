@@ -8,12 +8,23 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bench.engines import LIMIT, ROOT, Answer, Comparison, run_script, write_folders
+import fxfusion
+from bench.engines import HOISTED, LIMIT, ROOT, Answer, Comparison, run_command, run_script, write_folders
+from bench.reference import load_model, load_tokenizer
+from fxfusion.checkpoints.companions import how_to_run
 
 pytestmark = pytest.mark.engines
+# How vLLM runs on few cores, as in engines/vllm_settings.py.
+SMALL = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -82,3 +93,19 @@ def test_the_documents_name_the_versions(found: dict[str, Answer]) -> None:
     for name, version in facts["versions"].items():
         assert f"{name} {version.partition('+')[0]}" in documents
     assert not facts.get("fxfusion_installed")
+
+
+@pytest.mark.parametrize(
+    ("engine", "form"), [("mlx-lm", "nemotron-nas"), ("vllm", "nemotron-nas"), ("vllm", "transformers")]
+)
+def test_what_the_card_says_runs(engine: str, form: Any, tmp_path: Path) -> None:
+    """vLLM compiles, as nothing in the card says otherwise: a minute each."""
+    model = fxfusion.fuse(load_model(), HOISTED)
+    fxfusion.save_pretrained(model, tmp_path / "this folder", form, tokenizer=load_tokenizer())
+    words = how_to_run(form, engine)
+    assert f"\n{words}```\n" in (tmp_path / "this folder" / "README.md").read_text("utf-8")
+    program = "bash" if engine == "mlx-lm" else "python"
+    (tmp_path / "words").write_text(words)
+    said = run_command(engine.removesuffix("-lm"), [program, "words"], tmp_path, timeout=300, **SMALL)
+    wanted = "Generation: 100 tokens" if engine == "mlx-lm" else "Processed prompts: 100%"
+    assert wanted in said, said[-2000:]

@@ -13,11 +13,24 @@ import pytest
 import torch
 
 import fxfusion
-from bench.engines import HOISTED, LIMIT, NEW_TOKENS, PROMPTS, ROOT, Answer, Comparison, answer_of, run_script
+from bench.engines import (
+    HOISTED,
+    LIMIT,
+    NEW_TOKENS,
+    PROMPTS,
+    ROOT,
+    Answer,
+    Comparison,
+    answer_of,
+    run_command,
+    run_script,
+)
 from bench.reference import load_model, load_tokenizer
 from examples.demo import DROPPED, GROUP, PLAN
+from fxfusion.checkpoints.companions import how_to_run
 from fxfusion.plan.fusion_plan import FusionPlan
 from tests.fxfusion.checkpoints.nemotron_models import decoder, ids, logits, off
+from tests.fxfusion.checkpoints.test_llama_cpp_sentencepiece import TEXTS, tokenizer
 
 pytestmark = pytest.mark.engines_full
 WIDE = FusionPlan(groups=[{"members": list(group), "mixers": "wide"} for group in HOISTED.groups])
@@ -111,6 +124,22 @@ def test_biases_heads_and_rotary_embeddings(tmp_path: Path) -> None:
     for name, answer in asked(tmp_path, tmp_path / "request.json", tuple(models)).items():
         assert answer.logits is not None
         assert off(answer.logits[0], logits(models[name], tokens)[0]) < 1e-4, name
+
+
+def test_what_a_command_says_runs(root: Path) -> None:
+    (root / "words").write_text(how_to_run("gguf", "llama.cpp", root / "hoisted.gguf"))
+    said = run_command("llama-cpp", ["python", "words"], root, timeout=100)
+    assert "15 runs" in said, said[-2000:]
+
+
+def test_pieces_of_sentencepiece_cut_text_as_the_tokenizer_does(tmp_path: Path) -> None:
+    """Prompts of the reference model in a vocabulary of a few pieces."""
+    given = tokenizer()
+    model = decoder(vocab_size=len(given))
+    fxfusion.save_pretrained(model, tmp_path / "pieces.gguf", "gguf", tokenizer=given)
+    (tmp_path / "request.json").write_text(json.dumps({"prompts": TEXTS, "new_tokens": 1}))
+    answer = asked(tmp_path, tmp_path / "request.json", ("pieces",))["pieces"]
+    assert answer.prompt_ids == [given(text)["input_ids"] for text in TEXTS]
 
 
 def test_the_documents_name_the_version(found: dict[str, Answer]) -> None:

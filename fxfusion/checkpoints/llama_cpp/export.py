@@ -162,11 +162,6 @@ def save(
     return proof
 
 
-def how_to_run(path: str | os.PathLike[str]) -> str:
-    """What to type to run the file."""
-    return f"run it with llama.cpp: llama-cli -m {os.fspath(path)} (or llama-server, or what is built on them)"
-
-
 def _check_dtype(decoder: GgufDecoder) -> None:
     for name, value in decoder.state.items():
         if value.dtype != decoder.dtype and name != "rope_freqs":

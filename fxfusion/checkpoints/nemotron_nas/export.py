@@ -3,8 +3,6 @@
 config.json, configuration_decilm.py, modeling_decilm.py, generation_config.json, tokenizer files, README.md
 model-00001-of-00002.safetensors, ..., model.safetensors.index.json
 fxfusion_plan.yaml, fxfusion_residue.st         of a fused model: what gives its members back
-
-Which engines load a folder is read off their own loaders; docs and model cards say which were also run.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from fxfusion.checkpoints.companions import write_beside
+from fxfusion.checkpoints.companions import CardText, write_beside
 from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.layout import Layout
@@ -32,8 +30,6 @@ from fxfusion.models.ffn_surgery.record import fused_state
 
 CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
 _SCALED_BY_MLX = ("default", "linear", "llama3", "yarn", "longrope")
-_SCALED_BY_LLAMA_CPP = ("default", "linear", "llama3")
-_BYTE_PAIR_VOCABULARY = 128256  # what llama.cpp's converter takes for this tokenizer, any other for SentencePiece
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +88,7 @@ def save(
     tokenizer: Any = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: bool = False,
-    card: str | None = None,
+    card: CardText | None = None,
     check: bool = True,
     overwrite: bool = False,
 ) -> ExportPlan:
@@ -103,7 +99,7 @@ def save(
         directory: a new or empty folder, or one that fxfusion wrote and nobody changed since, which is replaced.
         tokenizer: one of transformers, written beside the model; None writes none.
         progress: say how far it is, on the error stream.
-        card: the content of README.md.
+        card: the content of README.md, by what `engines_that_load` says.
         overwrite: replace a folder by others, with all that is in it.
 
     Raises:
@@ -117,7 +113,7 @@ def save(
         write_file(folder / "config.json", json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
         for name in CODE_FILES:
             write_file(folder / name, (resources.files(__package__) / name).read_text("utf-8"))
-        write_beside(folder, bare, tokenizer, card)
+        write_beside(folder, bare, tokenizer, card, plan.engines)
         write_members(folder, bare)
         values = ((piece.facts.name, piece.take(layout.state)) for piece in layout.pieces)
         write_shards(folder, plan.tensors, values, max_shard_size, progress)
@@ -146,60 +142,30 @@ def _plan(model: nn.Module, max_shard_size: int | str, check: bool) -> tuple[Exp
 
 
 def engines_that_load(config: DeciLMConfig | Mapping[str, Any]) -> dict[str, str | None]:
-    """For each engine None where it can load a folder with this configuration, else why not.
+    """For each engine None where it loads a folder with this configuration, else why not, by the rules of its own
+    loader; an engine that no test runs is "not tested".
 
     Raises `ValueError` where the configuration contradicts itself.
     """
     read = (
         config if isinstance(config, DeciLMConfig) else DeciLMConfig(**copy.deepcopy(dict(config)))
     )  # its parts are kept and written to
-    checks = {
-        "transformers": [read.unsupported()],
-        "vllm": _vllm(read),
-        "mlx-lm": _mlx(read),
-        "llama.cpp": _llama_cpp(read),
-        "tensorrt-llm": _tensorrt(read),
+    reasons: dict[str, list[str | None]] = {
+        "transformers": [],
+        "vllm": [_no_first_attention(read), _unequal_groups(read)],
+        "mlx-lm": [_no_attention(read), _other_head_dim(read), _other_rope(read)],
+        "llama.cpp": ["not tested: format gguf is for it"],
+        "tensorrt-llm": ["not tested"],
     }
-    return {engine: next((reason for reason in reasons if reason), None) for engine, reasons in checks.items()}
-
-
-def _vllm(config: DeciLMConfig) -> list[str | None]:
-    return [config.unsupported(), _no_first_attention(config), _unequal_groups(config)]
-
-
-def _mlx(config: DeciLMConfig) -> list[str | None]:
-    has_none = all(block.attention.no_op for block in _blocks(config))
-    return [
-        config.unsupported(),
-        "no layer has attention" if has_none else None,
-        _other_head_dim(config),
-        _other_rope(config, _SCALED_BY_MLX),
-    ]
-
-
-def _llama_cpp(config: DeciLMConfig) -> list[str | None]:
-    blocks = _blocks(config)
-    alone = [layer for layer, block in enumerate(blocks) if block.ffn.no_op and not block.attention.no_op]
-    other = config.vocab_size != _BYTE_PAIR_VOCABULARY
-    return [
-        config.unsupported(),
-        f"layer {alone[0]} has attention and no FFN, and the engine would skip both" if alone else None,
-        "the last layer is padding" if blocks[-1].attention.no_op and blocks[-1].ffn.no_op else None,
-        "the converter reads the first layer's ffn_mult" if blocks[0].ffn.no_op else None,
-        _other_head_dim(config),
-        _other_rope(config, _SCALED_BY_LLAMA_CPP),
-        "biases were never tried there" if config.attention_bias or config.mlp_bias else None,
-        f"with {config.vocab_size} tokens the converter expects a SentencePiece tokenizer" if other else None,
-    ]
-
-
-def _tensorrt(config: DeciLMConfig) -> list[str | None]:
-    has_bias = config.attention_bias or config.mlp_bias
-    return [config.unsupported(), "it has no biases" if has_bias else None]
+    return {engine: next(filter(None, [read.unsupported(), *found]), None) for engine, found in reasons.items()}
 
 
 def _blocks(config: DeciLMConfig) -> list[Any]:
     return config.block_configs or []
+
+
+def _no_attention(config: DeciLMConfig) -> str | None:
+    return "no layer has attention" if all(block.attention.no_op for block in _blocks(config)) else None
 
 
 def _no_first_attention(config: DeciLMConfig) -> str | None:
@@ -216,6 +182,6 @@ def _other_head_dim(config: DeciLMConfig) -> str | None:
     return f"head_dim is {config.head_dim}, not hidden / heads = {usual:g}" if config.head_dim != usual else None
 
 
-def _other_rope(config: DeciLMConfig, known: tuple[str, ...]) -> str | None:
+def _other_rope(config: DeciLMConfig) -> str | None:
     kind = (config.rope_parameters or {}).get("rope_type", "default")
-    return None if kind in known else f"its rotary embedding has no rope_type {kind!r}"
+    return None if kind in _SCALED_BY_MLX else f"its rotary embedding has no rope_type {kind!r}"

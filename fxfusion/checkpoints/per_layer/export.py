@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN
-from fxfusion.checkpoints.companions import write_beside
+from fxfusion.checkpoints.companions import CardText, write_beside
 from fxfusion.checkpoints.empty_model import check_plain, own_tensors
 from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.per_layer.proof import prove
@@ -79,7 +79,7 @@ def save(
     tokenizer: Any = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: bool = False,
-    card: str | None = None,
+    card: CardText | None = None,
     overwrite: bool = False,
 ) -> ExportPlan:
     """Write a model so that transformers loads it as it is. All of it or nothing; the model stays as it is.
@@ -87,7 +87,7 @@ def save(
     What was written is loaded as transformers does, compared with the model module by module, and by its logits, with
     and without a cache, before the folder takes its place: this takes the memory of the model a second time.
 
-    Arguments and errors as of `fxfusion.save_pretrained`; `card` is the content of README.md.
+    Arguments and errors as of `fxfusion.save_pretrained`; `card` makes the content of README.md.
     """
     bare: Any = bare_model(model)
     plan = ExportPlan.of(bare)
@@ -97,12 +97,29 @@ def save(
     with replacing(directory, overwrite=overwrite) as folder:
         write_file(folder / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
         write_file(folder / f"{CODE}.py", plan.code)
-        write_beside(folder, bare, tokenizer, card)
+        write_beside(folder, bare, tokenizer, card, engines_that_load(plan.config))
         if not made.changes_nothing:
             made.replace(model=made.model or facts_of(bare)).save(folder / PLAN)
         write_shards(folder, plan.tensors, plan.values(bare), max_shard_size, progress)
         prove(bare, plan.stack, folder, CODE, plan.config["architectures"][0])
     return plan
+
+
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether the content of a config.json is of this format."""
+    return str(config.get("model_type", "")).startswith(PREFIX) and "per_layer_config" in config
+
+
+def engines_that_load(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """For each engine None where it loads a folder with this configuration, else why not. vLLM puts norms of its own in
+    place of the family's, whose gains are one vector."""
+    gains = [
+        f"not tested: layer {number} has {name} of {shape}, a gain for each head"
+        for number, entry in config["per_layer_config"].items()
+        for name, shape in entry.get(OWN, {}).items()
+        if len(shape) > 1
+    ]
+    return {"transformers": None, "vllm": gains[0] if gains else None}
 
 
 def modeling_file(stack: Stack, model_type: str) -> str:

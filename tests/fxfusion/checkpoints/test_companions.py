@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from bench.reference import MODEL_FOLDER, load_tokenizer
-from fxfusion.checkpoints.companions import Card, Companions, card_text
+from fxfusion.checkpoints.companions import Card, Companions, card_text, how_to_run
 from fxfusion.errors import CheckpointError
 from fxfusion.plan.fusion_plan import FusionPlan
 
@@ -121,7 +121,17 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
         "licence is not",
     ):
         assert part in text.text
-    assert "trust_remote_code=True" in text.text
+
+
+def test_each_engine_that_loads_it_has_its_command() -> None:
+    found = {"transformers": None, "vllm": None, "mlx-lm": "no layer has attention", "tensorrt-llm": "not tested"}
+    text = card_text(model_from("org/base"), PLAN, "nemotron-nas", None, found)
+    for engine in ("transformers", "vllm"):
+        assert f"\n```python\n{how_to_run('nemotron-nas', engine)}```\n" in text
+    assert "Not in mlx-lm (no layer has attention), TensorRT-LLM (not tested).\n" in text
+    assert how_to_run("nemotron-nas", "mlx-lm") not in text
+    served = card_text(model_from("org/base"), PLAN, "transformers", None, {"vllm": None})
+    assert 'LLM("this folder", model_impl="transformers", trust_remote_code=True)' in served and "Not in" not in served
 
 
 def test_licence_and_language_come_from_the_base_models_card(tmp_path: Path) -> None:

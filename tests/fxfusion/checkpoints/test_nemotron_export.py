@@ -235,7 +235,6 @@ def test_attention_without_an_ffn(tmp_path: Path) -> None:
         "sparsify": None,
     }
     assert off(logits(load(tmp_path / "out")), logits(model)) < 1e-5
-    assert "layer 3 has attention and no FFN" in str(plan.engines["llama.cpp"])
     assert plan.engines["vllm"] is None
 
 
@@ -333,6 +332,7 @@ def _headers(folder: Path) -> int:
 
 
 ALL = ("transformers", "vllm", "mlx-lm", "llama.cpp", "tensorrt-llm")
+UNTESTED = {"llama.cpp": "not tested: format gguf is for it", "tensorrt-llm": "not tested"}
 FINE = [block(2, 6.0), block(None, 18.0), block(2, 6.0)]
 
 
@@ -341,8 +341,8 @@ def engines(blocks: list[dict[str, Any]], **others: Any) -> dict[str, str | None
     return engines_that_load(DeciLMConfig(**settings(**chosen)))
 
 
-def test_a_usual_folder_loads_everywhere() -> None:
-    assert engines(FINE) == dict.fromkeys(ALL)
+def test_a_usual_folder_loads_where_it_was_tested() -> None:
+    assert engines(FINE) == dict.fromkeys(ALL) | UNTESTED
 
 
 @pytest.mark.parametrize(
@@ -350,17 +350,12 @@ def test_a_usual_folder_loads_everywhere() -> None:
     [
         ([block(None, 6.0), *FINE], {}, {"vllm": "the first layer has no attention"}),
         ([block(4, 6.0), *FINE], {}, {"vllm": r"n_heads_in_group differs between layers: [2, 4]"}),
-        ([*FINE, block(2, None)], {}, {"llama.cpp": "layer 3 has attention and no FFN"}),
-        ([*FINE, block(None, None)], {}, {"llama.cpp": "the last layer is padding"}),
-        ([block(2, None), *FINE], {}, {"llama.cpp": "layer 0 has attention and no FFN"}),
-        (FINE, {"vocab_size": 32000}, {"llama.cpp": "with 32000 tokens the converter expects a SentencePiece"}),
-        (FINE, {"head_dim": 32}, {"mlx-lm": "head_dim is 32", "llama.cpp": "head_dim is 32"}),
-        (FINE, {"attention_bias": True}, {"llama.cpp": "biases were never", "tensorrt-llm": "it has no biases"}),
-        (FINE, {"mlp_bias": True}, {"llama.cpp": "biases were never", "tensorrt-llm": "it has no biases"}),
+        ([block(None, 6.0)], {}, {"vllm": "the first layer has no attention", "mlx-lm": "no layer has attention"}),
+        (FINE, {"head_dim": 32}, {"mlx-lm": "head_dim is 32"}),
         (
             FINE,
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            {"mlx-lm": "no rope_type 'dynamic'", "llama.cpp": "no rope_type 'dynamic'"},
+            {"mlx-lm": "no rope_type 'dynamic'"},
         ),
         ([*FINE, block(2, 6.0, ffn__replace_with_linear=True)], {}, dict.fromkeys(ALL, "replace_with_linear")),
     ],
@@ -368,8 +363,8 @@ def test_a_usual_folder_loads_everywhere() -> None:
 def test_each_reason(blocks: list[dict[str, Any]], others: dict[str, Any], refusing: dict[str, str]) -> None:
     found = engines(blocks, **others)
     assert found.keys() == set(ALL)
-    assert {engine for engine, reason in found.items() if reason is not None} == set(refusing)
-    for engine, words in refusing.items():
+    assert {engine for engine, reason in found.items() if reason is not None} == refusing.keys() | UNTESTED.keys()
+    for engine, words in (UNTESTED | refusing).items():
         assert words in str(found[engine])
 
 

@@ -139,7 +139,7 @@ def test_whole_models_take_a_minute_and_little_memory(name: str, groups: list[li
     done = subprocess.run([sys.executable, "-c", MEASURED, name], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["groups"] == groups and found["layers"] == layers
-    assert found["engines"] == dict.fromkeys(("transformers", "vllm", "mlx-lm", "llama.cpp", "tensorrt-llm"))
+    assert [engine for engine, why in found["engines"].items() if why is None] == ["transformers", "vllm", "mlx-lm"]
     assert "graphs of one layer of each kind are the same" in found["proof"]
     assert found["seconds"] < 60, "of one processor"
     assert found["resident"] < 4e9
