@@ -35,10 +35,18 @@ class Panel:
     level: float | None = None
 
 
-def draw_panels(panels: Sequence[Panel], title: str, *, width: float = 480, share_y: bool = False) -> Figure:
-    """The panels side by side, each of so many pixels, with a title over all."""
-    figure = new_figure(width * len(panels), 320)
-    for axes, panel in zip(figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0], panels, strict=True):
+def draw_panels(
+    panels: Sequence[Panel], title: str, *, width: float = 480, share_y: bool = False, columns: int | None = None
+) -> Figure:
+    """The panels side by side, in full rows of `columns` (default: one row), each of so many pixels, under a title.
+
+    `share_y`: those of a row have one scale.
+    """
+    across = columns or len(panels)
+    down = len(panels) // across
+    figure = new_figure(width * across, 320 if down == 1 else 250 * down)
+    cells = figure.subplots(down, across, sharey="row" if share_y else False, squeeze=False)
+    for axes, panel in zip(cells.flat, panels, strict=True):
         _draw(axes, panel)
     figure.suptitle(title)
     return figure

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fxfusion.cost import Hardware, Workload, arrange, gains
-from fxfusion.cost.gain import Gains, scaled
+from fxfusion.cost.gain import BASELINES, Gains, scaled
 from fxfusion.cost.published import published_step
 from fxfusion.errors import OptionError
 from tests.fxfusion.cost.test_sublayers import table
@@ -28,6 +28,20 @@ def test_it_pays_where_kernels_are_small(found: Gains) -> None:
     assert gain[1.0, 8, 1] == pytest.approx(70.92 / 63.38, rel=0.07)
     assert gain[1.0, 1, 1] < 1.02 < gain[1.0, 8, 1] < gain[0.25, 8, 1]
     assert gain[0.25, 1, 1024] < gain[0.25, 1, 1]
+
+
+def test_the_better_the_baseline_the_less_fusing_gains() -> None:
+    before, after = published_step("253B before fusion"), published_step("253B")
+    few = {"sizes": (1, 8), "batches": (1,), "scales": (1.0,)}
+    found = gains(before, after, Workload(precision="fp8"), H100, **few, baselines=BASELINES)
+    gain = {(point.baseline, point.tp): point.gain for point in found.points}
+    assert found.baselines == ("cuda-graph", "cuda-graph, fused-norm", "eager", "megakernel")
+    assert gain["eager", 8] > gain["cuda-graph", 8] > gain["cuda-graph, fused-norm", 8] > gain["megakernel", 8] > 1.02
+    assert max(gain[baseline, 1] for baseline in found.baselines) < 1.02
+    assert found.little == "fusing gains under 2% in 4 of 8 settings"
+    cpu = gains(before, after, Workload(), Hardware.of("cpu"), sizes=(1,), baselines=BASELINES, scales=(1.0,))
+    assert cpu.baselines == ("cuda-graph", "cuda-graph, fused-norm")
+    assert cpu.refused[0].startswith("scale 1, tp 1: launch 'eager': cpu has no eager_latency")
 
 
 def test_table_and_plot(found: Gains, tmp_path: Path) -> None:
