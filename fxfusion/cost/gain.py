@@ -127,7 +127,7 @@ class Gains:
                 Line(label=f"tp {tp}", points=[(point.batch, point.gain) for point in chosen if point.tp == tp])
                 for tp in sorted({point.tp for point in chosen})
             ]
-            words, up = f"{baseline}: hidden size {hidden}", "latency before / after"
+            words, up = f"{baseline}\nhidden size {hidden}", "latency before / after"
             panels.append(Panel(title=words, across="sequences at once", up=up, lines=lines, log_x=2, level=1.0))
         title = f"Predicted gain of fusing: {self.name}, {self.hardware}, {self.precision}"
         with style():

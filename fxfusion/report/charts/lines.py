@@ -53,16 +53,19 @@ def draw_panels(
 
 
 def _draw(axes: Any, panel: Panel) -> None:
+    from matplotlib.ticker import LogFormatter
+
     for number, line in enumerate(panel.lines):
         colour = ink("text") if line.front else hue(number)
         places, values = [x for x, _ in line.points], [y for _, y in line.points]
         axes.plot(places, values, line.look, color=colour, label=line.label, markersize=4)
     if panel.level is not None:
         axes.axhline(panel.level, color=ink("soft"), linewidth=0.8)
-    if panel.log_x is not None:
-        axes.set_xscale("log", base=panel.log_x)
-    if panel.log_y is not None:
-        axes.set_yscale("log", base=panel.log_y)
+    for base, scale, axis in ((panel.log_x, axes.set_xscale, axes.xaxis), (panel.log_y, axes.set_yscale, axes.yaxis)):
+        if base is not None:
+            scale("log", base=base)
+            axis.set_major_formatter("{x:g}")  # their own are formulas, which the style does not read
+            axis.set_minor_formatter(LogFormatter(base))
     axes.set_title(panel.title)
     axes.set_xlabel(panel.across)
     axes.set_ylabel(panel.up)
