@@ -1,4 +1,5 @@
-"""docs/performance.md and its figures, from bench/results/*.json alone, so that no number can drift.
+"""docs/performance.md and its figures, from bench/results/*.json alone, so that no number can drift; and
+docs/gpu_predictions.md, from `fxfusion.cost`.
 
     python -m bench.performance_page
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import show
+from bench import gpu, show
 from bench.record import RESULTS, Interval, Measurement, Record
 
 NAMES = "chain_speed grouped_speed grid whole_models window_speed gpu scale memory check".split()
@@ -32,7 +33,8 @@ GOALS = (
 
 def main() -> None:
     (show.DOCS / "performance.md").write_text(page(), "utf-8")
-    print("written:", *(path.name for path in figures(show.DOCS / "figures")), "performance.md")
+    (show.DOCS / "gpu_predictions.md").write_text(gpu.page(), "utf-8")
+    print("written:", *(path.name for path in figures(show.DOCS / "figures")), "performance.md gpu_predictions.md")
 
 
 def page(records: dict[str, Record] | None = None) -> str:

@@ -89,6 +89,7 @@ SIZES = {
     "70B, 16 layers": Size("70B, 16 layers", 8192, 28672, 16, 64, 8),
     "8 layers": Size("8 layers", 1024, 2816, 8, 16, 4, vocabulary=4096),
     "8B, 8 layers": Size("8B, 8 layers", 4096, 14336, 8, 32, 8),
+    "SmolLM2-135M": Size("SmolLM2-135M", 576, 1536, 30, 9, 3, vocabulary=49_152),
     "small": Size("small", 64, 96, 6, 4, 2, vocabulary=64),
 }
 
@@ -186,7 +187,7 @@ def measure_case(case: Case, pair: Pair, limits: Limits, mode: str, *, rounds: i
         _check_same(runs, case)
         samples = measure(runs, rounds=rounds, threads=threads, sample_seconds=0.02)
     found = Measurement.of(case.place, samples, PAIRS)
-    facts |= _limit_facts(case, pair, limits, found)
+    facts |= _limit_facts(case, dict.fromkeys(runs, pair.unfused), limits, found)
     return found.model_copy(update={"facts": facts})
 
 
@@ -228,20 +229,26 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def _limit_facts(case: Case, pair: Pair, limits: Limits, found: Measurement) -> dict[str, Scalar]:
-    """Weights are read once for a prompt or for a token; an embedding is looked up, not read."""
-    head = pair.unfused.get_output_embeddings().weight
-    weights = {id(value): value for value in pair.unfused.parameters() if value.dim() > 1}
-    weights.pop(id(pair.unfused.get_input_embeddings().weight), None)
-    weights[id(head)] = head
-    parameters = sum(value.numel() for value in weights.values())
+def _limit_facts(case: Case, models: Mapping[str, Any], limits: Limits, found: Measurement) -> dict[str, Scalar]:
+    """Weights are read once for a prompt or for a token; `models`: by form, of which the first is the intact one."""
+    sizes = {name: _weights_read(model) for name, model in models.items()}
     count = case.tokens if case.phase == "prefill" else 1
-    limit = limits.seconds(parameters, count, case.dtype)
-    facts: dict[str, Scalar] = {"bytes": parameters * case.dtype.itemsize, "limit_seconds": limit}
+    bounds = {name: limits.seconds(parameters, count, case.dtype) for name, parameters in sizes.items()}
+    first = next(iter(models))
+    facts: dict[str, Scalar] = {"bytes": sizes[first] * case.dtype.itemsize, "limit_seconds": bounds[first]}
     for name, one in found.medians.items():
         facts[f"tokens_per_second, {name}"] = float(f"{count / one.value:.5g}")
-        facts[f"share of limit, {name}"] = round(limit / one.value, 4)
+        facts[f"share of limit, {name}"] = round(bounds[name] / one.value, 4)
     return facts
+
+
+def _weights_read(model: Any) -> int:
+    """Parameters of all matrices; an embedding is looked up, not read."""
+    head = model.get_output_embeddings().weight
+    weights = {id(value): value for value in model.parameters() if value.dim() > 1}
+    weights.pop(id(model.get_input_embeddings().weight), None)
+    weights[id(head)] = head
+    return sum(value.numel() for value in weights.values())
 
 
 def show(measurements: list[Measurement]) -> str:
@@ -264,19 +271,28 @@ def show(measurements: list[Measurement]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class WindowCase:
-    """A case of a model, with windows of so many layers; each number is a candidate hoisted, and one wide."""
+    """A case of a model, with windows of so many layers; each number is a candidate hoisted, and one wide.
+
+    `dropped`: one more, which lacks the attention of the middle half of its layers; their FFNs are one.
+    """
 
     case: Case
     lengths: tuple[int, ...]
+    dropped: bool = False
 
     @property
     def place(self) -> dict[str, str | int]:
         return {**self.case.place, "windows": ", ".join(map(str, self.lengths))}
 
     @property
+    def names(self) -> list[str]:
+        """Of the forms that fuse."""
+        windows = [f"{mixers} {length}" for length in self.lengths for mixers in ("hoist", "wide")]
+        return [*windows, *(["dropped"] if self.dropped else [])]
+
+    @property
     def ratios(self) -> list[tuple[str, str]]:
-        names = [f"{mixers} {length}" for length in self.lengths for mixers in ("hoist", "wide")]
-        return [*(("intact", name) for name in names), CONTROL]
+        return [*(("intact", name) for name in self.names), CONTROL]
 
 
 class ByHand(nn.Module):
@@ -309,55 +325,74 @@ def rearranged(model: Any, windows: Sequence[Sequence[int]], wide: bool) -> Iter
         model.model.layers = layers
 
 
-def windows_of(model: Any, length: int) -> list[list[int]]:
-    """All layers, window by window; the last one may be shorter."""
-    count = len(model.model.layers)
+def windows_of(count: int, length: int) -> list[list[int]]:
+    """All of so many layers, window by window; the last one may be shorter."""
     return [list(range(first, min(first + length, count))) for first in range(0, count, length)]
 
 
 def measure_windows(
-    of: WindowCase, model: Any, modes: Sequence[str], *, rounds: int, threads: int, sample_seconds: float = 0.02
+    of: WindowCase,
+    model: Any,
+    modes: Sequence[str],
+    *,
+    rounds: int,
+    threads: int,
+    limits: Limits | None = None,
+    sample_seconds: float = 0.02,
 ) -> Measurement:
-    """All forms of one case, interleaved. Raises `RuntimeError` where one computes something else than it is called."""
+    """All forms of one case in the first mode, and the intact one in the others, interleaved; `limits`: for shares.
+
+    Raises `RuntimeError` where one computes something else than it is called.
+    """
     torch._dynamo.reset()
-    mode = modes[-1] if modes else "default"
+    (mode, *others), size = modes or ("default",), SIZES[of.case.model]
     phase = {"prefill": prefill, "decode": decode}[of.case.phase]
+    ratios = [*of.ratios, *((f"intact, {other}", name) for other in others for name in of.names)]
+    models = dict.fromkeys(("intact", *dict.fromkeys(name for pair in ratios for name in pair)), model)
     with torch.no_grad():
-        wanted = {name: _by_hand(of.case, phase, model, name) for _, name in of.ratios}
-        runs: dict[str, Callable[[], Tensor]] = {"intact": phase(model, of.case, lambda f: compiled(f, mode))}
-        for _, name in of.ratios:
-            runs[name] = phase(model, of.case, lambda f, name=name: _compiled(f, mode, model, name))
-            _check(of, name, runs[name](), wanted[name], model)
+        if of.dropped:
+            models["dropped"] = fxfusion.drop_attention(copy.deepcopy(model), size.run, check=False)
+        runs: dict[str, Callable[[], Tensor]] = {}
+        for name, one in models.items():
+            wanted, own = _by_hand(of.case, phase, one, name), name.partition(", ")[2] or mode
+            runs[name] = phase(one, of.case, lambda f, name=name, own=own: _compiled(f, own, size, name))
+            _check(of, name, runs[name](), wanted)
         samples = measure(runs, rounds=rounds, threads=threads, sample_seconds=sample_seconds)
-    return Measurement.of(of.place, samples, of.ratios)
+    found = Measurement.of(of.place, samples, ratios)
+    facts = {} if limits is None else _limit_facts(of.case, models, limits, found)
+    return found.model_copy(update={"facts": facts})
 
 
-def _plan(model: Any, name: str) -> FusionPlan | None:
-    """The plan of a candidate such as `hoist 2`; None: as it is."""
+def plan_of(size: Size, name: str) -> FusionPlan | None:
+    """The plan of a candidate such as `hoist 2` or `dropped`; None: as it is."""
     mixers, _, length = name.partition(" ")
-    if mixers == "intact":
+    if name.startswith("intact"):
         return None
-    return FusionPlan(groups=[{"members": window, "mixers": mixers} for window in windows_of(model, int(length))])
+    if name == "dropped":
+        return FusionPlan(dropped_attention=size.run, groups=[size.run])
+    return FusionPlan(groups=[{"members": window, "mixers": mixers} for window in windows_of(size.layers, int(length))])
 
 
-def _compiled(run: Callable[..., Any], mode: str, model: Any, name: str) -> Callable[..., Any]:
-    plan = _plan(model, name)
+def _compiled(run: Callable[..., Any], mode: str, size: Size, name: str) -> Callable[..., Any]:
+    plan = plan_of(size, name)
     return compiled(run, mode) if plan is None else compiled(run, mode, fused=True, plan=plan)
 
 
 def _by_hand(case: Case, phase: Callable[..., Callable[[], Tensor]], model: Any, name: str) -> Tensor:
-    """Logits of a form in eager."""
-    plan = _plan(model, name)
+    """Logits of a form in eager; of a dropped one the model lacks the attention already."""
+    size = SIZES[case.model]
+    plan = plan_of(size, name)
     if plan is None:
         return phase(model, case, lambda f: f)().float()
     windows = [[int(member) for member in group] for group in plan.groups]
-    with rearranged(model, windows, wide=name.startswith("wide")):
+    alone = [[layer] for layer in range(size.layers) if not any(layer in window for window in windows)]
+    with rearranged(model, sorted(windows + alone), wide=name.startswith("wide")):
         return phase(model, case, lambda f: f)().float()
 
 
-def _check(of: WindowCase, name: str, found: Tensor, wanted: Tensor, model: Any) -> None:
+def _check(of: WindowCase, name: str, found: Tensor, wanted: Tensor) -> None:
     check_close(f"{of.place}: the logits of {name}", found, wanted)
-    plan = _plan(model, name)
+    plan = plan_of(SIZES[of.case.model], name)
     if plan is not None and len(last_reports()[-1].groups) != len(plan.groups):
         raise RuntimeError(f"{of.place}: {name} has {len(last_reports()[-1].groups)} groups of {len(plan.groups)}")
 

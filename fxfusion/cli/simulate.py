@@ -36,6 +36,21 @@ class Phase(str, Enum):
     prefill = "prefill"
 
 
+class Launch(str, Enum):
+    """How kernels are started."""
+
+    cuda_graph = "cuda-graph"
+    eager = "eager"
+    megakernel = "megakernel"
+
+
+class AllReduce(str, Enum):
+    """What its kernel does besides."""
+
+    plain = "plain"
+    fused_norm = "fused-norm"
+
+
 Model = Annotated[
     str | None,
     typer.Argument(
@@ -51,6 +66,18 @@ KvPrecision = Annotated[
 Users = Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")]
 Length = Annotated[int, typer.Option("--length", min=0, help="Tokens of each: in the cache; to be read (prefill).")]
 PhaseName = Annotated[Phase, typer.Option("--phase", help="One token of each sequence, or all of their prompts.")]
+LaunchName = Annotated[
+    Launch | None,
+    typer.Option("--launch", help="What launches kernels.", show_default="cuda-graph; all kinds with --sweep"),
+]
+AllReduceName = Annotated[
+    AllReduce | None,
+    typer.Option(
+        "--all-reduce",
+        help="fused-norm: residual and norm in its kernel, as vLLM and TensorRT-LLM do.",
+        show_default="plain; both with --sweep",
+    ),
+]
 Unfuse = Annotated[
     list[str] | None,
     typer.Option(
@@ -87,6 +114,8 @@ def simulate(
     batch: Users = 1,
     length: Length = 1024,
     phase: PhaseName = Phase.decode,
+    launch: LaunchName = None,
+    all_reduce: AllReduceName = None,
     groups: options.Groups = None,
     unfuse: Unfuse = None,
     plan: options.PlanFile = None,
@@ -106,10 +135,11 @@ def simulate(
     if calibrate:
         return _calibrate(run, output, device)
     work = {"tp": tp, "precision": precision, "batch": batch, "context": length, "phase": phase.value}
+    baseline = {"launch": launch, "all_reduce": all_reduce}
     request = Request(
         table=_model(run, model),
         hardware=hardware or _HARDWARE,
-        work={**work, "kv_precision": kv_precision},
+        work={**work, "kv_precision": kv_precision, **{name: one.value for name, one in baseline.items() if one}},
         price=price,
         unfuse=_unfuse(unfuse or []),
         groups=[read_layers(text, "--groups") for text in groups or []],
@@ -208,10 +238,12 @@ def _placement(screen: Screen, request: Request) -> dict[str, Any]:
 
 def _sweep(run: Run, request: Request, output: Path | None) -> dict[str, Any]:
     from fxfusion.cost import Hardware, Workload
-    from fxfusion.cost.gain import gains
+    from fxfusion.cost.gain import BASELINES, gains
 
     before, after = request.steps()
-    found = gains(before, after, Workload(**request.work), Hardware.of(request.hardware))
+    named = request.work.keys() & {"launch", "all_reduce"}
+    compared = None if named else BASELINES
+    found = gains(before, after, Workload(**request.work), Hardware.of(request.hardware), baselines=compared)
     show_gains(run.screen, found)
     if output is not None:
         found.save(output, overwrite=run.overwrite)
@@ -282,7 +314,8 @@ def show(screen: Screen, found: Sequence[tuple[str, Simulation]]) -> None:
     first = found[0][1]
     work = first.work
     what = "prompts of" if work.phase == "prefill" else "cached tokens of each:"
-    device = f"{work.tp} x {first.hardware.name}"
+    device = f"{work.tp} x {first.hardware.name}, {work.launch}"
+    device += f", all-reduce {work.all_reduce}" if work.tp > 1 else ""
     screen.line(f"{first.name} on {device}, {work.precision}, batch {work.batch}, {what} {work.context}")
     columns = [_rows(one) for _, one in found]
     screen.table(("", *(name for name, _ in found)), [(name, *(each[name] for each in columns)) for name in columns[0]])
@@ -347,16 +380,16 @@ def _sizes(groups: Sequence[int]) -> str:
 
 
 def show_gains(screen: Screen, found: Gains) -> None:
-    """Batches across, sizes and scales down."""
+    """Batches across, sizes and scales down; a table for each baseline."""
     batches = sorted({point.batch for point in found.points})
-    settings = dict.fromkeys((point.scale, point.hidden, point.tp) for point in found.points)
-    by_setting = {(point.scale, point.tp, point.batch): point for point in found.points}
-    rows = [
-        (f"{hidden}, tp {tp}", *(f"{by_setting[scale, tp, batch].gain:.3f}" for batch in batches))
-        for scale, hidden, tp in settings
-    ]
-    screen.line(f"latency before / after fusing, {found.name}, {found.hardware}, {found.precision}")
-    screen.table(("hidden size", *(f"batch {batch}" for batch in batches)), rows)
+    for baseline in found.baselines:
+        rows: dict[str, dict[int, str]] = {}
+        for point in found.of(baseline):
+            rows.setdefault(f"{point.hidden}, tp {point.tp}", {})[point.batch] = f"{point.gain:.3f}"
+        screen.line(f"latency before / after fusing on {baseline}, {found.name}, {found.hardware}, {found.precision}")
+        heads = ("hidden size", *(f"batch {batch}" for batch in batches))
+        screen.table(heads, [(name, *(row.get(batch, "") for batch in batches)) for name, row in rows.items()])
+    screen.line(found.little)
     for why in found.refused:
         screen.line(why, "dim")
 

@@ -1,7 +1,7 @@
-"""When fusing pays: its gain over tensor-parallel size, batch and scale, as a table, CSV and plot.
+"""When fusing pays: its gain over tensor-parallel size, batch, scale and baseline, as a table, CSV and plot.
 
-Gain is the latency before over the latency after. Scale: the same layers with hidden size, heads and widths of a
-smaller or larger model.
+Gain is the latency before over the latency after, on the same baseline: how kernels are launched, and whether norms are
+part of all-reduces. Scale: the same layers with hidden size, heads and widths of a smaller or larger model.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import csv
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from fxfusion.cost.hardware import Hardware
-from fxfusion.cost.kernels import Workload
+from fxfusion.cost.kernels import AllReduce, Launch, Workload
 from fxfusion.cost.sublayers import Attention, Ffn, Step, Sublayer
 from fxfusion.cost.timing import step_time
 from fxfusion.errors import OptionError
@@ -25,6 +26,13 @@ from fxfusion.report.charts.lines import Line, Panel, draw_panels
 SIZES = (1, 2, 4, 8)
 BATCHES = (1, 4, 16, 64, 256, 1024)
 SCALES = (0.125, 0.25, 0.5, 1.0)
+BASELINES: tuple[tuple[Launch, AllReduce], ...] = (
+    ("cuda-graph", "plain"),
+    ("cuda-graph", "fused-norm"),
+    ("eager", "plain"),
+    ("megakernel", "plain"),
+)
+LITTLE = 1.02  # a gain below this does not pay for another model
 _GRAIN = 32  # channels: sizes of a scaled model are multiples, so that 8 devices can share them
 
 
@@ -32,6 +40,8 @@ _GRAIN = 32  # channels: sizes of a scaled model are multiples, so that 8 device
 class GainPoint:
     """One setting: latencies in milliseconds. `scale` 1: the model itself, of `hidden` channels."""
 
+    launch: Launch
+    all_reduce: AllReduce
     tp: int
     batch: int
     scale: float
@@ -43,8 +53,13 @@ class GainPoint:
     def gain(self) -> float:
         return self.before_ms / self.after_ms
 
+    @property
+    def baseline(self) -> str:
+        """What both run on, in words."""
+        return self.launch + (f", {self.all_reduce}" if self.all_reduce != "plain" else "")
+
     def to_dict(self) -> dict[str, Any]:
-        names = ("tp", "batch", "scale", "hidden", "before_ms", "after_ms", "gain")
+        names = ("launch", "all_reduce", "tp", "batch", "scale", "hidden", "before_ms", "after_ms", "gain")
         return {name: getattr(self, name) for name in names}
 
 
@@ -57,6 +72,20 @@ class Gains:
     precision: str
     points: tuple[GainPoint, ...]
     refused: tuple[str, ...] = ()
+
+    @property
+    def little(self) -> str:
+        """Where fusing gains next to nothing, in words."""
+        few = sum(point.gain < LITTLE for point in self.points)
+        return f"fusing gains under {LITTLE - 1:.0%} in {few} of {len(self.points)} settings"
+
+    def of(self, baseline: str) -> tuple[GainPoint, ...]:
+        """The points of one baseline."""
+        return tuple(point for point in self.points if point.baseline == baseline)
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(point.baseline for point in self.points))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -89,19 +118,21 @@ class Gains:
             writer.writerows(rows)
 
     def _plot(self, path: Path) -> None:
-        """A panel for each scale: batch against gain, one line for each tensor-parallel size."""
+        """A row for each baseline, a panel for each scale: batch against gain, a line for each tensor-parallel size."""
         panels = []
-        for scale, hidden in sorted({(point.scale, point.hidden) for point in self.points}):
-            chosen = [point for point in self.points if point.scale == scale]
+        scales = sorted({(point.scale, point.hidden) for point in self.points})
+        for baseline, (scale, hidden) in product(self.baselines, scales):
+            chosen = [point for point in self.of(baseline) if point.scale == scale]
             lines = [
                 Line(label=f"tp {tp}", points=[(point.batch, point.gain) for point in chosen if point.tp == tp])
                 for tp in sorted({point.tp for point in chosen})
             ]
-            words, up = f"hidden size {hidden}", "latency before / after"
+            words, up = f"{baseline}\nhidden size {hidden}", "latency before / after"
             panels.append(Panel(title=words, across="sequences at once", up=up, lines=lines, log_x=2, level=1.0))
         title = f"Predicted gain of fusing: {self.name}, {self.hardware}, {self.precision}"
         with style():
-            save(draw_panels(panels, title, width=250, share_y=True), path, path.suffix)
+            figure = draw_panels(panels, title, width=250, share_y=True, columns=len(scales))
+            save(figure, path, path.suffix)
 
 
 def gains(
@@ -113,25 +144,28 @@ def gains(
     sizes: Sequence[int] = SIZES,
     batches: Sequence[int] = BATCHES,
     scales: Sequence[float] = SCALES,
+    baselines: Sequence[tuple[Launch, AllReduce]] | None = None,
 ) -> Gains:
-    """The gain from `before` to `after` in each setting. Raises `OptionError` where none can be had."""
+    """The gain from `before` to `after` in each setting; `baselines`: launch and all-reduce (default: those of `work`).
+
+    Raises `OptionError` where none can be had.
+    """
     points: list[GainPoint] = []
-    refused: list[str] = []
-    for scale in scales:
-        one, other = scaled(before, scale), scaled(after, scale)
-        for tp in sizes:
-            for batch in batches:
-                setting = replace(work, tp=tp, batch=batch)
-                try:
-                    times = [step_time(step, setting, device).seconds.total * 1e3 for step in (one, other)]
-                except OptionError as error:
-                    refused.append(f"scale {scale:g}, tp {tp}: {error}")
-                    break
-                points.append(
-                    GainPoint(tp=tp, batch=batch, scale=scale, hidden=one.hidden, before_ms=times[0], after_ms=times[1])
-                )
+    refused: dict[str, None] = {}
+    for (launch, all_reduce), scale, tp in product(baselines or [(work.launch, work.all_reduce)], scales, sizes):
+        steps = [scaled(step, scale) for step in (before, after)]
+        setting: dict[str, Any] = {"launch": launch, "all_reduce": all_reduce, "tp": tp}
+        for batch in batches:
+            now = replace(work, batch=batch, **setting)
+            try:
+                one, other = (step_time(step, now, device).seconds.total * 1e3 for step in steps)
+            except OptionError as error:
+                refused[f"scale {scale:g}, tp {tp}: {error}"] = None
+                break
+            size: dict[str, Any] = {"scale": scale, "hidden": steps[0].hidden}
+            points.append(GainPoint(batch=batch, before_ms=one, after_ms=other, **setting, **size))
     if not points:
-        raise OptionError(f"no setting can be had: {refused[0] if refused else 'nothing was asked for'}")
+        raise OptionError(f"no setting can be had: {next(iter(refused)) if refused else 'nothing was asked for'}")
     return Gains(before.name, device.name, work.precision, tuple(points), tuple(refused))
 
 

@@ -57,9 +57,17 @@ class Link(BaseModel):
 
     def all_reduce_seconds(self, size: float, devices: int) -> float:
         """Time of one all-reduce of `size` bytes over so many devices."""
+        return min(self._ways(size, devices))
+
+    def is_one_kernel(self, size: float, devices: int) -> bool:
+        """Whether that is one kernel, which other work can be merged into, and no ring."""
+        small, large = self._ways(size, devices)
+        return small <= large
+
+    def _ways(self, size: float, devices: int) -> tuple[float, float]:
         moved = 2 * (devices - 1) / devices * size
         small = self.small_latency + self.small_latency_per_peer * (devices - 1) + moved / self.small_bandwidth
-        return min(small, self.large_latency + moved / self.large_bandwidth)
+        return small, self.large_latency + moved / self.large_bandwidth
 
 
 class Hardware(BaseModel):
@@ -67,6 +75,8 @@ class Hardware(BaseModel):
 
     `bandwidth_fraction`, `compute_fraction`: the part of the datasheet's number that good kernels reach, 1 at most.
     `kernel_latency`: what each kernel costs beside its work, under a CUDA graph or whatever launches them at best.
+    `eager_latency`: what the host needs to launch a kernel without a graph. `megakernel_latency`: what a GEMM or an
+    attention waits for the one before it where all are one kernel. None: not known, and refused where it is needed.
     `gemm_floor`: the least time of a GEMM kernel, however few its bytes. `processors`: what works on tiles side by
     side (SMs). `tiled`: whether GEMMs are computed in whole tiles (tensor cores do, vector units do not).
     `usable_memory`: the part that weights and caches may take. `price`: of one hour of one device.
@@ -83,6 +93,8 @@ class Hardware(BaseModel):
     compute_fraction: float = Field(gt=0, le=1)
     kernel_latency: float = Field(ge=0)
     gemm_floor: float = Field(ge=0)
+    eager_latency: float | None = Field(default=None, gt=0)
+    megakernel_latency: float | None = Field(default=None, gt=0)
     tiled: bool = True
     usable_memory: float = Field(default=0.9, gt=0, le=1)
     link: Link | None = None

@@ -13,13 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from fxfusion.cost.hardware import PRECISIONS
 from fxfusion.cost.sublayers import Attention, Ffn, Step, Sublayer
 from fxfusion.errors import OptionError
 
 Phase = Literal["decode", "prefill"]
+Launch = Literal["cuda-graph", "eager", "megakernel"]
+AllReduce = Literal["plain", "fused-norm"]
 _BITS = {"fp4": 4, "fp8": 8, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
 
 
@@ -30,6 +32,9 @@ class Workload:
 
     Activations, embeddings and the lm head stay in 16 bits, in 32 with fp32; so does the cache, unless `kv_precision`
     says otherwise. `tp`: devices that share every matrix.
+
+    What it runs on: `launch`, how its kernels are started; `all_reduce`: with `fused-norm` the residual's addition and
+    the norm behind it are part of its kernel (vLLM at O2, TensorRT-LLM).
     """
 
     precision: str = "bf16"
@@ -38,14 +43,18 @@ class Workload:
     phase: Phase = "decode"
     tp: int = 1
     kv_precision: str | None = None
+    launch: Launch = "cuda-graph"
+    all_reduce: AllReduce = "plain"
 
     def __post_init__(self) -> None:
         for name in ("precision", "kv_precision"):
             value = getattr(self, name)
             if value not in (*PRECISIONS, *((None,) if name == "kv_precision" else ())):
                 raise OptionError(f"{name}: expected one of {', '.join(PRECISIONS)}, got {value!r}")
-        if self.phase not in ("decode", "prefill"):
-            raise OptionError(f"phase: expected decode or prefill, got {self.phase!r}")
+        named: dict[str, Any] = {"phase": Phase, "launch": Launch, "all_reduce": AllReduce}
+        for name, kinds in named.items():
+            if getattr(self, name) not in get_args(kinds):
+                raise OptionError(f"{name}: expected {' or '.join(get_args(kinds))}, got {getattr(self, name)!r}")
         for name, least in (("batch", 1), ("tp", 1), ("context", int(self.phase == "prefill"))):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fxfusion.cost.hardware import Hardware
-from fxfusion.cost.kernels import Phase, Workload
+from fxfusion.cost.kernels import AllReduce, Launch, Phase, Workload
 from fxfusion.cost.layer_table import LayerTable
 from fxfusion.cost.memory import Bytes, step_bytes
 from fxfusion.cost.read_table import read_table
@@ -133,6 +133,8 @@ def simulate(
     groups: Iterable[Sequence[int | str]] = (),
     unfuse: Mapping[int, int] | None = None,
     price: float | None = None,
+    launch: Launch = "cuda-graph",
+    all_reduce: AllReduce = "plain",
 ) -> Simulation:
     """Predict one step of a model, which needs no weights.
 
@@ -146,6 +148,7 @@ def simulate(
         plan, groups: attention that goes, FFNs that become one, by position in the table, padding slots included.
         unfuse: layers whose FFN is first split into so many equal ones, `{125: 8}`.
         price: of one device for an hour (default: the one of the hardware, if any).
+        launch, all_reduce: what the model runs on, see `Workload`.
 
     Raises:
         OptionError: what cannot be read or cut so, or what the device cannot do; the message names it.
@@ -154,7 +157,8 @@ def simulate(
     table = model if isinstance(model, LayerTable) else read_table(model)
     resolved = None if plan is None else FusionPlan.resolve(plan)
     step = arrange(table, resolved, groups, unfuse)
-    work = Workload(precision=precision, batch=batch, context=context, phase=phase, tp=tp, kv_precision=kv_precision)
+    given: dict[str, Any] = {"precision": precision, "batch": batch, "context": context, "phase": phase, "tp": tp}
+    work = Workload(**given, kv_precision=kv_precision, launch=launch, all_reduce=all_reduce)
     measured = None if resolved is None else resolved.quality
     quality = None if measured is None else measured.model_dump(mode="json", exclude_none=True)
     return simulate_step(step, work, Hardware.of(hardware), price=price, quality=quality)

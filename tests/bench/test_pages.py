@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from bench import choosing, recovery, recovery_training, roads
+from bench import choosing, gpu, recovery, recovery_training, roads
 from bench.performance_page import figures, page
 from bench.record import Measurement, Record
 from bench.show import DOCS
@@ -15,6 +15,7 @@ RENEW = "python -m bench.performance_page"
 
 def test_the_page_is_what_the_files_make_of_it() -> None:
     assert (DOCS / "performance.md").read_text("utf-8") == page(), RENEW
+    assert (DOCS / "gpu_predictions.md").read_text("utf-8") == gpu.page(), RENEW
 
 
 def test_its_figures_are_there(tmp_path: Path) -> None:

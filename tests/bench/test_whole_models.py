@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import whole_models
+from bench.grid import Limits
 from bench.record import Measurement
 from bench.whole_models import SIZES, Case, WindowCase, cases, measure_windows, rearranged, window_columns, windows_of
 from fxfusion import FusionPlan
@@ -39,8 +40,7 @@ def test_what_is_measured() -> None:
 
 
 def test_windows_cover_all_layers() -> None:
-    model = small()
-    assert windows_of(model, 2) == [[0, 1], [2, 3], [4, 5]] and windows_of(model, 4) == [[0, 1, 2, 3], [4, 5]]
+    assert windows_of(6, 2) == [[0, 1], [2, 3], [4, 5]] and windows_of(6, 4) == [[0, 1, 2, 3], [4, 5]]
 
 
 @torch.no_grad()
@@ -52,23 +52,22 @@ def test_the_rearranged_model_is_another_function_and_the_old_one_afterwards() -
 
     model, ids = small(), torch.arange(9)[None]
     before = model(input_ids=ids).logits
-    with rearranged(model, windows_of(model, 2), wide=False):
+    with rearranged(model, windows_of(6, 2), wide=False):
         hoisted = model(input_ids=ids).logits
-    with rearranged(model, windows_of(model, 2), wide=True):
+    with rearranged(model, windows_of(6, 2), wide=True):
         wide = model(input_ids=ids).logits
     assert torch.equal(model(input_ids=ids).logits, before)
-    fused = fxfusion.fuse(copy.deepcopy(model), FusionPlan(groups=windows_of(model, 2), hoist=True), check=False)
+    fused = fxfusion.fuse(copy.deepcopy(model), FusionPlan(groups=windows_of(6, 2), hoist=True), check=False)
     scale = before.abs().max()
     assert (fused(input_ids=ids).logits - hoisted).abs().max() < 1e-4 * scale
     assert (hoisted - before).abs().max() > 1e-2 * scale and (wide - hoisted).abs().max() > 1e-2 * scale
 
 
 def test_a_form_that_computes_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_it_is(run: Any, mode: str, model: Any, name: str) -> Any:
+    def as_it_is(run: Any, mode: str, size: Any, name: str) -> Any:
         return run
 
     monkeypatch.setattr(whole_models, "_compiled", as_it_is)
-    monkeypatch.setattr(whole_models, "compiled", lambda run, mode: run)
     with pytest.raises(RuntimeError, match="the logits of hoist 2 is off by"):
         measure_windows(SMALL, small(), (), rounds=1, threads=1)
 
@@ -77,9 +76,18 @@ def test_a_form_that_computes_something_else_is_an_error(monkeypatch: pytest.Mon
 @pytest.mark.compile
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_small_case(phase: str) -> None:
-    of = WindowCase(Case("small", phase, 8, torch.float32), (2,))
-    found = measure_windows(of, small(), (), rounds=2, threads=1, sample_seconds=0.001)
-    assert found.place["windows"] == "2" and set(found.samples) == {"intact", "hoist 2", "wide 2", "intact again"}
+    of = WindowCase(Case("small", phase, 8, torch.float32), (2,), dropped=True)
+    limits = Limits(bandwidth=1e10, rate={torch.float32: 1e12})
+    found = measure_windows(
+        of, small(), ("default", "max-autotune"), limits=limits, rounds=2, threads=1, sample_seconds=0.001
+    )
+    forms = {"intact", "hoist 2", "wide 2", "dropped", "intact again", "intact, max-autotune"}
+    assert found.place["windows"] == "2" and set(found.samples) == forms
+    assert {"intact/dropped", "intact, max-autotune/wide 2"} < set(found.ratios)
+    shares = {
+        name: found.facts[f"share of limit, {name}"] * found.medians[name].value for name in ("intact", "dropped")
+    }
+    assert 0 < shares["dropped"] < shares["intact"]  # it reads less
 
 
 def made_up() -> Measurement:

@@ -82,10 +82,23 @@ def test_the_gain_over_sizes_and_batches(run: Run, tmp_path: Path) -> None:
     args = ["simulate", "nemotron-super-49b", "--precision", "fp8", "--sweep", "--output", tmp_path / "gain.csv"]
     ran = run(*args)
     assert ran.code == 0 and "hidden size" in ran.out and f"written: {tmp_path / 'gain.csv'}" in ran.out
-    assert (tmp_path / "gain.csv").read_text().startswith("tp,batch,scale,hidden,before_ms,after_ms,gain\n")
+    heads = "launch,all_reduce,tp,batch,scale,hidden,before_ms,after_ms,gain\n"
+    assert (tmp_path / "gain.csv").read_text().startswith(heads)
+    assert all(words in ran.out for words in ("fusing on cuda-graph, fused-norm", "on megakernel", "gains under 2% in"))
     named = run("simulate", "nemotron-super-49b", "--sweep", "--groups", "42-50", "--json").json["points"]
     undone = run("simulate", "nemotron-ultra-253b", "--sweep", "--unfuse", "125:8", "--json").json["points"]
     assert all(point["gain"] > 1 for point in (*named, *undone))
+    alone = run("simulate", "nemotron-super-49b", "--sweep", "--launch", "eager", "--json").json["points"]
+    assert {(point["launch"], point["all_reduce"]) for point in alone} == {("eager", "plain")}
+
+
+def test_what_it_runs_on(run: Run) -> None:
+    args = ["simulate", "llama-3.3-70b", *H100]
+    assert "8 x h100, cuda-graph, all-reduce plain" in run(*args).out
+    found = run(*args, "--all-reduce", "fused-norm", "--json").json
+    assert (found["launch"], found["all_reduce"]) == ("cuda-graph", "fused-norm")
+    plain, eager = (run(*args, *more, "--json").json for more in ((), ("--launch", "eager")))
+    assert found["latency_ms"] < plain["latency_ms"] < eager["latency_ms"]
 
 
 def test_a_file_of_this_machine(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +117,7 @@ def test_a_file_of_this_machine(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
         (["no-such-model"], "no-such-model: no such file or folder with a config.json, and no table of that name"),
         (["llama-3.3-70b", "--hardware", "h1000"], "no device 'h1000'"),
         (["llama-3.3-70b", "--precision", "fp9"], "--precision: expected one of fp4"),
+        (["llama-3.3-70b", "--hardware", "cpu", "--launch", "eager"], "launch 'eager': cpu has no eager_latency"),
         (["llama-3.3-70b", "--tp", "3"], "which tp 3 does not divide"),
         (["llama-3.3-70b", "--unfuse", "3"], "--unfuse: expected a layer and a number of members such as 125:8"),
         (["llama-3.3-70b", "--unfuse", "3:2", "--unfuse", "3:4"], "--unfuse: layer 3 is named twice"),

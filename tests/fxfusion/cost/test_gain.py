@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fxfusion.cost import Hardware, Workload, arrange, gains
-from fxfusion.cost.gain import Gains, scaled
+from fxfusion.cost.gain import BASELINES, Gains, scaled
 from fxfusion.cost.published import published_step
 from fxfusion.errors import OptionError
 from tests.fxfusion.cost.test_sublayers import table
@@ -30,12 +30,27 @@ def test_it_pays_where_kernels_are_small(found: Gains) -> None:
     assert gain[0.25, 1, 1024] < gain[0.25, 1, 1]
 
 
+def test_the_better_the_baseline_the_less_fusing_gains() -> None:
+    before, after = published_step("253B before fusion"), published_step("253B")
+    few = {"sizes": (1, 8), "batches": (1,), "scales": (1.0,)}
+    found = gains(before, after, Workload(precision="fp8"), H100, **few, baselines=BASELINES)
+    gain = {(point.baseline, point.tp): point.gain for point in found.points}
+    assert found.baselines == ("cuda-graph", "cuda-graph, fused-norm", "eager", "megakernel")
+    assert gain["eager", 8] > gain["cuda-graph", 8] > gain["cuda-graph, fused-norm", 8] > gain["megakernel", 8] > 1.02
+    assert max(gain[baseline, 1] for baseline in found.baselines) < 1.02
+    assert found.little == "fusing gains under 2% in 4 of 8 settings"
+    cpu = gains(before, after, Workload(), Hardware.of("cpu"), sizes=(1,), baselines=BASELINES, scales=(1.0,))
+    assert cpu.baselines == ("cuda-graph", "cuda-graph, fused-norm")
+    assert cpu.refused[0].startswith("scale 1, tp 1: launch 'eager': cpu has no eager_latency")
+
+
 def test_table_and_plot(found: Gains, tmp_path: Path) -> None:
     with found.save(tmp_path / "gain.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["gain"]) for row in rows] == [point.gain for point in found.points]
     assert found.save(tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in found.save(tmp_path / "gain.svg").read_text()
+    drawn = found.save(tmp_path / "gain.svg").read_text()
+    assert "<svg" in drawn and "mathdefault" not in drawn  # ticks are numbers, not formulas
     with pytest.raises(OptionError, match=r"gain.txt: expected a name that ends in .csv, .png, .svg, .pdf"):
         found.save(tmp_path / "gain.txt")
 

@@ -93,6 +93,37 @@ def test_tensor_parallelism_counts_one_all_reduce_for_each_sublayer() -> None:
     assert simulate("nemotron-ultra-253b", tp=8).all_reduces == 64 + 81
 
 
+def test_norms_that_are_part_of_all_reduces_cost_their_bytes() -> None:
+    """Each sublayer's norm but the first, and the one before the head, lose their kernel; nothing else changes."""
+    plain, merged = simulate(table(), tp=8), simulate(table(), tp=8, all_reduce="fused-norm")
+    assert (plain.kernels - merged.kernels, merged.all_reduces) == (6, plain.all_reduces)
+    assert plain.seconds.launch - merged.seconds.launch == pytest.approx(6 * H100.kernel_latency)
+    assert plain.seconds.bandwidth == pytest.approx(merged.seconds.bandwidth)
+    alone = simulate(table(), all_reduce="fused-norm")
+    assert alone.seconds == simulate(table()).seconds  # nothing to be part of
+    many = {"tp": 8, "batch": 16384}  # a ring, into which nothing can be merged
+    assert simulate(table(), **many, all_reduce="fused-norm").seconds == simulate(table(), **many).seconds
+
+
+def test_without_a_graph_the_host_may_be_what_takes_longer() -> None:
+    graph, eager = simulate(table(), tp=8), simulate(table(), tp=8, launch="eager")
+    assert eager.seconds.total == pytest.approx((graph.kernels + 6) * (H100.eager_latency or 0))
+    assert eager.seconds.total > graph.seconds.total
+    large = {"batch": 4096, "context": 16}
+    busy = simulate("llama-3.3-70b", launch="eager", **large)
+    assert busy.seconds == simulate("llama-3.3-70b", **large).seconds  # the device is
+
+
+def test_one_kernel_waits_once_for_each_gemm_and_attention() -> None:
+    graph, one = simulate(table("A512"), tp=8), simulate(table("A512"), tp=8, launch="megakernel")
+    assert (one.kernels, one.all_reduces) == (1, 2)
+    waits = len(("qkv", "attention", "out", "gate and up", "down", "lm head"))
+    assert one.seconds.launch == pytest.approx(waits * (H100.megakernel_latency or 0))
+    assert (one.seconds.bandwidth, one.seconds.all_reduce) == (graph.seconds.bandwidth, graph.seconds.all_reduce)
+    merged = simulate(table("A512"), tp=8, launch="megakernel", all_reduce="fused-norm")
+    assert merged.seconds == one.seconds  # a norm has no kernel of its own anyway
+
+
 def test_key_value_heads_are_copied_where_there_are_too_few() -> None:
     few = table(num_key_value_heads=2)
     assert simulate(few, tp=8).bytes.cache == simulate(few, tp=2).bytes.cache
@@ -231,6 +262,8 @@ def test_times_add_up() -> None:
         ({"context": -1}, "context: expected a whole number from 0 on, got -1"),
         ({"context": 0, "phase": "prefill"}, "context: expected a whole number from 1 on, got 0"),
         ({"phase": "training"}, "phase: expected decode or prefill, got 'training'"),
+        ({"launch": "fast"}, "launch: expected cuda-graph or eager or megakernel, got 'fast'"),
+        ({"all_reduce": "fused"}, "all_reduce: expected plain or fused-norm, got 'fused'"),
         ({"tp": 3}, "the attention of layer 0 has 16 heads, which tp 3 does not divide"),
         ({"tp": 16}, "tp 16: the link of h100 joins 8 devices"),
         ({"tp": True}, "tp: expected a whole number"),
