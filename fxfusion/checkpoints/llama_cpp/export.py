@@ -38,7 +38,7 @@ _DTYPES = {name: dtype for dtype, name in _OF_DTYPE.items()}
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # gguf.LlamaFileType
 _TABLES = ("token_embd.weight", "output.weight")
 _ALIGNMENT = 32
-_VALUES = 2**22  # at a time
+_VALUES = 2**20  # at a time
 
 
 @dataclass(frozen=True, slots=True)
