@@ -39,6 +39,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fxfusion
+from bench.real_model import PAIRS, fetch
 from bench.record import Measurement, Scalar, arguments, record
 from bench.reference import load_model, load_tokenizer
 from bench.show import ratio_table
@@ -49,11 +50,12 @@ from fxfusion.plan.fusion_plan import FusionPlan
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "engines"
 _TAIL = 4000  # characters of a failed script's output
-RUNS: dict[str, tuple[str, str, dict[str, bool]]] = {
+RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mlx-lm": ("mlx", "time_mlx.py", {}),
     "vllm, eager": ("vllm", "time_vllm.py", {"enforce_eager": True}),
     "vllm, compiled": ("vllm", "time_vllm.py", {"enforce_eager": False}),
 }
+LLAMA_CPP = [(kind, threads) for kind in ("f32", "q8_0", "q4_0") for threads in (1, 2)]
 FASTER, CONTROL = "unfused/fused", "unfused/control"
 _TIMEOUT = 1800.0  # seconds; compiling takes minutes on few cores
 HOISTED = FusionPlan(groups=[[2, 3, 4, 5], [6, 7, 8]], hoist=True)
@@ -249,8 +251,10 @@ def run_command(
 
 def main() -> None:
     parser = arguments(__doc__, rounds=60)
-    parser.add_argument("--only", choices=RUNS)
+    parser.add_argument("--only", choices=[*RUNS, "llama.cpp"])
     chosen = parser.parse_args()
+    if chosen.only == "llama.cpp":
+        return time_llama_cpp(chosen.rounds)
     names = [chosen.only] if chosen.only else list(RUNS)
     engines: dict[str, Any] = {}
     measurements: list[Measurement] = []
@@ -263,6 +267,41 @@ def main() -> None:
     print(ratio_table(measurements, [(FASTER, "fused, times faster [95 %]"), (CONTROL, "control [95 %]")]))
     if chosen.only is None:
         print("recorded:", record("engines", engines, measurements=measurements).name)
+
+
+def time_llama_cpp(rounds: int) -> None:
+    """SmolLM2-135M in llama.cpp, intact and with seven pairs in each form; a file of its own in `bench/results/`."""
+    measurements: list[Measurement] = []
+    versions: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for kind, threads in LLAMA_CPP:
+            print(f"timing {kind}, threads {threads}", flush=True)
+            root = Path(scratch)
+            files = {form: str(_real_file(root, form, kind)) for form in ("unfused", "hoisted", "wide")}
+            request = {"folders": {**files, "control": files["unfused"]}, "rounds": rounds}
+            (root / "request.json").write_text(json.dumps({**request, "options": {"threads": threads}}))
+            arguments = [root / "request.json", root / "result.json"]
+            run_script("llama-cpp", "time_llama_cpp.py", arguments, root, timeout=_TIMEOUT)
+            found = json.loads((root / "result.json").read_text("utf-8"))
+            versions = found["versions"]
+            pairs = ["unfused/hoisted", "unfused/wide", CONTROL]
+            for workload, values in found["workloads"].items():
+                engine = f"llama.cpp, {kind}, {threads} thread{'s' * (threads > 1)}"
+                measurements.append(_workload(engine, workload, pairs=pairs, **values))
+    columns = [(name, f"{name.partition('/')[2]} [95 %]") for name in pairs]
+    print(ratio_table(measurements, columns))
+    print("recorded:", record("llama_cpp", {"versions": versions}, measurements=measurements).name)
+
+
+def _real_file(root: Path, form: str, kind: str) -> Path:
+    path = root / f"{form}-{kind}.gguf"
+    if not path.exists():
+        model = fxfusion.from_pretrained(fetch())
+        mixers = {"hoisted": "hoist", "wide": "wide"}.get(form)
+        if mixers is not None:
+            fxfusion.fuse(model, FusionPlan(groups=[{"members": list(pair), "mixers": mixers} for pair in PAIRS]))
+        fxfusion.save_pretrained(model, path, "gguf", gguf_type=kind)
+    return path
 
 
 def _time(name: str, root: Path, rounds: int) -> tuple[dict[str, Any], list[Measurement]]:
@@ -280,15 +319,17 @@ def _time(name: str, root: Path, rounds: int) -> tuple[dict[str, Any], list[Meas
     return {"versions": found["versions"], "options": options}, measurements
 
 
-def _workload(engine: str, workload: str, tokens: int, seconds: dict[str, list[float]]) -> Measurement:
+def _workload(
+    engine: str, workload: str, tokens: int, seconds: dict[str, list[float]], pairs: Sequence[str] = (FASTER, CONTROL)
+) -> Measurement:
     """`tokens`: written or read by one call."""
     speeds: dict[str, Scalar] = {
         f"tokens_per_second, {name}": round(tokens / statistics.median(times), 1) for name, times in seconds.items()
     }
     samples = {name: [round(one, 5) for one in times] for name, times in seconds.items()}
-    pairs = [tuple(name.split("/")) for name in (FASTER, CONTROL)]
+    compared = [tuple(name.split("/")) for name in pairs]
     place = {"engine": engine, "workload": workload}
-    return Measurement.of(place, samples, pairs, facts={"tokens_per_call": tokens, **speeds})
+    return Measurement.of(place, samples, compared, facts={"tokens_per_call": tokens, **speeds})
 
 
 if __name__ == "__main__":
