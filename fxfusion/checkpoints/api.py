@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.nemotron_nas.members import load_unfused
 from fxfusion.checkpoints.per_layer import export as per_layer_export
+from fxfusion.checkpoints.quantised import grid_of
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE
 from fxfusion.compiler.unwrap import offloaded
@@ -38,6 +40,7 @@ from fxfusion.plan.fusion_plan import FusionPlan
 
 FORMATS = ("canonical", "nemotron-nas", "transformers", "gguf")
 Format = Literal["canonical", "nemotron-nas", "transformers", "gguf"]
+Quantize = Literal["int8", "int4"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
@@ -50,6 +53,8 @@ def save_pretrained(
     tokenizer: Any = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     gguf_type: GgufType | None = None,
+    quantize: Quantize | None = None,
+    group_size: int | None = None,
     card: Card | Mapping[str, Any] | None = None,
     progress: bool = False,
     overwrite: bool = False,
@@ -71,6 +76,10 @@ def save_pretrained(
         max_shard_size: bytes of a file at most, or text such as `"500MB"`.
         gguf_type: of the matrices of a GGUF file: `"f32"`, `"f16"`, `"bf16"`, `"q8_0"` or `"q4_0"`; None: the model's
             dtype. Norms stay float32; with q4_0 embedding and head are q8_0.
+        quantize: `"int8"` or `"int4"`: of formats nemotron-nas and transformers, the linear layers of the decoder's
+            layers as integers, by torchao, weight-only; transformers loads them, fxfusion does not. A byte for a weight
+            of 4 bits, too; GGUF packs them. What `refit(grid=...)` put on the same grid stays as it is.
+        group_size: inputs that share a scale, 32 by default; it must divide those of every such layer.
         card: what README.md should say beside base model, licence and plan: fields of `Card`, such as
             `{"quality": {"perplexity": 21.4}, "engines": ["vLLM 0.32"]}`.
         progress: say how far it is, on the error stream.
@@ -82,12 +91,14 @@ def save_pretrained(
             setting or file. What was in the folder before is as it was.
         SurgeryError: the model was fused in another process, so its members are not known; or the plan cannot be
             applied to it.
-        OptionError: no such format, or no such type.
+        OptionError: no such format or type, a format that is not quantised so, or a layer whose inputs are no whole
+            groups.
     """
     if format not in FORMATS:
         raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     if gguf_type is not None and format != "gguf":
         raise OptionError(f"gguf_type is of format gguf, not of {format}")
+    grid = grid_of(quantize, group_size, format)
     check = gguf_export.check_target if format == "gguf" else check_replaceable
     check(directory, overwrite=overwrite)
     chosen = None if plan is None else FusionPlan.resolve(plan)
@@ -100,6 +111,11 @@ def save_pretrained(
         options: dict[str, Any] = {"progress": progress, "overwrite": overwrite}
         gguf_export.save(bare, directory, type=gguf_type, tokenizer=tokenizer, about=about, **options)
         return
+    if grid is not None:
+        words = f"The linear layers of its layers are {grid.bits}-bit integers, in groups of {grid.group}, by torchao: "
+        words += "`transformers` loads them with that package installed."
+        own = Card.of(card)
+        card = replace(own, notes=f"{own.notes}\n\n{words}".strip())
     companions = Companions.of(bare, tokenizer)
     text = partial(card_text, bare, chosen or plan_of(bare), format, card)
     where = Path(directory)
@@ -116,7 +132,7 @@ def save_pretrained(
     if chosen is not None:
         fuse(model, chosen)
     exporter = per_layer_export if format == "transformers" else nemotron_export
-    exporter.save(model, where, tokenizer=companions, **more)
+    exporter.save(model, where, tokenizer=companions, grid=grid, **more)
 
 
 def from_pretrained(

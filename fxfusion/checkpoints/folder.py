@@ -282,11 +282,11 @@ def write_file(path: Path, data: bytes | str) -> None:
         write(file, data.encode() if isinstance(data, str) else data)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
     """A new safetensors file with these tensors, contiguous ones on the CPU that share no memory; none is copied."""
     with create(path) as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-    serialize(path, tensors)
+    serialize(path, tensors, notes)
     path.chmod(mode)  # the library makes files that their owner alone can read
 
 
@@ -298,12 +298,12 @@ def write(file: IO[bytes], data: bytes) -> None:
     file.write(data)
 
 
-def serialize(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def serialize(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        save_file(dict(tensors), path, {"format": "pt"})
+        save_file(dict(tensors), path, {"format": "pt", **(notes or {})})
     except SafetensorError as error:  # a full disk, too
         raise OSError(str(error)) from error
 

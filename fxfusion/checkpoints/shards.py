@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ def write_shards(
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: bool = False,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
     """Write `model.safetensors`, or shards and their index, into an existing folder.
 
@@ -114,6 +115,7 @@ def write_shards(
         tensors: their values, in any order, on any device.
         max_shard_size: bytes, or text such as `"500MB"`.
         progress: say how far it is, on the error stream.
+        notes: texts that every file has in its header.
 
     Raises:
         CheckpointError: a tensor that is not in `facts`, comes twice, not at all, or in another shape or dtype.
@@ -133,7 +135,7 @@ def write_shards(
             shards[file][name] = _alone(tensor, taken[file])
             del tensor
             if len(shards[file]) == len(layout.files[file]):
-                write_tensors(folder / file, shards.pop(file))
+                write_tensors(folder / file, shards.pop(file), notes)
                 advance(sum(one.nbytes for one in layout.files[file]))
         if places:
             raise CheckpointError(f"{next(iter(places))} is missing among the tensors to write")

@@ -10,7 +10,7 @@ import typer
 
 import fxfusion
 from fxfusion.cli import options
-from fxfusion.cli.options import Format, GgufType, check_model, check_output, show_layers, show_members
+from fxfusion.cli.options import Format, GgufType, Quantize, check_model, check_output, show_layers, show_members
 from fxfusion.cli.results_folder import QUALITY, ResultsFolder, contents
 from fxfusion.cli.screen import Screen
 from fxfusion.cli.session import Conversion, Run, command
@@ -26,6 +26,13 @@ Measured = Annotated[
     typer.Option(
         "--results", metavar="FOLDER", help="Put what `eval` measured there into the card.", show_default=False
     ),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option("--quantize", help="Linear layers of the layers as integers (torchao).", show_default=False),
+]
+GroupSize = Annotated[
+    int | None, typer.Option("--group-size", min=1, help="Inputs that share a scale.", show_default="32")
 ]
 _MEASURES = ("perplexity", "kl", "top1", "top5")  # of the card
 
@@ -75,6 +82,8 @@ def export(
     max_shard_size: options.ShardSize = "2GB",
     format: options.FormatOption = Format.nemotron_nas,
     gguf_type: options.GgufTypeOption = GgufType.auto,
+    quantize: QuantizeOption = None,
+    group_size: GroupSize = None,
 ) -> dict[str, Any]:
     """Write a model with its fused FFNs as ordinary wide ones, for engines, and say who loads it.
 
@@ -88,6 +97,8 @@ def export(
     from fxfusion.cli import inputs
 
     inputs.check_format(run.model_dir, format, output=output, gguf_type=gguf_type)
+    rounding: dict[str, Any] = {"quantize": quantize and quantize.value, "group_size": group_size}
+    inputs.check_rounding(run.model_dir, format, chosen, **rounding)
     if run.dry_run:
         return result | outline(run, chosen, format, max_shard_size, gguf_type)
     from fxfusion.models.ffn_surgery.record import plan_of
@@ -96,7 +107,7 @@ def export(
     if chosen is not None:
         with run.screen.busy("fusing"):
             fxfusion.fuse(model, chosen)
-    more = {"card": _card(results, plan_of(model)), "gguf_type": inputs.read_type(gguf_type)}
+    more = {"card": _card(results, plan_of(model)), "gguf_type": inputs.read_type(gguf_type), **rounding}
     _write(run, model, output, format, max_shard_size, **more)
     engines = engines_of(output)
     say_engines(run.screen, engines)
@@ -259,14 +270,16 @@ def engines_of(written: Path) -> dict[str, str | None]:
     from fxfusion.checkpoints.gguf.header import is_gguf
     from fxfusion.checkpoints.nemotron_nas import export as nemotron
     from fxfusion.checkpoints.per_layer import export as per_layer
+    from fxfusion.checkpoints.quantised import engines_of_quantised
     from fxfusion.checkpoints.reading import SafeFolder
     from fxfusion.cli.inputs import is_nemotron
 
     if is_gguf(written):
         return {"llama.cpp": None}
-    if is_nemotron(written):
-        return nemotron.engines_that_load(SafeFolder.of(written).json("config.json"))
     config = SafeFolder.of(written).json("config.json")
+    if is_nemotron(written):
+        found = nemotron.engines_that_load(config)
+        return engines_of_quantised(found) if config.get("quantization_config") else found
     return per_layer.engines_that_load(config) if per_layer.is_ours(config) else {}
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from fxfusion.analysis.batches import require_causal
 from fxfusion.analysis.planned import analyse_without
 from fxfusion.analysis.texts import batches_from_text
+from fxfusion.checkpoints import quantised
 from fxfusion.checkpoints.api import from_pretrained
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, read_plan
 from fxfusion.checkpoints.canonical_save import refuse_removed
@@ -168,6 +169,16 @@ def check_format(
         )
     elif format is Format.transformers:
         ExportPlan.of(build_without_weights(folder))
+
+
+def check_rounding(
+    folder: Path, format: Format, plan: FusionPlan | None, quantize: str | None, group_size: int | None
+) -> None:
+    """Raises where the model of a folder, under a plan, cannot be quantised so, by its shapes."""
+    grid = quantised.grid_of(quantize, group_size, format.value)
+    if grid is not None:
+        model = build_without_weights(folder)
+        quantised.check_layers(model if plan is None else fuse(model, plan), grid)
 
 
 def read_type(given: GgufType) -> Any:

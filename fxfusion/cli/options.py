@@ -73,6 +73,13 @@ class GgufType(str, Enum):
     q4_0 = "q4_0"
 
 
+class Quantize(str, Enum):
+    """What an export makes of linear layers."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
 class Preset(str, Enum):
     """Rules instead of a budget."""
 

@@ -63,6 +63,15 @@ SidesOption = Annotated[
     Sides,
     typer.Option("--sides", help="both: what reads the stream (gate, up, q, k, v) too; out: what adds to it."),
 ]
+GridOption = Annotated[
+    str | None,
+    typer.Option(
+        "--grid",
+        metavar="int4:GROUP|int8:GROUP",
+        help="Fit to what `export --quantize` stores (int4:32: gguf's q4_0 too), errors fed back (GPTQ).",
+        show_default=False,
+    ),
+]
 MemoryLimit = Annotated[
     str | None,
     typer.Option(metavar="BYTES", help="For sums and solutions, such as 2G.", show_default="half of what is free"),
@@ -99,6 +108,7 @@ def refit(
     reference: RefitReference = Reference.intact,
     later: LaterOption = Later.all,
     sides: SidesOption = Sides.both,
+    grid: GridOption = None,
     memory_limit: MemoryLimit = None,
     format: options.FormatOption = Format.canonical,
     max_shard_size: options.ShardSize = "2GB",
@@ -110,8 +120,11 @@ def refit(
     speed. A layer is changed only where that helps on text that was not fitted to. MODEL stays as it is; a run that
     was stopped goes on from --results.
     """
+    from fxfusion.models.weight_grid import WeightGrid
+
     chosen = fxfusion.FusionPlan.load(plan)
     limit = read(memory_limit, read_bytes, "--memory-limit")
+    on = read(grid, WeightGrid.parse, "--grid")
 
     def layout() -> None:
         from fxfusion.cli import inputs
@@ -119,18 +132,19 @@ def refit(
         inputs.check_format(run.model_dir, format, chosen, output=output, gguf_type=gguf_type)
 
     run.check(output=output, reads=[plan, *(validation or ())], intact=True, layout=layout)
-    result = {
+    result: dict[str, Any] = {
         "model": str(run.model_dir),
         "output": str(output),
         "format": format.value,
         "reference": reference.value,
         "later": later.value,
         "sides": sides.value,
+        **({} if on is None else {"grid": str(on)}),
     }
     if run.dry_run:
         work = [Work("loss of the intact model", 1), Work("sums for each block, in both models")]
         return result | run.plan_dry_run(work, [output])
-    how = {"reference": reference.value, "later": later.value, "sides": sides.value}
+    how: dict[str, Any] = {name: result[name] for name in ("reference", "later", "sides", "grid") if name in result}
     found = _refit(run, chosen, how, validation, limit)
     record = _show_fits(run, found)
     write_refitted(run, found, chosen, output, format, max_shard_size, gguf_type=gguf_type)

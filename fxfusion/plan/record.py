@@ -128,7 +128,8 @@ class LayerFit(Record):
     )
 
     def __str__(self) -> str:
-        words = f"at penalty {self.penalty:g}" if self.applied else "left as it was"
+        fitted = "rounded" if self.penalty is None else f"at penalty {self.penalty:g}"
+        words = fitted if self.applied else "left as it was"
         return f"{self.name} ({self.side}): error {self.before:.3g} -> {self.after:.3g}, {words}"
 
 
@@ -139,6 +140,7 @@ class Refit(Record):
     reference: Literal["unfused", "intact"] = Field(description="the model that it was refitted to")
     later: Literal["none", "ffn", "all"] = Field(description="which layers after the groups: none, FFNs, attention too")
     sides: Literal["out", "both"] = Field(default="out", description="which ends of the blocks: see `LayerFit.side`")
+    grid: str | None = Field(default=None, description="of weights that were rounded to one: int4:GROUP or int8:GROUP")
     tokens: _Count = Field(description="calibration tokens")
     held_out_tokens: _Count = Field(description="tokens that decided on penalties, and whether a layer was changed")
     fingerprint: str = Field(description="digest over the text")
@@ -147,10 +149,10 @@ class Refit(Record):
     fits: tuple[LayerFit, ...] = ()
 
     def __str__(self) -> str:
-        changed = sum(fit.applied for fit in self.fits)
+        changed, grid = sum(fit.applied for fit in self.fits), f", grid: {self.grid}" if self.grid else ""
         return (
             f"refitted to the {self.reference} model on {self.tokens:,} tokens: {changed} of {len(self.fits)} layers "
-            f"changed (later: {self.later}, sides: {self.sides}); loss on {self.held_out_tokens:,} other tokens "
+            f"changed (later: {self.later}, sides: {self.sides}{grid}); loss on {self.held_out_tokens:,} other tokens "
             f"{self.loss_before:.4g} -> {self.loss_after:.4g}"
         )
 

@@ -6,19 +6,21 @@ what the parts before it left (block Gauss-Seidel, which goes towards the soluti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxfusion.errors import OptionError
+from fxfusion.models.weight_grid import WeightGrid
 from fxfusion.recovery.gram import GramSums, parts_of
 from fxfusion.recovery.projections import Projection
 from fxfusion.recovery.streams import Streams
 
 PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 1.0)
+DAMPING = 1e-2  # of what is rounded without a fit, as a part of the mean diagonal
 _Parameters = tuple[Tensor, Tensor | None]  # weight and bias
 _SWEEPS = 2  # over the parts, where there is more than one
 
@@ -27,7 +29,8 @@ _SWEEPS = 2  # over the parts, where there is more than one
 class Fitted:
     """`penalty`: as a part of the mean diagonal; of several parts, that of the last. `before`, `after`: distance of the
     stream from the reference's on the text for validation, as a part of the size of the latter. `applied`: False where
-    nothing was better than the layer as it was; `why` says more."""
+    nothing was better than the layer as it was; `why` says more. On a grid, "as it was" means rounded to the nearest,
+    and a layer that is applied without a penalty was rounded with feedback, and not fitted."""
 
     penalty: float | None
     before: float
@@ -39,32 +42,38 @@ class Fitted:
 
 @dataclass(slots=True, kw_only=True)
 class Fitter:
-    """`calibration`: what is fitted to; `validation`: what decides. `limit`: bytes."""
+    """`calibration`: what is fitted to; `validation`: what decides. `limit`: bytes. `grid`: what weights must be on,
+    and are on already, rounded to the nearest; `exact`: what they were before that."""
 
     model: nn.Module
     calibration: Streams
     validation: Streams
     limit: int
     penalties: Sequence[float] = PENALTIES
+    grid: WeightGrid | None = None
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def fit(self, projection: Projection) -> Fitted:
         """Refit one layer in place; its parameters stay as they are where that is no better."""
         weight = self.model.get_parameter(projection.weight)
         bias = None if projection.bias is None else self.model.get_parameter(projection.bias)
-        old = weight.detach().clone(), None if bias is None else bias.detach().clone()
-        width = projection.width + (bias is not None)
-        parts = parts_of(width, projection.hidden, len(self.penalties), self.limit, projection.name)
+        exact = self.exact[projection.weight] if self.grid is not None else weight.detach().clone()
+        old = exact, None if bias is None else bias.detach().clone()
+        width, unit = projection.width + (bias is not None), 1 if self.grid is None else self.grid.group
+        tried = len(self.penalties) + (0 if self.grid is None else 2)  # what is rounded takes some, too
+        parts = parts_of(width, projection.hidden, tried, self.limit, projection.name, unit)
         steps = parts * (1 if len(parts) == 1 else _SWEEPS)
         first = last = penalty = None
-        why = ""
+        why, applied = "", False
         for part in steps:
             found = self._part(projection, weight, bias, part, old)
             first = found.before if first is None else first
             last, why = found.after, found.why
             penalty = found.penalty if found.penalty is not None else penalty
+            applied |= found.applied
         assert first is not None and last is not None
-        if penalty is None:
+        if not applied:
             return Fitted(penalty=None, before=first, after=first, applied=False, parts=len(parts), why=why)
         return Fitted(penalty=penalty, before=first, after=last, applied=True, parts=len(parts))
 
@@ -85,18 +94,19 @@ class Fitter:
             before, _ = self._errors(projection, now, [])
             return Fitted(penalty=None, before=before, after=before, applied=False, parts=1, why="its inputs are zero")
         moved = now.values() - _Channels(projection, *old, part).values()
-        changes = []
-        for share in self.penalties:
-            change = sums.solve(share, moved if bool(moved.any()) else None)
-            if change is not None:
-                changes.append((share, now.rounded(change)))
-        del sums
+        changes: list[tuple[float | None, Tensor]] = []
+        for share in (*self.penalties, *(() if self.grid is None else (None,))):
+            factor = sums.factor(DAMPING if share is None else share)
+            change = -moved if share is None else sums.solve(share, moved if bool(moved.any()) else None, factor)
+            if factor is not None and change is not None:
+                changes.append((share, now.rounded(change, self.grid, factor)))
+        del sums, factor
         before, after = self._errors(projection, now, [change for _, change in changes])
         best = min(range(len(after)), key=after.__getitem__, default=None)
         if best is None or not after[best] < before:
             why = "its sums are singular" if best is None else "no penalty was better on the text for validation"
             return Fitted(penalty=None, before=before, after=before, applied=False, parts=1, why=why)
-        now.add(changes[best][1])
+        now.add(changes[best][1], self.grid)
         return Fitted(penalty=changes[best][0], before=before, after=after[best], applied=True, parts=1)
 
     def _errors(self, projection: Projection, now: _Channels, changes: Sequence[Tensor]) -> tuple[float, list[float]]:
@@ -131,15 +141,20 @@ class _Channels:
         own = self.weight.double()
         return own if self.bias is None else torch.cat([own, self.bias.double()[:, None]], dim=1)
 
-    def rounded(self, change: Tensor) -> Tensor:
-        """The change that the weights' dtype can hold, in the dtype of the rows."""
+    def rounded(self, change: Tensor, grid: WeightGrid | None, factor: Tensor) -> Tensor:
+        """The change that the weights' dtype, or the grid, can hold, in the dtype of the rows. `factor`: Cholesky's, of
+        what was solved."""
         now = self.values()
-        kind = torch.promote_types(self.weight.dtype, torch.float32)
-        return ((now + change).to(self.weight.dtype).double() - now).to(kind)
+        new, kind = now + change, torch.promote_types(self.weight.dtype, torch.float32)
+        if grid is not None:
+            width = self.weight.shape[1]
+            new[:, :width] = grid.fed_back(new[:, :width], factor)
+        return (new.to(self.weight.dtype).double() - now).to(kind)
 
-    def add(self, change: Tensor) -> None:
+    def add(self, change: Tensor, grid: WeightGrid | None) -> None:
         wide = self.values() + change.double()
-        self.weight.copy_(wide[:, : self.weight.shape[1]])
+        own = wide[:, : self.weight.shape[1]]
+        self.weight.copy_(own if grid is None else grid.nearest(own))  # where it is, but for the rounding of a sum
         if self.bias is not None:
             self.bias.copy_(wide[:, -1])
 

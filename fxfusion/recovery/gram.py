@@ -63,20 +63,30 @@ class GramSums:
         diagonal = self.gram.diagonal()
         return float(diagonal[:-1].mean() if self.bias else diagonal.mean())
 
-    def solve(self, share: float, moved: Tensor | None = None) -> Tensor | None:
-        """The change, `[hidden, width]` in float64; None where the sums are singular. `share`: the penalty as a part of
-        `scale`. `moved`: `W - W0`, `[hidden, width]`, where an earlier step has changed W already."""
+    def penalty(self, share: float) -> Tensor:
+        """Of each channel, `[width]`. `share`: as a part of `scale`."""
+        found = torch.full_like(self.gram.diagonal(), share * self.scale)
+        if self.bias:
+            found[-1] = share * self.gram[-1, -1]  # the mean square of a bias's channel is one, whatever that of others
+        return found
+
+    def factor(self, share: float) -> Tensor | None:
+        """The lower Cholesky factor of `G + penalty`, `[width, width]`; None where that is singular."""
         diagonal = self.gram.diagonal()
         before = diagonal.clone()
-        penalty = torch.full_like(before, share * self.scale)
-        if self.bias:
-            penalty[-1] = share * before[-1]  # the mean square of a bias's channel is one, whatever that of others
-        diagonal += penalty
+        diagonal += self.penalty(share)
         factor, info = torch.linalg.cholesky_ex(self.gram)
         diagonal.copy_(before)
-        if int(info) != 0:
+        return None if int(info) else factor
+
+    def solve(self, share: float, moved: Tensor | None = None, factor: Tensor | None = None) -> Tensor | None:
+        """The change, `[hidden, width]` in float64; None where the sums are singular. `share`: the penalty as a part of
+        `scale`. `moved`: `W - W0`, `[hidden, width]`, where an earlier step has changed W already. `factor`: where it
+        is known."""
+        factor = self.factor(share) if factor is None else factor
+        if factor is None:
             return None
-        wanted = self.cross if moved is None else self.cross - penalty[:, None] * moved.t().to(self.cross)
+        wanted = self.cross if moved is None else self.cross - self.penalty(share)[:, None] * moved.t().to(self.cross)
         change = torch.cholesky_solve(wanted, factor)
         return change.t() if bool(change.isfinite().all()) else None
 
@@ -107,13 +117,13 @@ def limit_or_half(memory_limit: int | None, device: torch.device) -> int:
     return memory_limit
 
 
-def parts_of(width: int, hidden: int, candidates: int, limit: int, name: str) -> list[slice]:
-    """Equal runs of channels, as few as fit into the limit. Raises `OptionError` where none does."""
+def parts_of(width: int, hidden: int, candidates: int, limit: int, name: str, unit: int = 1) -> list[slice]:
+    """Equal runs of channels, as few as fit into the limit, of whole units. Raises `OptionError` where none does."""
     count = 1
     while bytes_needed(-(-width // count), hidden, candidates) > limit:
         if -(-width // count) <= _SMALLEST:
             least = bytes_needed(_SMALLEST, hidden, candidates)
             raise OptionError(f"memory_limit: {name} takes at least {least:,} bytes, and the limit is {limit:,}")
         count += 1
-    step = -(-width // count)
+    step = -(-width // (count * unit)) * unit
     return [slice(start, min(start + step, width)) for start in range(0, width, step)]

@@ -15,13 +15,14 @@ like the other side (`fit.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fxfusion.errors import OptionError
-from fxfusion.recovery.fit import Fitted
+from fxfusion.models.weight_grid import WeightGrid
+from fxfusion.recovery.fit import DAMPING, Fitted
 from fxfusion.recovery.gram import GramSums
 from fxfusion.recovery.readers import Part, Reader
 from fxfusion.recovery.streams import Streams
@@ -33,13 +34,15 @@ _TRIED = 2  # penalties on the stream itself, the likeliest first
 @dataclass(slots=True, kw_only=True)
 class InputFitter:
     """`model`: what is refitted; `source`: the model as it was loaded. `calibration`: what is fitted to; `validation`:
-    what decides."""
+    what decides. `grid`, `exact`: as of `Fitter`."""
 
     model: nn.Module
     source: nn.Module
     calibration: Streams
     validation: Streams
     penalties: Sequence[float]
+    grid: WeightGrid | None = None
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def fit(self, reader: Reader) -> Fitted:
@@ -48,7 +51,8 @@ class InputFitter:
             error = self._error(reader)
             return Fitted(penalty=None, before=error, after=error, applied=False, parts=1, why=reader.refused)
         own = {name: self.model.get_parameter(name) for name in reader.parameters}
-        old = {name: value.detach().clone() for name, value in own.items()}
+        kept = {name: value.detach().clone() for name, value in own.items()}
+        old = {name: self.exact.get(name, value) for name, value in kept.items()}
         device = own[reader.parts[0].weight].device
         sums = GramSums(reader.hidden + 1, reader.hidden * len(reader.sources), device, bias=True)
         for now, wanted in self.calibration.entries(reader):
@@ -57,14 +61,17 @@ class InputFitter:
         gram = self._held_out(reader) if len(self.penalties) > 1 else None
         before = self._error(reader)
         found = [(share, maps) for share in self.penalties if (maps := _maps(sums, share, reader)) is not None]
-        for share, maps in self._likeliest(reader, found, old, gram)[:_TRIED]:
+        tried: list[tuple[float | None, _Maps]] = [*self._likeliest(reader, found, old, gram)[:_TRIED]]
+        if self.grid is not None and (still := _maps(sums, None, reader)) is not None:
+            tried.append((None, still))
+        for share, maps in tried:
             for part in reader.parts:
                 self._put(part, maps[part.bias is not None], own, old)
             after = self._error(reader)
             if after < before:
                 return Fitted(penalty=share, before=before, after=after, applied=True, parts=1)
         for name, value in own.items():
-            value.copy_(old[name])
+            value.copy_(kept[name])
         why = "no penalty was better on the text for validation" if found else "its sums are singular"
         return Fitted(penalty=None, before=before, after=before, applied=False, parts=1, why=why)
 
@@ -120,7 +127,8 @@ class InputFitter:
         source, shift, before = self._values(part, old)
         new = found.applied(part.member, source, shift, before)
         hidden = source.shape[1]
-        _out_in(own[part.weight], part.transposed)[part.rows] = new[:, :hidden].to(before.dtype)
+        rows = new[:, :hidden] if self.grid is None else self.grid.fed_back(new[:, :hidden], found.factor)
+        _out_in(own[part.weight], part.transposed)[part.rows] = rows.to(before.dtype)
         if part.bias is not None:
             own[part.bias][part.rows] = new[:, hidden].to(before.dtype)
 
@@ -134,28 +142,28 @@ class InputFitter:
 @dataclass(frozen=True, slots=True)
 class _Map:
     """What new rows are made of, for one penalty: `new = source sources^T + shift ones^T + before stay^T`, where a bias
-    counts as one more column of `before` and of `new`."""
+    counts as one more column of `before` and of `new`. `factor`: Cholesky's, of what was solved."""
 
     sources: Tensor
     ones: Tensor
     stay: Tensor
+    factor: Tensor
 
     @classmethod
-    def of(cls, sums: GramSums, share: float, bias: bool) -> _Map | None:
-        """None where the sums are singular. `share`: the penalty as a part of their scale."""
-        count = sums.gram.shape[0] - (not bias)
-        gram = sums.gram[:count, :count].clone()
-        penalty = torch.full_like(gram.diagonal(), share * sums.scale)
-        if bias:
-            penalty[-1] = share * gram[-1, -1]
-        gram.diagonal().add_(penalty)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        if int(info) != 0:
+    def of(cls, sums: GramSums, share: float | None, bias: bool) -> _Map | None:
+        """None where the sums are singular. `share`: the penalty as a part of their scale; None: nothing is fitted."""
+        count, width = sums.gram.shape[0] - (not bias), sums.cross.shape[1]
+        factor = sums.factor(DAMPING if share is None else share)
+        if factor is None:
             return None
+        factor = factor[:count, :count]
+        if share is None:
+            nothing = sums.cross.new_zeros(count, width)
+            return cls(nothing, nothing[:, 0], torch.eye(count).to(nothing), factor)
+        penalty = sums.penalty(share)[:count]
         wanted = torch.cat([sums.cross[:count], sums.gram[-1, :count, None], penalty.diag()], dim=1)
         found = torch.cholesky_solve(wanted, factor)
-        width = sums.cross.shape[1]
-        solved = cls(found[:, :width], found[:, width], found[:, width + 1 :])
+        solved = cls(found[:, :width], found[:, width], found[:, width + 1 :], factor)
         return solved if bool(found.isfinite().all()) else None
 
     def applied(self, member: int, source: Tensor, shift: Tensor | None, before: Tensor) -> Tensor:
@@ -170,7 +178,7 @@ class _Map:
 _Maps = Mapping[bool, _Map]  # for layers without a bias, and with one
 
 
-def _maps(sums: GramSums, share: float, reader: Reader) -> _Maps | None:
+def _maps(sums: GramSums, share: float | None, reader: Reader) -> _Maps | None:
     """None where the sums are singular."""
     found = {bias: _Map.of(sums, share, bias) for bias in {part.bias is not None for part in reader.parts}}
     known = {bias: one for bias, one in found.items() if one is not None}

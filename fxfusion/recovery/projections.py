@@ -249,15 +249,17 @@ def _bias_of(site: Site) -> fx.Node | None:
     return step if isinstance(step, fx.Node) and is_vector else None
 
 
-def choose(found: Sequence[Projection], dropped: Sequence[int], later: str) -> list[Projection]:
+def choose(
+    found: Sequence[Projection], dropped: Sequence[int], later: str, everywhere: bool = False
+) -> list[Projection]:
     """Which of them to refit. `later`: "none" (the groups alone, attention of wide blocks included), "ffn" (every FFN
     from the first layer that was changed on), "all" (attention too). `dropped`: layers of which the reference has
-    something, attention or all, and the model has not."""
+    something, attention or all, and the model has not. `everywhere`: those before the first change as well."""
     groups = [one for one in found if one.members]
     changed = [*dropped, *(one.members[0] for one in groups)]
     if later == "none" or not changed:
         return groups
-    first = min(changed)
+    first = 0 if everywhere else min(changed)
     # What stands in for removed layers comes before them.
     # Attention that went before the FFNs of its window has a stream without them: the reference has none like it.
     moved = {layer for group in groups for layer in group.members[1:]}

@@ -35,6 +35,7 @@ from fxfusion.models.ffn_surgery.record import fused_state
 from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
 from fxfusion.models.fingerprint import check_fits, facts_of
 from fxfusion.models.traced import TracedModel
+from fxfusion.models.weight_grid import WeightGrid
 from fxfusion.plan.fusion_plan import FusionPlan
 from fxfusion.plan.record import LayerFit, Refit
 from fxfusion.recovery.fit import PENALTIES, Fitted, Fitter, Listener, check_penalties
@@ -61,6 +62,7 @@ def refit(
     later: str = "all",
     sides: str = "both",
     penalties: Sequence[float] = PENALTIES,
+    grid: str | None = None,
     memory_limit: int | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -84,6 +86,11 @@ def refit(
         sides: "both": the layers that read the stream first (gate and up; q, k and v) are fitted too, to what they
             would have read in the reference, each block's before its last layer; "out": last layers alone.
         penalties: ridge penalties to choose from, as parts of the mean diagonal of the Gram matrix.
+        grid: "int4:GROUP" or "int8:GROUP": round what is fitted to the grid of a weight-only quantisation with groups
+            of so many inputs, each weight making up for the rounding of those before it (GPTQ, arXiv 2210.17323, on the
+            sums of the fit). Every layer that `later` names is, from the first of the model on; the export that
+            quantises so, or GGUF's q4_0 for "int4:32", then changes nothing. A layer goes on the grid at all events:
+            what is fitted is compared with the nearest values there.
         memory_limit: bytes beside the models and a forward pass, half of the free memory by default. A layer of `w`
             inputs and `d` outputs takes `24 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more than three
             quarters of the limit, it is solved in parts. The rest keeps streams between layers, if they fit.
@@ -99,20 +106,21 @@ def refit(
 
     Raises:
         OptionError: a bad option; text that is too short, or that the intact model cannot predict (noise); a cache
-            folder of another refit; a memory limit in which nothing can be solved.
+            folder of another refit; a memory limit in which nothing can be solved; a layer whose inputs are no whole
+            groups of the grid.
         PlanError: the plan is for another model, or neither drops nor fuses.
         SurgeryError: the model is fused or refitted already, has adapters, or cannot be fused so.
         FxFusionError: an activation is not finite; the message names batch and layer.
     """
     bare, chosen = bare_model(model), FusionPlan.resolve(plan).replace(refit=None)
     _check(model, bare, chosen, reference, later, sides)
-    known = check_penalties(penalties)
+    known, on = check_penalties(penalties), None if grid is None else WeightGrid.parse(grid)
     texts = Texts.of(batches, validation)
     limit = limit_or_half(memory_limit, model_device(bare) or torch.device("cpu"))
     vocabulary = facts_of(bare, values=False).vocabulary
     if vocabulary is not None and read_record(getattr(bare, "config", None)) is None:
         texts.check_language(bare, vocabulary)
-    how = _How(reference=reference, later=later, sides=sides, penalties=known, limit=limit)
+    how = _How(reference=reference, later=later, sides=sides, penalties=known, grid=on, limit=limit)
     work = _Work(source=bare, plan=chosen, texts=texts, how=how)
     work.run(cache, progress, on_layer)
     return cast(Model, work.model)
@@ -151,6 +159,7 @@ class _How:
     later: str
     sides: str
     penalties: tuple[float, ...]
+    grid: WeightGrid | None
     limit: int
 
     @property
@@ -174,12 +183,13 @@ class _Work:
         steps = self._steps()
         self.texts.check_width(max(one.width for one in steps if isinstance(one, Projection)), "the widest layer")
         store = Store(inside(cache, "refit.json"), "a refit that was stopped", lambda: self._facts(steps))
-        before = float(evaluate(self.model, self.texts.decide_given, resamples=100).loss)
         old = {name: value.detach().clone() for name, value in self._parameters(*steps).items()}
+        self._round(steps)
+        before = float(evaluate(self.model, self.texts.decide_given, resamples=100).loss)
         fits = self._known(store, steps)
         with reporting(progress, "refit", sum(map(self._passes, steps[len(fits) :]))) as advance:
             ticks = _Ticks(advance)
-            fitters = self._fitters(ticks.tick)
+            fitters = self._fitters(ticks.tick, old)
             for step in steps[len(fits) :]:
                 with ticks.at_most(self._passes(step)):
                     fitted = fitters[type(step)].fit(step)
@@ -188,6 +198,16 @@ class _Work:
                 if on_layer is not None:
                     on_layer(step, fitted)
         self._finish(steps, fits, before, old)
+
+    @torch.no_grad()
+    def _round(self, steps: Sequence[Step]) -> None:
+        """What an export would make of the layers as they are, on the grid: that is what a fit must improve on."""
+        grid = self.how.grid
+        for step in () if grid is None else steps:
+            for name, value in self._parameters(step).items():
+                if grid is not None and value.dim() == 2:
+                    own = value.t() if _is_transposed(step, name) else value
+                    own.copy_(grid.nearest(own))
 
     def _passes(self, step: Step) -> int:
         """Over how many batches a step goes, about: what it tries depends on what it finds."""
@@ -227,7 +247,7 @@ class _Work:
         is_intact = self.how.reference == "intact"
         found = find_projections(self.model, graph, recipe, has_removed=is_intact)
         gone = (*self.plan.dropped_attention, *self.plan.removed) if is_intact else ()
-        chosen = choose(found, gone, self.how.later)
+        chosen = choose(found, gone, self.how.later, everywhere=self.how.grid is not None)
         if not chosen:
             raise SurgeryError("no linear layer of the model that could be refitted was found")
         readers: list[Reader] = []
@@ -240,10 +260,14 @@ class _Work:
         for name, value in self._parameters(*steps).items():
             if type(value.detach()) is not Tensor or not value.is_floating_point():
                 raise SurgeryError(f"{name} is quantised or sharded: refit before that")
+            if self.how.grid is not None and value.dim() == 2:
+                step = next(one for one in steps if name in one.parameters)
+                self.how.grid.check(name, value.shape[0 if _is_transposed(step, name) else 1])
         return steps
 
-    def _fitters(self, advance: Any) -> dict[type, Any]:
-        """By what they fit."""
+    def _fitters(self, advance: Any, exact: dict[str, Tensor]) -> dict[type, Any]:
+        """By what they fit. `exact`: parameters before they were rounded."""
+        on: dict[str, Any] = {} if self.how.grid is None else {"grid": self.how.grid, "exact": exact}
         calibration, validation = (
             Streams(self.traced, self.reference, batches, self.how.room, advance)
             for batches in (self.texts.fit, self.texts.decide)
@@ -254,6 +278,7 @@ class _Work:
             validation=validation,
             limit=self.how.limit - 2 * self.how.room,
             penalties=self.how.penalties,
+            **on,
         )
         into = InputFitter(
             model=self.model,
@@ -261,6 +286,7 @@ class _Work:
             calibration=calibration,
             validation=validation,
             penalties=self.how.penalties,
+            **on,
         )
         return {Projection: out, Reader: into}
 
@@ -276,6 +302,7 @@ class _Work:
             "groups": [group.to_data() for group in self.plan.groups],
             "norm": self.plan.norm,
             **({"removed": list(self.plan.removed)} if self.plan.removed else {}),
+            **({} if self.how.grid is None else {"grid": str(self.how.grid)}),
             "reference": self.how.reference,
             "layers": [one.name for one in steps],
             "penalties": list(self.how.penalties),
@@ -299,6 +326,7 @@ class _Work:
             reference=cast(Any, self.how.reference),
             later=cast(Any, self.how.later),
             sides=cast(Any, self.how.sides),
+            grid=None if self.how.grid is None else str(self.how.grid),
             tokens=self.texts.tokens,
             held_out_tokens=sum(int(batch.seen.sum()) for batch in self.texts.decide),
             fingerprint=self.texts.fingerprint,
@@ -328,6 +356,11 @@ class _Ticks:
         self._left = count
         yield
         self.tick(self._left)
+
+
+def _is_transposed(step: Step, name: str) -> bool:
+    parts = [step] if isinstance(step, Projection) else step.parts
+    return any(part.transposed for part in parts if part.weight == name)
 
 
 def _layer_fits(step: Step, fitted: Fitted, kept: bool) -> Iterator[LayerFit]:

@@ -22,11 +22,14 @@ from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.layout import Layout
 from fxfusion.checkpoints.nemotron_nas.members import write_members
-from fxfusion.checkpoints.nemotron_nas.proof import prove
+from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
+from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder, prove
+from fxfusion.checkpoints.quantised import check_layers, engines_of_quantised, linear_layers, quantise
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, ShardLayout, TensorFacts, write_shards
 from fxfusion.errors import CheckpointError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.ffn_surgery.record import fused_state
+from fxfusion.models.weight_grid import WeightGrid
 
 CODE_FILES = ("configuration_decilm.py", "modeling_decilm.py")
 _SCALED_BY_MLX = ("default", "linear", "llama3", "yarn", "longrope")
@@ -91,6 +94,7 @@ def save(
     card: CardText | None = None,
     check: bool = True,
     overwrite: bool = False,
+    grid: WeightGrid | None = None,
 ) -> ExportPlan:
     """Write a causal language model as a nemotron-nas folder, all of it or nothing. The model stays as it is.
 
@@ -101,6 +105,7 @@ def save(
         progress: say how far it is, on the error stream.
         card: the content of README.md, by what `engines_that_load` says.
         overwrite: replace a folder by others, with all that is in it.
+        grid: what the linear layers are rounded to. Such a folder keeps no members: they could not be told apart.
 
     Raises:
         CheckpointError: what the layout cannot say, or a folder that cannot be written. Nothing was changed then.
@@ -109,14 +114,22 @@ def save(
     bare: Any = bare_model(model)
     if any(value.is_meta for value in layout.state.values()):
         raise CheckpointError("the model is on the meta device: there are no weights to write (plan_export needs none)")
+    decoder = empty_decoder(layout.config)
+    if grid is not None:
+        check_layers(decoder, grid)
     with replacing(directory, overwrite=overwrite) as folder:
         write_file(folder / "config.json", json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
         for name in CODE_FILES:
             write_file(folder / name, (resources.files(__package__) / name).read_text("utf-8"))
-        write_beside(folder, bare, tokenizer, card, plan.engines)
-        write_members(folder, bare)
+        engines = plan.engines if grid is None else engines_of_quantised(plan.engines)
+        write_beside(folder, bare, tokenizer, card, engines)
+        if grid is None:
+            write_members(folder, bare)
         values = ((piece.facts.name, piece.take(layout.state)) for piece in layout.pieces)
         write_shards(folder, plan.tensors, values, max_shard_size, progress)
+        if grid is not None:
+            names = {f"{name}.weight" for name in linear_layers(decoder)}
+            quantise(folder, DeciLMForCausalLM, names, grid, max_shard_size, progress)
     return plan
 
 

@@ -24,9 +24,10 @@ from fxfusion.checkpoints.canonical_load import CONFIG, PLAN
 from fxfusion.checkpoints.companions import CardText, write_beside
 from fxfusion.checkpoints.empty_model import check_plain, own_tensors
 from fxfusion.checkpoints.folder import replacing, write_file
-from fxfusion.checkpoints.per_layer.proof import prove
+from fxfusion.checkpoints.per_layer.proof import loaded_code, prove
 from fxfusion.checkpoints.per_layer.settings import OWN, LayerSettings, index_argument
 from fxfusion.checkpoints.per_layer.stack import FURTHER, Stack
+from fxfusion.checkpoints.quantised import check_layers, engines_of_quantised, linear_layers, quantise
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
 from fxfusion.errors import CheckpointError
 from fxfusion.models.bare_model import bare_model
@@ -35,6 +36,7 @@ from fxfusion.models.drop_record import NAME, fused_entry, read_record
 from fxfusion.models.ffn_surgery.depth import FOLLOWS_SLOTS
 from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.models.fingerprint import facts_of
+from fxfusion.models.weight_grid import WeightGrid
 
 CODE, PREFIX = "modeling_fused", "fused_"
 
@@ -81,27 +83,37 @@ def save(
     progress: bool = False,
     card: CardText | None = None,
     overwrite: bool = False,
+    grid: WeightGrid | None = None,
 ) -> ExportPlan:
     """Write a model so that transformers loads it as it is. All of it or nothing; the model stays as it is.
 
     What was written is loaded as transformers does, compared with the model module by module, and by its logits, with
     and without a cache, before the folder takes its place: this takes the memory of the model a second time.
 
-    Arguments and errors as of `fxfusion.save_pretrained`; `card` makes the content of README.md.
+    Arguments and errors as of `fxfusion.save_pretrained`; `card` makes the content of README.md, `grid` is what linear
+    layers are rounded to.
     """
     bare: Any = bare_model(model)
     plan = ExportPlan.of(bare)
+    if grid is not None:
+        check_layers(bare, grid)
     if any(value.is_meta for value in own_tensors(bare).values()):
         raise CheckpointError("the model is on the meta device: there are no weights to write")
     made = plan_of(bare)
+    engines = engines_that_load(plan.config)
     with replacing(directory, overwrite=overwrite) as folder:
         write_file(folder / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
         write_file(folder / f"{CODE}.py", plan.code)
-        write_beside(folder, bare, tokenizer, card, engines_that_load(plan.config))
+        write_beside(folder, bare, tokenizer, card, engines if grid is None else engines_of_quantised(engines))
         if not made.changes_nothing:
             made.replace(model=made.model or facts_of(bare)).save(folder / PLAN)
         write_shards(folder, plan.tensors, plan.values(bare), max_shard_size, progress)
-        prove(bare, plan.stack, folder, CODE, plan.config["architectures"][0])
+        name = plan.config["architectures"][0]
+        prove(bare, plan.stack, folder, CODE, name)
+        if grid is not None:
+            names = {plan.stack.renamed(f"{layer}.weight") for layer in linear_layers(bare)}
+            with loaded_code(folder / f"{CODE}.py") as module:
+                quantise(folder, getattr(module, name), names, grid, max_shard_size, progress)
     return plan
 
 
@@ -119,7 +131,8 @@ def engines_that_load(config: Mapping[str, Any]) -> dict[str, str | None]:
         for name, shape in entry.get(OWN, {}).items()
         if len(shape) > 1
     ]
-    return {"transformers": None, "vllm": gains[0] if gains else None}
+    found = {"transformers": None, "vllm": gains[0] if gains else None}
+    return engines_of_quantised(found) if config.get("quantization_config") else found
 
 
 def modeling_file(stack: Stack, model_type: str) -> str:

@@ -256,3 +256,17 @@ def test_layers_are_removed_by_commands(run: Run, model: Path, tmp_path: Path) -
     assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").model.layers) == 2
     refused = run("fuse", model, "--plan", both, "--output", tmp_path / "both", "--dry-run")
     assert refused.code != 0 and "layers [1] were removed, and others fused or left without attention" in refused.error
+
+
+@pytest.mark.slow
+def test_an_export_is_quantised(run: Run, fused: Path, tmp_path: Path) -> None:
+    given = ["export", fused, "--output", tmp_path / "out", "--quantize", "int4"]
+    ran = run(*given, "--group-size", 24)
+    assert ran.code == 2 and "q_proj has 32 inputs, which are no whole groups of 24" in ran.error
+    ran = run(*given[:-2], "--group-size", 16)
+    assert ran.code == 2 and "--group-size is of quantize" in ran.error
+    ran = run("export", fused, "--quantize", "int8", "--format", "gguf", "--output", tmp_path / "out.gguf")
+    assert ran.code != 0 and "not of format gguf" in ran.error and not any(tmp_path.iterdir())
+    ran = run(*given, "--group-size", 16)
+    assert ran.code == 0, ran.err
+    assert weights(tmp_path / "out")["model.layers.0.mlp.up_proj._weight_scale"].shape[1] == 2
