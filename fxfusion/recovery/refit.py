@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fxfusion.analysis.batches import Batch, model_device
 from fxfusion.analysis.quality import evaluate
 from fxfusion.analysis.store import Store, inside, model_key
+from fxfusion.checkpoints.quantised import linear_layers
 from fxfusion.errors import OptionError, SurgeryError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_record import fused_entry, read_record, read_refit, write_refit
@@ -88,9 +89,9 @@ def refit(
         penalties: ridge penalties to choose from, as parts of the mean diagonal of the Gram matrix.
         grid: "int4:GROUP" or "int8:GROUP": round what is fitted to the grid of a weight-only quantisation with groups
             of so many inputs, each weight making up for the rounding of those before it (GPTQ, arXiv 2210.17323, on the
-            sums of the fit). Every layer that `later` names is, from the first of the model on; the export that
-            quantises so, or GGUF's q4_0 for "int4:32", then changes nothing. A layer goes on the grid at all events:
-            what is fitted is compared with the nearest values there.
+            sums of the fit). Every layer that `later` names is, from the first of the model on; linear layers that are
+            not fitted are rounded to the nearest, as the export that quantises so, or GGUF's q4_0 for "int4:32", would:
+            it then changes nothing. What is fitted is compared with the nearest values, too.
         memory_limit: bytes beside the models and a forward pass, half of the free memory by default. A layer of `w`
             inputs and `d` outputs takes `24 w^2 + (8 + 16 len(penalties)) w d + 4096 w`; where that is more than three
             quarters of the limit, it is solved in parts. The rest keeps streams between layers, if they fit.
@@ -184,7 +185,7 @@ class _Work:
         self.texts.check_width(max(one.width for one in steps if isinstance(one, Projection)), "the widest layer")
         store = Store(inside(cache, "refit.json"), "a refit that was stopped", lambda: self._facts(steps))
         old = {name: value.detach().clone() for name, value in self._parameters(*steps).items()}
-        self._round(steps)
+        old |= self._round(steps)
         before = float(evaluate(self.model, self.texts.decide_given, resamples=100).loss)
         fits = self._known(store, steps)
         with reporting(progress, "refit", sum(map(self._passes, steps[len(fits) :]))) as advance:
@@ -200,14 +201,25 @@ class _Work:
         self._finish(steps, fits, before, old)
 
     @torch.no_grad()
-    def _round(self, steps: Sequence[Step]) -> None:
-        """What an export would make of the layers as they are, on the grid: that is what a fit must improve on."""
-        grid = self.how.grid
-        for step in () if grid is None else steps:
+    def _round(self, steps: Sequence[Step]) -> dict[str, Tensor]:
+        """Put on the grid what an export puts there, as it does: that is what a fit must improve on, and what stays of
+        layers that are not fitted. Returns what the weights were."""
+        old = {}
+        for name, own in self._on_grid(steps).items():
+            old[name] = self.model.get_parameter(name).detach().clone()
+            own.copy_(cast(WeightGrid, self.how.grid).nearest(own))
+        return old
+
+    def _on_grid(self, steps: Sequence[Step]) -> dict[str, Tensor]:
+        """The weights that go there, `[outputs, inputs]`: views, by their names."""
+        if self.how.grid is None:
+            return {}
+        found = {f"{name}.weight": one.weight.detach() for name, one in linear_layers(self.model).items()}
+        for step in steps:
             for name, value in self._parameters(step).items():
-                if grid is not None and value.dim() == 2:
-                    own = value.t() if _is_transposed(step, name) else value
-                    own.copy_(grid.nearest(own))
+                if value.dim() == 2:
+                    found[name] = value.detach().t() if _is_transposed(step, name) else value.detach()
+        return found
 
     def _passes(self, step: Step) -> int:
         """Over how many batches a step goes, about: what it tries depends on what it finds."""
@@ -260,9 +272,8 @@ class _Work:
         for name, value in self._parameters(*steps).items():
             if type(value.detach()) is not Tensor or not value.is_floating_point():
                 raise SurgeryError(f"{name} is quantised or sharded: refit before that")
-            if self.how.grid is not None and value.dim() == 2:
-                step = next(one for one in steps if name in one.parameters)
-                self.how.grid.check(name, value.shape[0 if _is_transposed(step, name) else 1])
+        for name, value in self._on_grid(steps).items():
+            cast(WeightGrid, self.how.grid).check(name.removesuffix(".weight"), value.shape[1], value.dtype)
         return steps
 
     def _fitters(self, advance: Any, exact: dict[str, Tensor]) -> dict[type, Any]:
