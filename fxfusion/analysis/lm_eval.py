@@ -136,7 +136,7 @@ def _random_state() -> Iterator[None]:
     """lm-eval seeds every generator of the process; the caller's go on afterwards as if it had not."""
     numpy_random = import_module("numpy").random
     python, numpy = random.getstate(), numpy_random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng(range(torch.accelerator.device_count())):
         try:
             yield
         finally:

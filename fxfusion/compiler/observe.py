@@ -305,8 +305,8 @@ def _address(value: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def _random_numbers_kept(seed: int | None) -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=list(devices)):
+    used = getattr(torch.get_device_module(), "is_initialized", lambda: True)()
+    with torch.random.fork_rng(devices=list(range(torch.accelerator.device_count())) if used else []):
         if seed is not None:
             torch.manual_seed(seed)
         yield

@@ -92,5 +92,8 @@ def _seconds(call: Callable[[], object], calls: int) -> float:
 
 def _wait_for_gpu() -> None:
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    if torch is None:
+        return
+    device = torch.get_device_module()  # of what accelerates this machine; of the CPU, which never waits, without one
+    if not hasattr(device, "is_initialized") or device.is_initialized():
+        device.synchronize()

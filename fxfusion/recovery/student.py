@@ -173,4 +173,4 @@ class Student:
 
 def random_devices(device: torch.device) -> list[int]:
     """For `torch.random.fork_rng`."""
-    return [device.index or 0] if device.type == "cuda" else []
+    return [] if device.type == "cpu" else [device.index or 0]
