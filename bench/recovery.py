@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from bench import show
@@ -30,8 +31,10 @@ from bench.reference import calibration_batches, heldout_batches, load_model
 from bench.show import Row, value
 from fxfusion import FusionPlan, drop_attention, evaluate, fuse, refit
 from fxfusion.analysis.meter import PlanMeter
+from fxfusion.checkpoints.quantised import linear_layers
 from fxfusion.files import whole
 from fxfusion.models.drop_record import read_refit
+from fxfusion.models.weight_grid import WeightGrid
 
 BUDGETS = (6, 3, 7)  # attentions of twelve that are dropped, neighbours
 TOKENS = (1, 4, 8, 16, 48, 96)  # batches
@@ -40,6 +43,7 @@ PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 DEEP = list(range(3, 11))  # a run that few would drop: fusing it costs ten times what the best runs cost
 FUSION = (("none", 8), ("none", 48), ("none", 96), ("all", 96))  # what is refitted, and batches
 LATER = ("none", "ffn", "all")
+GRIDS = ("int4:32",)
 TOKENS_PER_BATCH = 2048
 say = Console(stderr=True).print
 
@@ -79,6 +83,9 @@ class Study:
         self.calibration, self.heldout = calibration, heldout_batches(limit=heldout)
         self.cells = Cells(CACHE / f"recovery_{heldout}.json", measure)
 
+    def numbers(self, model: Any) -> dict[str, Any]:
+        return numbers(evaluate(model, self.heldout, self.model))
+
     def run_of(self, number: int) -> list[int]:
         """The neighbouring attentions whose loss costs least, on two calibration batches."""
 
@@ -95,7 +102,7 @@ class Study:
         def make() -> dict[str, Any]:
             model = copy.deepcopy(self.model)
             changed = fuse(model, plan_of(dropped, groups)) if groups else drop_attention(model, dropped)
-            return numbers(evaluate(changed, self.heldout, self.model))
+            return self.numbers(changed)
 
         return self.cells.get(f"{key(dropped, groups)} as it is", make)
 
@@ -123,7 +130,7 @@ class Study:
             assert done is not None
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             facts = {"seconds": seconds, "peak_bytes": peak, "refit": done.model_dump(mode="json")}
-            return numbers(evaluate(found, self.heldout, self.model)) | facts
+            return self.numbers(found) | facts
 
         return self.cells.get(f"{key(dropped, groups)} {reference} {words}", make)
 
@@ -218,6 +225,42 @@ def fusion(study: Study) -> dict[str, Any]:
     return {"dropped": DEEP, "groups": groups, "unfused": unfused, "fused": fused, "rows": rows}
 
 
+def rounding(
+    source: Any, plan: FusionPlan, text: Sequence[Any], grid: str, measure: Callable[[Any], dict[str, Any]], **more: Any
+) -> dict[str, Any]:
+    """Quality of a refitted model in floating point, of the same rounded afterwards, and of one refitted on the grid;
+    the last two as an export makes them."""
+    on = WeightGrid.parse(grid)
+    found, given = refit(source, plan, text, **more), refit(source, plan, text, grid=grid, **more)
+    exported = rounded(given, on)
+    changed = sum(not torch.equal(value, exported.get_parameter(name)) for name, value in given.named_parameters())
+    cells = {"float": measure(found), "after": measure(rounded(found, on)), "fitted": measure(exported)}
+    return {"grid": grid, "changed_by_export": changed, **cells}
+
+
+def rounded(model: Any, grid: WeightGrid) -> Any:
+    """A copy with the numbers that an export with this grid stores."""
+    found = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in linear_layers(found):
+            weight = found.get_parameter(f"{name}.weight")
+            weight.copy_(grid.nearest(weight))
+    return found
+
+
+def on_grid(study: Study) -> dict[str, Any]:
+    """Rounded afterwards, and refitted on the grid, at 4 and 8 bits."""
+    rows = []
+    for dropped in ([6, 7, 8], half_run(study)[0]):
+        plan = plan_of(dropped, [dropped])
+        text = calibration_batches(limit=16)
+        for grid in GRIDS:
+            make = partial(rounding, study.model, plan, text, grid, study.numbers)
+            cell = study.cells.get(f"{key(dropped, [dropped])} grid {grid}", make)
+            rows += [] if cell is None else [{"dropped": dropped, "groups": [dropped], **cell}]
+    return {"batches": 16, "rows": rows}
+
+
 def cost(study: Study) -> dict[str, Any]:
     """Seconds of a refit, and of evaluating its calibration tokens."""
     dropped, groups = half_run(study)
@@ -240,6 +283,7 @@ PARTS = {
     "tokens": tokens,
     "penalties": penalties,
     "cost": cost,
+    "quantised": on_grid,
 }
 
 
@@ -262,6 +306,14 @@ SIDES_TABLE: show.Columns = {
     "calibration tokens": lambda row: tokens_of(row["batches"]),
     "loss": "loss_increase",
     "KL": "kl",
+}
+QUANTISED_TABLE: show.Columns = {
+    "groups": show.groups_of,
+    "grid": "grid",
+    "KL in floating point": lambda row: show.fine_cell(row["float"]["kl"]),
+    "rounded afterwards": lambda row: show.fine_cell(row["after"]["kl"]),
+    "refitted on the grid": lambda row: show.fine_cell(row["fitted"]["kl"]),
+    "less above floating point": lambda row: f"{less(row):.0%}",
 }
 TOKENS_TABLE: show.Columns = {"calibration tokens": lambda row: tokens_of(row["batches"]), "loss": "loss_increase"}
 PENALTY_TABLE: show.Columns = {
@@ -312,6 +364,12 @@ def brought_back(rows: Sequence[Row]) -> str:
         return "Not all of it has been measured (`python -m bench.recovery` goes on)."
     note = "Where fusing alone cost 0.01 nats or less there is nothing to remove, and no line says so."
     return "\n".join(lines) + f"\n\n{note}"
+
+
+def less(row: Row) -> float:
+    """Which part of the KL that rounding afterwards adds is saved."""
+    kl = {name: row[name]["kl"]["value"] for name in ("float", "after", "fitted")}
+    return float((kl["after"] - kl["fitted"]) / (kl["after"] - kl["float"]))
 
 
 def harm(found: Mapping[str, Any]) -> float:

@@ -267,7 +267,8 @@ class _Work:
             reference = self.reference.graph(self.texts.fit[0].inputs)
             known = find_readers(self.model, graph, recipe, linears_of(self.source, reference), chosen)
             readers = choose_readers(known, chosen, chosen[0].layer, self.how.later)
-            check_memory(readers, len(self.how.penalties), self.how.limit - 2 * self.how.room)
+            tried = len(self.how.penalties) + (0 if self.how.grid is None else 1)
+            check_memory(readers, tried, self.how.limit - 2 * self.how.room)
         steps: list[Step] = sorted([*readers, *chosen], key=lambda one: (one.place, isinstance(one, Projection)))
         for name, value in self._parameters(*steps).items():
             if type(value.detach()) is not Tensor or not value.is_floating_point():
