@@ -3,6 +3,7 @@
 canonical      original names and shapes, plan beside them: plain transformers loads the unfused model
 nemotron-nas   fused layers as they are: engines for DeciLM models load the fused model
 transformers   fused layers of the family's own classes: transformers loads the fused model
+anymodel       the family's own tensors and `block_configs`, as Model-Optimizer reads and writes them
 gguf           the same as one file, for llama.cpp and what is built on it
 """
 
@@ -25,6 +26,7 @@ from fxfusion.checkpoints.llama_cpp import export as gguf_export
 from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.nemotron_nas.members import load_unfused
+from fxfusion.checkpoints.per_layer import any_model
 from fxfusion.checkpoints.per_layer import export as per_layer_export
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE
@@ -35,8 +37,8 @@ from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.plan.fusion_plan import FusionPlan
 
-FORMATS = ("canonical", "nemotron-nas", "transformers", "gguf")
-Format = Literal["canonical", "nemotron-nas", "transformers", "gguf"]
+FORMATS = ("canonical", "nemotron-nas", "transformers", "anymodel", "gguf")
+Format = Literal["canonical", "nemotron-nas", "transformers", "anymodel", "gguf"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
@@ -61,8 +63,9 @@ def save_pretrained(
             format `"gguf"` such a file.
         format: `"canonical"` keeps the original tensors and puts the plan beside them; `"nemotron-nas"` writes the
             fused layers for engines that know DeciLM models, which only Llama-like models are; `"transformers"` writes
-            them as `per_layer_config` and one file of the family's own classes, for transformers and vLLM; `"gguf"` as
-            one file for llama.cpp, wide attention too, of Llama-like models.
+            them as `per_layer_config` and one file of the family's own classes, for transformers and vLLM;
+            `"anymodel"` as `block_configs`, for Model-Optimizer (Puzzletron); `"gguf"` as one file for llama.cpp, wide
+            attention too, of Llama-like models.
         plan: fuse the model by it, in place, as `fuse` does. A canonical folder then has the members' weights bit for
             bit, as no fused model can give them back where gains were folded.
         tokenizer: one of `transformers`. Without it, that of the folder or name that the model was loaded from; if
@@ -114,8 +117,8 @@ def save_pretrained(
     _refuse_offloaded(bare)
     if chosen is not None:
         fuse(model, chosen)
-    exporter = per_layer_export if format == "transformers" else nemotron_export
-    exporter.save(model, where, tokenizer=companions, **more)
+    exporters: dict[str, Any] = {"transformers": per_layer_export, "anymodel": any_model}
+    exporters.get(format, nemotron_export).save(model, where, tokenizer=companions, **more)
 
 
 def from_pretrained(
@@ -127,7 +130,8 @@ def from_pretrained(
     shards: int = 1,
     progress: bool = False,
 ) -> Any:
-    """Load a model: a canonical folder with its plan applied, a plain one of `transformers`, nemotron-nas, a GGUF file.
+    """Load a model: a canonical folder with its plan applied, a plain one of `transformers`, a GGUF file, or a folder
+    whose config lists its layers (nemotron-nas, anymodel, `per_layer_config`), ours or not.
 
     The folder need not be trusted: no pickle is read and no code of it is run; names, shapes and sizes are checked
     before memory is taken for them. Peak memory is the model and the widest group; where transformers stores a model

@@ -139,7 +139,7 @@ class Card:
 
 
 def card_text(model: Any, plan: FusionPlan, form: str, given: Card | Mapping[str, Any] | None = None) -> str:
-    """The content of README.md. `form`: "canonical", "nemotron-nas" or "transformers"."""
+    """The content of README.md. `form`: of a folder, such as "canonical"."""
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 

@@ -48,12 +48,13 @@ def check(run: Conversion) -> dict[str, Any]:
 
 def _engines(run: Conversion) -> dict[str, str | None] | None:
     from fxfusion.checkpoints.nemotron_nas.export import engines_that_load
+    from fxfusion.checkpoints.nemotron_nas.load import read_config
     from fxfusion.checkpoints.reading import SafeFolder
     from fxfusion.cli.inputs import is_nemotron
 
     if not is_nemotron(run.model_dir):
         return None
-    engines = engines_that_load(SafeFolder.of(run.model_dir).json("config.json"))
+    engines = engines_that_load(read_config(SafeFolder.of(run.model_dir)))
     say_engines(run.screen, engines)
     return engines
 
@@ -62,7 +63,7 @@ def _checks(run: Conversion) -> dict[str, Callable[[], Verdict]]:
     """What can be checked of a folder, one after the other; each needs those before it."""
     from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
     from fxfusion.checkpoints.gguf.layers import ARCHITECTURES
-    from fxfusion.cli.inputs import stored_plan
+    from fxfusion.cli.inputs import is_varied, stored_plan
 
     folder = _Folder(run)
     found = {"files": folder.files, "loads": folder.loads, "computes": folder.computes, "cache": folder.caches}
@@ -71,7 +72,8 @@ def _checks(run: Conversion) -> dict[str, Callable[[], Verdict]]:
         layers = {"layers": folder.layers} if kind in ARCHITECTURES else {}
         return {"files": folder.files} | layers | ({} if kind == "deci" else found)
     plan = stored_plan(run.model_dir)
-    return found | ({"fused": lambda: folder.fuses(plan)} if plan is not None and plan.groups else {})
+    has_members = plan is not None and plan.groups and not is_varied(run.model_dir)
+    return found | ({"fused": lambda: folder.fuses(plan)} if has_members else {})
 
 
 @dataclass(slots=True)

@@ -182,19 +182,17 @@ def outline(
     engines' layout config, index and who loads it."""
     from fxfusion.checkpoints.llama_cpp.export import GgufExport
     from fxfusion.checkpoints.nemotron_nas.export import plan_export
-    from fxfusion.checkpoints.nemotron_nas.load import outline_of
+    from fxfusion.checkpoints.per_layer.any_model import AnyModelPlan
     from fxfusion.checkpoints.per_layer.export import ExportPlan
-    from fxfusion.checkpoints.reading import SafeFolder
     from fxfusion.cli import inputs
     from fxfusion.models.ffn_surgery.fuse import fuse
 
     path = run.model_dir
     run.tell_read(path)
     with run.screen.busy("looking at the layers"):
-        fused_already = inputs.is_nemotron(path)  # such a folder holds the fused form itself
-        model: Any = (
-            outline_of(SafeFolder.of(path)) if fused_already else inputs.build_without_weights(path, changed=False)
-        )
+        # such a folder holds the fused form itself
+        fused_already = inputs.is_nemotron(path) or inputs.is_varied(path)
+        model: Any = inputs.build_without_weights(path, changed=False)
         before = facts(model)
         chosen = plan or (None if fused_already else inputs.stored_plan(path))
         if chosen is not None:
@@ -217,6 +215,10 @@ def outline(
         written = ExportPlan.of(model)
         found["export"] = {"per_layer_config": written.config["per_layer_config"], "bytes": written.nbytes}
         run.screen.line(f"would write {len(written.tensors)} tensors, {written.nbytes / 2**20:,.1f} MiB")
+    if format is Format.anymodel:
+        wanted = AnyModelPlan.of(model)
+        found["export"] = {"block_configs": wanted.config["block_configs"], "bytes": wanted.nbytes}
+        run.screen.line(f"would write {len(wanted.tensors)} tensors, {wanted.nbytes / 2**20:,.1f} MiB")
     return found
 
 
