@@ -3,6 +3,7 @@
 canonical      original names and shapes, plan beside them: plain transformers loads the unfused model
 nemotron-nas   fused layers as they are: engines for DeciLM models load the fused model
 transformers   fused layers of the family's own classes: transformers loads the fused model
+anymodel       the family's own tensors and `block_configs`, as Model-Optimizer reads and writes them
 gguf           the same as one file, for llama.cpp and what is built on it
 """
 
@@ -27,6 +28,7 @@ from fxfusion.checkpoints.llama_cpp import export as gguf_export
 from fxfusion.checkpoints.nemotron_nas import export as nemotron_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron_load
 from fxfusion.checkpoints.nemotron_nas.members import load_unfused
+from fxfusion.checkpoints.per_layer import any_model
 from fxfusion.checkpoints.per_layer import export as per_layer_export
 from fxfusion.checkpoints.quantised import grid_of
 from fxfusion.checkpoints.reading import SafeFolder
@@ -36,10 +38,11 @@ from fxfusion.errors import CheckpointError, OptionError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import plan_of
+from fxfusion.models.weight_grid import WeightGrid
 from fxfusion.plan.fusion_plan import FusionPlan
 
-FORMATS = ("canonical", "nemotron-nas", "transformers", "gguf")
-Format = Literal["canonical", "nemotron-nas", "transformers", "gguf"]
+FORMATS = ("canonical", "nemotron-nas", "transformers", "anymodel", "gguf")
+Format = Literal["canonical", "nemotron-nas", "transformers", "anymodel", "gguf"]
 Quantize = Literal["int8", "int4"]
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
@@ -67,8 +70,9 @@ def save_pretrained(
             format `"gguf"` such a file.
         format: `"canonical"` keeps the original tensors and puts the plan beside them; `"nemotron-nas"` writes the
             fused layers for engines that know DeciLM models, which only Llama-like models are; `"transformers"` writes
-            them as `per_layer_config` and one file of the family's own classes, for transformers and vLLM; `"gguf"` as
-            one file for llama.cpp, wide attention too, of Llama-like models.
+            them as `per_layer_config` and one file of the family's own classes, for transformers and vLLM;
+            `"anymodel"` as `block_configs`, for Model-Optimizer (Puzzletron); `"gguf"` as one file for llama.cpp, wide
+            attention too, of Llama-like models.
         plan: fuse the model by it, in place, as `fuse` does. A canonical folder then has the members' weights bit for
             bit, as no fused model can give them back where gains were folded.
         tokenizer: one of `transformers`. Without it, that of the folder or name that the model was loaded from; if
@@ -94,45 +98,55 @@ def save_pretrained(
         OptionError: no such format or type, a format that is not quantised so, or a layer whose inputs are no whole
             groups.
     """
-    if format not in FORMATS:
-        raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-    if gguf_type is not None and format != "gguf":
-        raise OptionError(f"gguf_type is of format gguf, not of {format}")
-    grid = grid_of(quantize, group_size, format)
+    grid = _read_options(format, gguf_type, quantize, group_size)
     check = gguf_export.check_target if format == "gguf" else check_replaceable
     check(directory, overwrite=overwrite)
     chosen = None if plan is None else FusionPlan.resolve(plan)
     bare = bare_model(model)
+    more: dict[str, Any] = {"progress": progress, "overwrite": overwrite}
     if format == "gguf":
-        _refuse_offloaded(bare)
-        if chosen is not None:
-            fuse(model, chosen)
+        _fuse_whole(model, chosen)
         about = gguf_about(bare, chosen or plan_of(bare), card)
-        options: dict[str, Any] = {"progress": progress, "overwrite": overwrite}
-        gguf_export.save(bare, directory, type=gguf_type, tokenizer=tokenizer, about=about, **options)
+        gguf_export.save(bare, directory, type=gguf_type, tokenizer=tokenizer, about=about, **more)
         return
-    if grid is not None:
-        words = f"The linear layers of its layers are {grid.bits}-bit integers, in groups of {grid.group}, by torchao: "
-        words += "`transformers` loads them with that package installed."
-        own = Card.of(card)
-        card = replace(own, notes=f"{own.notes}\n\n{words}".strip())
     companions = Companions.of(bare, tokenizer)
-    text = partial(card_text, bare, chosen or plan_of(bare), format, card)
-    where = Path(directory)
-    more: dict[str, Any] = {
-        "max_shard_size": max_shard_size,
-        "progress": progress,
-        "card": text,
-        "overwrite": overwrite,
-    }
+    text = partial(card_text, bare, chosen or plan_of(bare), format, _with_note(card, grid))
+    more |= {"tokenizer": companions, "card": text, "max_shard_size": max_shard_size}
     if format == "canonical":
-        canonical_save.save(bare, where, plan=chosen, tokenizer=companions, **more)
+        canonical_save.save(bare, Path(directory), plan=chosen, **more)
         return
-    _refuse_offloaded(bare)
-    if chosen is not None:
-        fuse(model, chosen)
-    exporter = per_layer_export if format == "transformers" else nemotron_export
-    exporter.save(model, where, tokenizer=companions, grid=grid, **more)
+    _fuse_whole(model, chosen)
+    if format == "anymodel":
+        any_model.save(model, Path(directory), **more)
+    else:
+        exporter = per_layer_export if format == "transformers" else nemotron_export
+        exporter.save(model, Path(directory), grid=grid, **more)
+
+
+def _read_options(
+    format: str, gguf_type: str | None, quantize: str | None, group_size: int | None
+) -> WeightGrid | None:
+    if format not in FORMATS:
+        raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if gguf_type is not None and format != "gguf":
+        raise OptionError(f"gguf_type is of format gguf, not of {format}")
+    return grid_of(quantize, group_size, format)
+
+
+def _fuse_whole(model: nn.Module, plan: FusionPlan | None) -> None:
+    if words := offloaded(bare_model(model)):
+        raise CheckpointError(f"the model cannot be written: {words}; load it whole")
+    if plan is not None:
+        fuse(model, plan)
+
+
+def _with_note(card: Card | Mapping[str, Any] | None, grid: WeightGrid | None) -> Card:
+    own = Card.of(card)
+    if grid is None:
+        return own
+    words = f"The linear layers of its layers are {grid.bits}-bit integers, in groups of {grid.group}, by torchao: "
+    words += "`transformers` loads them with that package installed."
+    return replace(own, notes=f"{own.notes}\n\n{words}".strip())
 
 
 def from_pretrained(
@@ -144,7 +158,8 @@ def from_pretrained(
     shards: int = 1,
     progress: bool = False,
 ) -> Any:
-    """Load a model: a canonical folder with its plan applied, a plain one of `transformers`, nemotron-nas, a GGUF file.
+    """Load a model: a canonical folder with its plan applied, a plain one of `transformers`, a GGUF file, or a folder
+    whose config lists its layers (nemotron-nas, anymodel, `per_layer_config`), ours or not.
 
     The folder need not be trusted: no pickle is read and no code of it is run; names, shapes and sizes are checked
     before memory is taken for them. Peak memory is the model and the widest group; where transformers stores a model
@@ -188,11 +203,6 @@ def from_pretrained(
             f"{folder.path} has its channels in one order: fuse with shards={shards} before exporting"
         )
     return nemotron_load.load(directory, dtype=dtype, device=device, progress=progress)
-
-
-def _refuse_offloaded(model: nn.Module) -> None:
-    if offloaded(model):
-        raise CheckpointError(f"the model cannot be written: {offloaded(model)}; load it whole")
 
 
 def _read_dtype(given: Any) -> torch.dtype | None:

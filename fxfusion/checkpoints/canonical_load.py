@@ -3,7 +3,8 @@
     config.json, plan -> names and shapes compared with the files -> attention out, FFNs fused, all on the meta device
     -> the tensors, streamed; those of dropped attention are never read
 
-Without a plan it is the plain model, by transformers. So is the model of a folder that has its tensors in another form
+A model whose layers its config lists one by one is what its folder holds: no plan is applied to it. Without a plan it
+is the plain model, by transformers. So is the model of a folder that has its tensors in another form
 than its modules do: then the plan is applied after it, which takes the memory of the whole model.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from fxfusion.checkpoints.empty_model import changed_own, config_of, empty_model, fuse_on_meta, outline, own_tensors
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder, read_model
 from fxfusion.checkpoints.shards import TensorFacts
+from fxfusion.checkpoints.varied import stored_names, table_of
 from fxfusion.errors import CheckpointError
 from fxfusion.models.drop_record import write_refit
 from fxfusion.models.ffn_surgery.fuse import fuse
@@ -47,6 +49,11 @@ def load(
     reader = CheckpointReader.open(directory)
     config = read_config(reader)
     generation = read_generation_config(reader.folder)
+    if table_of(config):
+        if not fused or shards != 1:
+            raise CheckpointError(f"{directory} has its layers as they are: it keeps no members, and no shards")
+        model = _load_as_it_is(reader, config, dtype, device, progress)
+        return handed_out(model, directory, generation)
     plan = read_plan(reader.folder)
     if plan is not None and not fused:
         if plan.refit is not None and plan.groups:
@@ -89,6 +96,24 @@ def _is_canonical(reader: CheckpointReader, intact: Any) -> bool:
     except CheckpointError:  # transformers may know better; else it says what is wrong
         return False
     return changed is None or not changed[1]
+
+
+def _load_as_it_is(
+    reader: CheckpointReader, config: Any, dtype: torch.dtype | None, device: torch.device | str, progress: bool
+) -> Any:
+    """A model whose layers its config lists, as the folder has them; what was done to it is no more to be done."""
+    built = dtype or reader.main_dtype()
+    model = empty_model(config, built)
+    changed = changed_own(model)
+    if changed is not None and changed[1]:
+        raise CheckpointError(f"{reader.folder.path}: {changed[0]} is stored in another form, which is not read here")
+    own = own_tensors(model)
+    names = stored_names(model, list(own))
+    reader.check(TensorFacts.of(names[name], value) for name, value in own.items())
+    dtypes = {names[name]: value.dtype for name, value in own.items()} if dtype is not None else {}
+    _fill(model, reader, dtypes, device, progress)
+    model.config.dtype = built
+    return model.to(device)
 
 
 def read_config(reader: CheckpointReader) -> Any:
@@ -134,7 +159,7 @@ def _fill(
     `dtypes`: what to cast to, as stored where a name is not there; `device`: where the model goes.
     """
     state = fused_state(model)
-    plain = {name: name for name in own_tensors(model)} if state is None else dict(_not_fused(model, state))
+    plain = stored_names(model, list(own_tensors(model))) if state is None else dict(_not_fused(model, state))
     groups = () if state is None else state.recipe.parts
     names = [*plain.values(), *(name for group in groups for name in group.reads)]
     with reporting(progress, "Reading", sum(reader.stored[name].nbytes for name in names), is_bytes=True) as advance:

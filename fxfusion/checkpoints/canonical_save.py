@@ -28,6 +28,7 @@ from fxfusion.checkpoints.empty_model import changed_own, check_plain, empty_mod
 from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
+from fxfusion.checkpoints.varied import table_of
 from fxfusion.errors import CheckpointError, SurgeryError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_attention import drop_traced
@@ -198,6 +199,11 @@ def _check_plain(model: Any) -> None:
         raise CheckpointError(
             "a model in the nemotron-nas layout has no canonical form: save it with format='nemotron-nas', or load it "
             "with fused=False first, where its folder keeps its members"
+        )
+    if table_of(model.config):
+        raise CheckpointError(
+            "a model whose layers differ as its folder lists them has no canonical form: save it with "
+            "format='anymodel', or another than canonical"
         )
     check_plain(model)
 

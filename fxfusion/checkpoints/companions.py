@@ -172,7 +172,7 @@ def card_text(
     given: Card | Mapping[str, Any] | None = None,
     engines: Mapping[str, str | None] = _NOBODY,
 ) -> str:
-    """The content of README.md. `form`: "canonical", "nemotron-nas" or "transformers"; `engines` as of `CardText`."""
+    """The content of README.md. `form`: of a folder, such as "canonical"; `engines` as of `CardText`."""
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 

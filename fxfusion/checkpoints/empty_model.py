@@ -6,6 +6,7 @@ empty_model(config)    parameters on the meta device, buffers real, since no fil
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxfusion.checkpoints.varied import give_layers, table_of, take_out, with_table
+from fxfusion.cost.layer_forms import KNOWN
 from fxfusion.errors import CheckpointError, SurgeryError
 from fxfusion.models.adapters.wrappers import find_wrappers
 from fxfusion.models.ffn_surgery.fuse import fuse
@@ -40,7 +43,10 @@ def config_of(data: Mapping[str, Any], where: object) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    refuse_own_code(data, where)
+    try:
+        data, table = with_table(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         hint = ", and code of the folder is never run" if "auto_map" in data else ""
@@ -53,20 +59,12 @@ def config_of(data: Mapping[str, Any], where: object) -> Any:
             "what is needed to load it"
         )
     try:
-        return CONFIG_MAPPING[kind].from_dict(_without_code(data))
+        config = CONFIG_MAPPING[kind].from_dict(_without_code(data))
+        if table is not None:
+            setattr(config, KNOWN, table)
+        return config
     except Exception as error:  # whatever a config class makes of bad values
         raise CheckpointError(f"{where}: no valid config of a {kind} model: {error}") from error
-
-
-def refuse_own_code(data: Mapping[str, Any], where: object) -> None:
-    """Raises `CheckpointError` for the config.json of `format="transformers"`: its layers are built by code in the
-    folder, which is never run here."""
-    if "skip_returns" in data and "per_layer_config" in data:
-        raise CheckpointError(
-            f"{where}: a folder of format='transformers' is loaded by its own code, which fxfusion does not run: "
-            "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) of transformers loads it; give "
-            "fxfusion the canonical folder of the model, or one of format='nemotron-nas'"
-        )
 
 
 def _without_code(value: Any) -> Any:
@@ -87,7 +85,8 @@ def outline(config: Any, dtype: torch.dtype | None = None) -> Any:
 
 def empty_model(config: Any, dtype: torch.dtype | None = None) -> Any:
     """The same with real buffers, in eval mode. Raises `CheckpointError`, also where these would be too large."""
-    check_buffers(outline(config, dtype))
+    with torch.device("meta"):
+        check_buffers(_alike(config, dtype))
     with _meta_parameters():
         return _build(config, dtype).eval()
 
@@ -144,6 +143,18 @@ def real_empties(modules: Iterable[nn.Module]) -> None:
 
 
 def _build(config: Any, dtype: torch.dtype | None) -> Any:
+    forms = table_of(config)
+    if not forms:
+        return _alike(config, dtype)
+    model = _alike(copy.deepcopy(config), dtype)  # which is written into
+    give_layers(model, forms)
+    with all_on_meta(model):
+        take_out(model, forms)
+    return model
+
+
+def _alike(config: Any, dtype: torch.dtype | None) -> Any:
+    """The model with all its layers alike."""
     from transformers import AutoModelForCausalLM
 
     try:

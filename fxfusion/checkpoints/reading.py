@@ -35,6 +35,9 @@ from fxfusion.models.ffn_surgery.widen import set_parameter
 from fxfusion.report.progress import reporting
 
 _MAX_CONFIG, _MAX_INDEX = 2**22, 2**26  # bytes; the largest known ones have a tenth of that
+SUBBLOCKS = "subblocks_safetensors"
+"""A folder inside, where Model-Optimizer puts a model's tensors."""
+
 _ADAPTER = "adapter_config.json"
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle)")
 _CASTABLE = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
@@ -61,7 +64,8 @@ class SafeFolder:
 
     def file(self, name: str) -> Path:
         """The path of a file. Raises `CheckpointError` where it is missing, no file, or outside the folder."""
-        if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
+        inner = name.removeprefix(f"{SUBBLOCKS}/")
+        if inner != os.path.basename(inner) or inner in ("", ".", "..") or "\\" in name or "\0" in name:
             raise CheckpointError(f"{self.path} names the file {name!r}, which is not one in the folder")
         path = self.path / name
         if not os.path.lexists(path):

@@ -187,21 +187,15 @@ def outline(
 ) -> dict[str, Any]:
     """What would be written, from config and plan alone: the fused model on the meta device in facts, and for the
     engines' layout config, index and who loads it."""
-    from fxfusion.checkpoints.llama_cpp.export import GgufExport
-    from fxfusion.checkpoints.nemotron_nas.export import plan_export
-    from fxfusion.checkpoints.nemotron_nas.load import outline_of
-    from fxfusion.checkpoints.per_layer.export import ExportPlan
-    from fxfusion.checkpoints.reading import SafeFolder
     from fxfusion.cli import inputs
     from fxfusion.models.ffn_surgery.fuse import fuse
 
     path = run.model_dir
     run.tell_read(path)
     with run.screen.busy("looking at the layers"):
-        fused_already = inputs.is_nemotron(path)  # such a folder holds the fused form itself
-        model: Any = (
-            outline_of(SafeFolder.of(path)) if fused_already else inputs.build_without_weights(path, changed=False)
-        )
+        # such a folder holds the fused form itself
+        fused_already = inputs.is_nemotron(path) or inputs.is_varied(path)
+        model: Any = inputs.build_without_weights(path, changed=False)
         before = facts(model)
         chosen = plan or (None if fused_already else inputs.stored_plan(path))
         if chosen is not None:
@@ -210,21 +204,33 @@ def outline(
     show(run.screen, "before", before)
     show(run.screen, "after", after)
     found: dict[str, Any] = {"before": before, "after": after}
+    if format is not Format.canonical:
+        found["export"], count, size = _outlined(run, model, format, max_shard_size, gguf_type)
+        run.screen.line(f"would write {count} tensors, {size / 2**20:,.1f} MiB")
+    return found
+
+
+def _outlined(
+    run: Conversion, model: Any, format: Format, max_shard_size: str, gguf_type: GgufType
+) -> tuple[dict[str, Any], int, int]:
+    """What a format would have of a model, and how many tensors and bytes."""
+    from fxfusion.checkpoints.llama_cpp.export import GgufExport
+    from fxfusion.checkpoints.nemotron_nas.export import plan_export
+    from fxfusion.checkpoints.per_layer.any_model import AnyModelPlan
+    from fxfusion.checkpoints.per_layer.export import ExportPlan
+    from fxfusion.cli import inputs
+
     if format is Format.gguf:
         file = GgufExport.of(model, inputs.read_type(gguf_type))
-        found["export"] = file.to_dict()
-        run.screen.line(f"would write {len(file.types)} tensors, {file.nbytes / 2**20:,.1f} MiB")
         run.screen.line(file.rounded or "")
+        return file.to_dict(), len(file.types), file.nbytes
     if format is Format.nemotron_nas:
         exported = plan_export(model, max_shard_size=max_shard_size)
-        found["export"] = exported.to_dict()
         say_engines(run.screen, exported.engines)
-        run.screen.line(f"would write {len(exported.tensors)} tensors, {exported.nbytes / 2**20:,.1f} MiB")
-    if format is Format.transformers:
-        written = ExportPlan.of(model)
-        found["export"] = {"per_layer_config": written.config["per_layer_config"], "bytes": written.nbytes}
-        run.screen.line(f"would write {len(written.tensors)} tensors, {written.nbytes / 2**20:,.1f} MiB")
-    return found
+        return exported.to_dict(), len(exported.tensors), exported.nbytes
+    key = "per_layer_config" if format is Format.transformers else "block_configs"
+    written: Any = (ExportPlan if format is Format.transformers else AnyModelPlan).of(model)
+    return {key: written.config[key], "bytes": written.nbytes}, len(written.tensors), written.nbytes
 
 
 # --- what is told -------------------------------------------------------------------------------------
@@ -269,6 +275,7 @@ def engines_of(written: Path) -> dict[str, str | None]:
     """For each engine None where it loads a folder or GGUF file, else why not; nothing of canonical folders."""
     from fxfusion.checkpoints.gguf.header import is_gguf
     from fxfusion.checkpoints.nemotron_nas import export as nemotron
+    from fxfusion.checkpoints.nemotron_nas.load import read_config
     from fxfusion.checkpoints.per_layer import export as per_layer
     from fxfusion.checkpoints.quantised import engines_of_quantised
     from fxfusion.checkpoints.reading import SafeFolder
@@ -278,7 +285,7 @@ def engines_of(written: Path) -> dict[str, str | None]:
         return {"llama.cpp": None}
     config = SafeFolder.of(written).json("config.json")
     if is_nemotron(written):
-        found = nemotron.engines_that_load(config)
+        found = nemotron.engines_that_load(read_config(SafeFolder.of(written)))
         return engines_of_quantised(found) if config.get("quantization_config") else found
     return per_layer.engines_that_load(config) if per_layer.is_ours(config) else {}
 

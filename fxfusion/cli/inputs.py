@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,16 +28,19 @@ from fxfusion.checkpoints import quantised
 from fxfusion.checkpoints.api import from_pretrained
 from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, read_plan
 from fxfusion.checkpoints.canonical_save import refuse_removed
-from fxfusion.checkpoints.empty_model import refuse_own_code
+from fxfusion.checkpoints.empty_model import config_of, outline
 from fxfusion.checkpoints.gguf.header import SUFFIX, GgufFile, is_gguf
 from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
 from fxfusion.checkpoints.llama_cpp import export as gguf_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
+from fxfusion.checkpoints.per_layer.any_model import AnyModelPlan
 from fxfusion.checkpoints.per_layer.export import ExportPlan
 from fxfusion.checkpoints.reading import SafeFolder, silent
+from fxfusion.checkpoints.varied import table_of
 from fxfusion.cli.options import Format, GgufType, check_model
+from fxfusion.cost.layer_forms import BLOCKS, PER_LAYER
 from fxfusion.errors import CheckpointError, FxFusionError, OptionError, first_line
 from fxfusion.graph.provenance import layer_numbers
 from fxfusion.models.ffn_surgery.fuse import fuse
@@ -56,17 +59,27 @@ def is_nemotron(folder: Path) -> bool:
         return False
 
 
+def is_varied(folder: Path) -> bool:
+    """Whether a folder's config lists its layers one by one, so that our own reader builds them."""
+    try:
+        found = {} if is_gguf(folder) else SafeFolder.of(folder).json(CONFIG)
+    except CheckpointError:  # whoever reads the file says what is wrong with it
+        return False
+    lists = any(found.get(name) is not None for name in (BLOCKS, PER_LAYER))
+    return lists and found.get("model_type") != nemotron.MODEL_TYPE
+
+
 def load_config(folder: Path) -> Any:
     check_model(folder)
     if is_gguf(folder):
         return read_gguf_config(GgufFile.read(folder))
     if is_nemotron(folder):
         return nemotron.read_config(SafeFolder.of(folder))
+    if is_varied(folder):
+        return config_of(SafeFolder.of(folder).json(CONFIG), folder / CONFIG)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        if "trust_remote_code" in str(error):
-            refuse_own_code(SafeFolder.of(folder).json(CONFIG), folder / CONFIG)
         raise FxFusionError(f"{folder}/config.json cannot be used: {first_line(error)}") from error
     if getattr(config, "fxfusion", None):
         raise FxFusionError(
@@ -98,6 +111,8 @@ def build_without_weights(folder: Path, *, changed: bool = True) -> PreTrainedMo
     if is_nemotron(folder):
         return nemotron.outline_of(SafeFolder.of(folder), config)
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if causal and table_of(config):
+        return cast(PreTrainedModel, outline(config).eval())
     builder: Any = AutoModelForCausalLM if causal else AutoModel
     with torch.device("meta"):
         model: PreTrainedModel = builder.from_config(config, trust_remote_code=False)
@@ -133,7 +148,9 @@ def describe(graph: TracedGraph) -> list[dict[str, Any]]:
 
 def format_of(model: PreTrainedModel) -> Format:
     """The layout that a model is of."""
-    return Format.nemotron_nas if model.config.model_type == nemotron.MODEL_TYPE else Format.canonical
+    if model.config.model_type == nemotron.MODEL_TYPE:
+        return Format.nemotron_nas
+    return Format.anymodel if table_of(model.config) else Format.canonical
 
 
 def check_format(
@@ -163,10 +180,14 @@ def check_format(
         gguf_export.check_model(model, folder, read_type(gguf_type))
     elif format is Format.nemotron_nas:
         plan_export(build_without_weights(folder), check=False)
+    elif format is Format.anymodel:
+        AnyModelPlan.of(build_without_weights(folder))
     elif is_nemotron(folder):
         raise OptionError(
             f"--format {format.value}: {folder} is in the nemotron-nas layout, which has no {format.value} form"
         )
+    elif format is Format.canonical and is_varied(folder):
+        raise OptionError(f"--format {format.value}: the layers of {folder} differ, as its config lists them: anymodel")
     elif format is Format.transformers:
         ExportPlan.of(build_without_weights(folder))
 
@@ -192,10 +213,11 @@ def stored_plan(path: Path) -> FusionPlan | None:
 
 
 def changes_of(folder: Path) -> FusionPlan | None:
-    """What is done to the model of a folder as it is loaded, by the plan in it; None where nothing is. A nemotron-nas
-    folder holds what it is. Raises `PlanError`."""
+    """What is done to the model of a folder as it is loaded, by the plan in it; None where nothing is. A folder
+    that lists its layers holds what it is. Raises `PlanError`."""
     known = stored_plan(folder)
-    return known if known is not None and is_changed(folder) and not is_nemotron(folder) else None
+    holds_itself = is_nemotron(folder) or is_varied(folder)
+    return known if known is not None and is_changed(folder) and not holds_itself else None
 
 
 def is_changed(folder: Path) -> bool:
@@ -234,7 +256,7 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     config = causal_config(folder)
     model: PreTrainedModel
     wanted: Any = dtype if dtype != "auto" else ("float32" if device.type == "cpu" else "auto")
-    if is_gguf(folder) or is_nemotron(folder) or changes_of(folder) is not None:
+    if is_gguf(folder) or is_nemotron(folder) or is_varied(folder) or changes_of(folder) is not None:
         model = from_pretrained(folder, dtype=wanted, device=device)
         model.config.use_cache = False
     else:

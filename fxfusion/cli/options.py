@@ -59,6 +59,7 @@ class Format(str, Enum):
     canonical = "canonical"
     nemotron_nas = "nemotron-nas"
     transformers = "transformers"
+    anymodel = "anymodel"
     gguf = "gguf"
 
 
@@ -159,7 +160,8 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         help="canonical: original weights and the plan; nemotron-nas: fused weights for engines; transformers: fused "
-        "weights for transformers and vLLM, of any family; gguf: one file for llama.cpp (--output NAME.gguf).",
+        "weights for transformers and vLLM, of any family; anymodel: for Model-Optimizer; gguf: one file for llama.cpp "
+        "(--output NAME.gguf).",
     ),
 ]
 GgufTypeOption = Annotated[

@@ -120,6 +120,7 @@ def refit(
     speed. A layer is changed only where that helps on text that was not fitted to. MODEL stays as it is; a run that
     was stopped goes on from --results.
     """
+    from fxfusion.cli import inputs
     from fxfusion.models.weight_grid import WeightGrid
 
     chosen = fxfusion.FusionPlan.load(plan)
@@ -127,8 +128,6 @@ def refit(
     on = read(grid, WeightGrid.parse, "--grid")
 
     def layout() -> None:
-        from fxfusion.cli import inputs
-
         inputs.check_format(run.model_dir, format, chosen, output=output, gguf_type=gguf_type)
 
     run.check(output=output, reads=[plan, *(validation or ())], intact=True, layout=layout)

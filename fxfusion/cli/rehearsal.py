@@ -18,6 +18,7 @@ from fxfusion.checkpoints.llama_cpp.export import GgufExport
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
 from fxfusion.checkpoints.nemotron_nas.load import config_from
 from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder
+from fxfusion.checkpoints.per_layer.any_model import AnyModelPlan
 from fxfusion.checkpoints.per_layer.export import ExportPlan
 from fxfusion.checkpoints.reading import SafeFolder
 from fxfusion.checkpoints.shards import TensorFacts
@@ -67,6 +68,8 @@ def _written(folder: Path, format: Format, model: Any, plan: FusionPlan) -> int:
         return exported.nbytes
     if format is Format.transformers:
         return ExportPlan.of(model).nbytes
+    if format is Format.anymodel:
+        return AnyModelPlan.of(model).nbytes
     if format is Format.gguf:
         return GgufExport.of(model).nbytes
     tensors = CanonicalTensors.of(model)

@@ -1,14 +1,13 @@
 """The layers of a model from a name, a table, a Hugging Face `config.json`, or a folder with one.
 
 A config is read by the fields that it has, in the words of many: `hidden_size`, `n_embd`, `d_model`, ... Where it lists
-its blocks (`block_configs`), each has its own attention and FFN. What a config does not say is an error, not a guess:
+its layers (`layer_forms.py`), each has its own attention and FFN. What a config does not say is an error, not a guess:
 whether FFNs are gated follows from the activation only where all known models with it are.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fxfusion.cost.layer_forms import HEADS, KV_HEADS, LAYERS, WIDTH, LayerForm, layer_forms
 from fxfusion.cost.layer_table import Layer, LayerTable, published_tables
 from fxfusion.errors import OptionError
 from fxfusion.plan.policy import describe
@@ -23,16 +23,11 @@ from fxfusion.plan.policy import describe
 _CONFIG = "config.json"
 _MAX_BYTES = 2**24
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "hidden_dim")
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_groups")
-_WIDTH = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
 _ACTIVATION = ("hidden_act", "activation_function", "hidden_activation", "activation")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _GATED = frozenset({"silu", "swish", "swiglu", "geglu", "reglu"})
 _SLIDING = "sliding_attention"
 _PATTERNS = ("layer_switch", "sliding_window_pattern", "max_window_layers")  # other ways to say which layers slide
-_MULTIPLE = 256  # FFNs given by a multiplier are as wide as the next multiple
 
 
 class UndecidedError(OptionError):
@@ -69,8 +64,11 @@ def table_of_config(
     experts = reader.number(_EXPERTS, None)
     if experts is not None and experts > 1:
         raise OptionError(f"{where}: a mixture of {experts} experts; the cost model knows dense FFNs")
-    hidden, heads, blocks = sizes["hidden_size"], sizes["num_attention_heads"], fields.get("block_configs")
-    layers = _block_layers(blocks, hidden, heads, where) if blocks is not None else _alike_layers(reader, hidden)
+    try:
+        forms = layer_forms(fields)
+    except OptionError as error:
+        raise OptionError(f"{where}: {error}") from None
+    layers = _alike_layers(reader, sizes["hidden_size"]) if forms is None else _own_layers(reader, forms, sizes)
     known = reader.gated() if gated is None else gated
     try:
         return LayerTable(name=name, source=where, gated=known, blocks=layers, **sizes)
@@ -82,12 +80,12 @@ def sizes_of_config(fields: Mapping[str, Any], where: str = "config") -> dict[st
     """What layers share, as fields of a `LayerTable`: hidden size, heads, vocabulary. Raises `OptionError`."""
     fields = _text_part(fields)
     reader = _Fields(fields, where)
-    heads = reader.number(_HEADS)
+    heads = reader.number(HEADS)
     one_kv_head = fields.get("multi_query") is True and not fields.get("new_decoder_architecture")
     return {
         "hidden_size": reader.number(_HIDDEN),
         "num_attention_heads": heads,
-        "num_key_value_heads": 1 if one_kv_head else reader.number(_KV_HEADS, heads),
+        "num_key_value_heads": 1 if one_kv_head else reader.number(KV_HEADS, heads),
         "head_dim": reader.number(("head_dim",), None),
         "vocab_size": reader.number(("vocab_size",)),
         "tie_word_embeddings": bool(fields.get("tie_word_embeddings") or False),
@@ -96,7 +94,7 @@ def sizes_of_config(fields: Mapping[str, Any], where: str = "config") -> dict[st
 
 def width_of_config(fields: Mapping[str, Any], where: str = "config") -> int | None:
     """Channels of an FFN, where a config has one number for all."""
-    found: int | None = _Fields(_text_part(fields), where).number(_WIDTH, None)
+    found: int | None = _Fields(_text_part(fields), where).number(WIDTH, None)
     return found
 
 
@@ -142,11 +140,41 @@ def windows_of_config(fields: Mapping[str, Any], count: int) -> list[int | None]
 
 
 def _alike_layers(reader: _Fields, hidden: int) -> tuple[Layer, ...]:
-    count = reader.number(_LAYERS)
-    width = reader.number(_WIDTH, None)
+    width = reader.number(WIDTH, None)
     if width is None and "n_inner" not in reader.fields:
-        raise OptionError(f"{reader.where}: it has no {' or '.join(_WIDTH)}")
+        raise OptionError(f"{reader.where}: it has no {' or '.join(WIDTH)}")
     width = 4 * hidden if width is None else width  # n_inner: null means that
+    return tuple(
+        Layer(attention=True, ffn_width=width, window=window) for window in _windows(reader, reader.number(LAYERS))
+    )
+
+
+def _own_layers(reader: _Fields, forms: Sequence[LayerForm], sizes: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """Layers that the config lists one by one."""
+    places = [int(form.place.partition(".")[0]) for form in forms]
+    windows = _windows(reader, 1 + max(places, default=-1))
+    found = []
+    for form, place in zip(forms, places, strict=True):
+        heads = form.number(HEADS, reader.fields)
+        if form.attention and heads != sizes["num_attention_heads"]:
+            raise OptionError(
+                f"{reader.where}: layer {form.place} has {heads} heads, others {sizes['num_attention_heads']}, and the "
+                "cost model knows one number of heads"
+            )
+        width = form.number(WIDTH, reader.fields)
+        if width is None and "n_inner" in reader.fields:
+            width = 4 * sizes["hidden_size"]
+        if form.ffn and width is None:
+            raise OptionError(f"{reader.where}: it has no {' or '.join(WIDTH)}")
+        kv_heads = form.number(KV_HEADS, reader.fields) if form.attention else None
+        window = windows[place] if form.attention else None
+        width = width if form.ffn else None
+        found.append(Layer(attention=form.attention, ffn_width=width, num_key_value_heads=kv_heads, window=window))
+    return tuple(found)
+
+
+def _windows(reader: _Fields, count: int) -> list[int | None]:
+    """How far back the attention of each layer reaches, for all kinds that are known."""
     window = reader.number(("sliding_window",), None) if reader.fields.get("use_sliding_window", True) else None
     kinds = reader.fields.get("layer_types") or [None] * count
     if len(kinds) != count:
@@ -158,45 +186,7 @@ def _alike_layers(reader: _Fields, hidden: int) -> tuple[Layer, ...]:
     pattern = next((name for name in _PATTERNS if reader.fields.get(name)), None)
     if window and reader.fields.get("layer_types") is None and pattern is not None:
         raise UndecidedError(f"{reader.where}: {pattern} tells which layers have a sliding window, not layer_types")
-    slides = [kind is None or kind == _SLIDING for kind in kinds]
-    return tuple(Layer(attention=True, ffn_width=width, window=window if each else None) for each in slides)
-
-
-def _block_layers(blocks: Any, hidden: int, heads: int, where: str) -> tuple[Layer, ...]:
-    if not isinstance(blocks, Sequence) or isinstance(blocks, str):
-        raise OptionError(f"{where}: block_configs: expected a list of blocks")
-    return tuple(_block(block, hidden, heads, f"{where}: block_configs[{index}]") for index, block in enumerate(blocks))
-
-
-def _block(block: Any, hidden: int, heads: int, where: str) -> Layer:
-    attention, ffn = _part(block, "attention", where), _part(block, "ffn", where)
-    kv_heads = None
-    if not attention.get("no_op"):
-        kv_heads = attention.get("num_key_value_heads")
-        group = attention.get("n_heads_in_group")
-        if kv_heads is None and isinstance(group, int) and group > 0:
-            kv_heads = heads // group
-    width = None if ffn.get("no_op") else _width(ffn, hidden, where)
-    return Layer(attention=not attention.get("no_op"), ffn_width=width, num_key_value_heads=kv_heads)
-
-
-def _part(block: Any, name: str, where: str) -> Mapping[str, Any]:
-    part = block.get(name) if isinstance(block, Mapping) else None
-    if not isinstance(part, Mapping):
-        raise OptionError(f"{where}.{name}: expected fields with values")
-    if part.get("replace_with_linear"):
-        raise OptionError(f"{where}.{name}: replace_with_linear: the cost model knows attention and FFNs")
-    return part
-
-
-def _width(ffn: Mapping[str, Any], hidden: int, where: str) -> int:
-    """`intermediate_size`, or 2/3 of `ffn_mult` times the hidden size, up to the next multiple of 256."""
-    width, multiplier = ffn.get("intermediate_size"), ffn.get("ffn_mult")
-    if isinstance(width, int) and width > 0:
-        return width
-    if not isinstance(multiplier, (int, float)) or not 0 < multiplier < math.inf:
-        raise OptionError(f"{where}.ffn: it has neither an intermediate_size nor a ffn_mult above 0")
-    return math.ceil(int(2 * multiplier * hidden / 3) / _MULTIPLE) * _MULTIPLE
+    return [window if kind is None or kind == _SLIDING else None for kind in kinds]
 
 
 def _read(path: Path) -> dict[str, Any]:

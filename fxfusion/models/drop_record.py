@@ -1,7 +1,7 @@
 """What a config says about attention that was dropped: `config.fxfusion`, plain lists, so that it is saved with it.
 
     {"dropped_attention": [4, 5], "cache_slots": [0, 1, 2, 3, None, None, 4, 5], "layer_types": None,
-     "fused": {...} of ffn_surgery/record.py, "refit": {...}: fields of `fxfusion.plan.record.Refit`}
+     "as_loaded": [4], "fused": {...} of ffn_surgery/record.py, "refit": {...}: fields of `fxfusion.plan.record.Refit`}
 
 Layers are numbered as in the intact model. `layer_types` is the intact model's list, which building the modules
 anew from the config needs; `config.layer_types` itself follows the cache slots.
@@ -9,6 +9,7 @@ anew from the config needs; `config.layer_types` itself follows the cache slots.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from fxfusion.models.cache_slots import set_attribute
 from fxfusion.plan.record import Refit
 
 NAME = "fxfusion"
+_AS_LOADED = "as_loaded"  # layers that had no attention in the folder that the model came from
 _KEYS = ("dropped_attention", "cache_slots", "layer_types")
 
 
@@ -45,6 +47,20 @@ def read_record(config: Any) -> DropRecord | None:
     if missing:
         raise SurgeryError(f"config.{NAME} records dropped attention without {missing[0]}; was it edited?")
     return DropRecord(**{key: found[key] for key in _KEYS})
+
+
+def note_as_loaded(config: Any, layers: Iterable[int]) -> None:
+    """Note that layers had no attention when the model was loaded: without it, it is intact."""
+    found = getattr(config, NAME, None)
+    setattr(config, NAME, {**(found if isinstance(found, dict) else {}), _AS_LOADED: sorted(layers)})
+
+
+def dropped_since(config: Any) -> list[int]:
+    """Layers whose attention was dropped since the model was loaded."""
+    record = read_record(config)
+    if record is None:
+        return []
+    return [layer for layer in record.dropped_attention if layer not in getattr(config, NAME).get(_AS_LOADED, ())]
 
 
 def fused_entry(config: Any) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ from fxfusion.analysis.store import Store, inside, model_key
 from fxfusion.checkpoints.quantised import linear_layers
 from fxfusion.errors import OptionError, SurgeryError
 from fxfusion.models.bare_model import bare_model
-from fxfusion.models.drop_record import fused_entry, read_record, read_refit, write_refit
+from fxfusion.models.drop_record import dropped_since, fused_entry, read_record, read_refit, write_refit
 from fxfusion.models.ffn_surgery.fuse import fuse
 from fxfusion.models.ffn_surgery.record import fused_state
 from fxfusion.models.ffn_surgery.unfuse import unfused_tensors
@@ -136,10 +136,10 @@ def _check(model: nn.Module, bare: nn.Module, plan: FusionPlan, reference: str, 
         raise SurgeryError("the model was refitted already: start from the model as it was loaded")
     if fused_entry(config) is not None:
         raise SurgeryError("the model is fused already: give the model as it was loaded, and the plan")
-    record = read_record(config)
-    if record is not None and reference == "intact":
+    dropped = dropped_since(config)
+    if dropped and reference == "intact":
         raise SurgeryError(
-            f"the attention of layers {record.dropped_attention} was dropped, so there is no intact model to refit to: "
+            f"the attention of layers {dropped} was dropped, so there is no intact model to refit to: "
             'give the model as it was loaded, or reference="unfused"'
         )
     if not plan.groups and (plan.changes_nothing or reference != "intact" or later == "none"):

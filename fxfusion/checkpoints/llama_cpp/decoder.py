@@ -33,6 +33,7 @@ from fxfusion.checkpoints.nemotron_nas.parts import (
     Source,
     find_parts,
 )
+from fxfusion.cost.layer_forms import KNOWN
 from fxfusion.errors import CheckpointError
 
 BLOCK = 32  # values that are quantised together
@@ -45,7 +46,7 @@ _NAMES = {
 _QKV = ("q_proj", "k_proj", "v_proj")
 # Settings that say nothing of what is computed, or that are checked by what modules compute (`facts.py`, `proof.py`).
 _CHECKED = (
-    *("auto_map", "block_configs", "layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
+    *("auto_map", "block_configs", KNOWN, "layer_types", "sliding_window", "use_sliding_window", "max_window_layers"),
     *("no_rope_layers", "no_rope_layer_interval", "partial_rotary_factor", "rope_theta", "rope_scaling"),
     *("original_max_position_embeddings", "kv_sharing_modes", "torch_dtype", "fxfusion", "embd_pdrop", "resid_pdrop"),
 )

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from fxfusion.checkpoints.canonical_load import CONFIG, handed_out, read_generation_config
-from fxfusion.checkpoints.nemotron_nas.configuration_decilm import Block, DeciLMConfig
+from fxfusion.checkpoints.nemotron_nas.configuration_decilm import WIDTH_MULTIPLE, Block, DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.modeling_decilm import DeciLMForCausalLM
 from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder, finish, give_angles, put
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder
 from fxfusion.checkpoints.shards import TensorFacts
+from fxfusion.cost.layer_forms import LayerForm, layer_forms
 from fxfusion.errors import CheckpointError
+from fxfusion.models.drop_record import note_as_loaded
 from fxfusion.report.progress import reporting
 
 MODEL_TYPE = "nemotron-nas"
@@ -86,10 +88,25 @@ def config_from(found: Mapping[str, Any], folder: SafeFolder, file: str = CONFIG
         raise CheckpointError(f"{where} is of a quantised model (quantization_config), which is not read")
     settings = {name: value for name, value in found.items() if name not in _NOT_OURS and not name.startswith("_")}
     with _naming(folder, "is not valid", file):
-        config = DeciLMConfig(**settings)
-        if reason := config.unsupported():
-            raise ValueError(reason)
+        forms = layer_forms(settings) or ()
+        blocks = [_block(form, settings) for form in forms]
+        config = DeciLMConfig(**{**settings, "block_configs": blocks})
     return note_missing_attention(config)
+
+
+def _block(form: LayerForm, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer in the words of `DeciLMConfig`, in whichever it was said."""
+    width, kv_heads = (form.settings.get(name) for name in ("intermediate_size", "num_key_value_heads"))
+    if width is not None and width % WIDTH_MULTIPLE:
+        raise ValueError(
+            f"block_configs[{form.place}].ffn.intermediate_size = {width} is no multiple of {WIDTH_MULTIPLE}"
+        )
+    group = None if kv_heads is None else settings["num_attention_heads"] // kv_heads
+    mult = None if width is None else 1.5 * width / settings["hidden_size"]
+    return {
+        "attention": {"n_heads_in_group": group, "no_op": not form.attention},
+        "ffn": {"ffn_mult": mult, "no_op": not form.ffn},
+    }
 
 
 def note_missing_attention(config: DeciLMConfig) -> DeciLMConfig:
@@ -101,6 +118,7 @@ def note_missing_attention(config: DeciLMConfig) -> DeciLMConfig:
         slots.append(None if block.attention.no_op else sum(slot is not None for slot in slots))
     if missing:
         config.fxfusion = {"dropped_attention": missing, "cache_slots": slots, "layer_types": None}
+        note_as_loaded(config, missing)
     return config
 
 

@@ -25,10 +25,12 @@ from fxfusion.checkpoints.companions import CardText, write_beside
 from fxfusion.checkpoints.empty_model import check_plain, own_tensors
 from fxfusion.checkpoints.folder import replacing, write_file
 from fxfusion.checkpoints.per_layer.proof import loaded_code, prove
-from fxfusion.checkpoints.per_layer.settings import OWN, LayerSettings, index_argument
+from fxfusion.checkpoints.per_layer.settings import OWN, LayerSettings
 from fxfusion.checkpoints.per_layer.stack import FURTHER, Stack
 from fxfusion.checkpoints.quantised import check_layers, engines_of_quantised, linear_layers, quantise
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
+from fxfusion.checkpoints.varied import PREFIX, index_argument
+from fxfusion.cost.layer_forms import KNOWN
 from fxfusion.errors import CheckpointError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.cache_slots import SHARING_NAMES, is_computed
@@ -38,7 +40,7 @@ from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.models.fingerprint import facts_of
 from fxfusion.models.weight_grid import WeightGrid
 
-CODE, PREFIX = "modeling_fused", "fused_"
+CODE = "modeling_fused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class ExportPlan:
     def of(cls, model: nn.Module) -> ExportPlan:
         """Works on the meta device. Raises `CheckpointError` for what cannot be said so, by layer and tensor."""
         bare: Any = bare_model(model)
-        _check(bare)
+        check_model(bare)
         stack = Stack.of(bare)
         own = own_tensors(bare)
         kept = {name: value for name, value in own.items() if "None" not in stack.renamed(name).split(".")}
@@ -166,7 +168,7 @@ def _name(kind: type[Any]) -> str:
     return f"Fused{kind.__name__}"
 
 
-def _check(model: Any) -> None:
+def check_model(model: Any) -> None:
     """Raises `CheckpointError` for what is no plain decoder of transformers with weights of one dtype."""
     from transformers import PreTrainedModel
 
@@ -194,7 +196,8 @@ def _config(model: Any, stack: Stack) -> dict[str, Any]:
     """The content of config.json."""
     config = copy.deepcopy(model.config)
     _follow_layers(config, stack)
-    vars(config).pop(NAME, None)
+    for name in (NAME, KNOWN):
+        vars(config).pop(name, None)
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     for name in SHARING_NAMES:  # each layer has attention, and its own keys and values
         data.pop(name, None)
@@ -231,7 +234,7 @@ def _follow_layers(config: Any, stack: Stack) -> None:
     """Let the config say the layers that are left, and of what type each is."""
     kept = [layer.number for layer, *_ in stack.layers]
     count = config.num_hidden_layers
-    types = _layer_types(config)
+    types = layer_types(config)
     for name, value in list(vars(config).items()):
         if name.startswith("_") or name in FOLLOWS_SLOTS or is_computed(config, name):
             continue
@@ -242,7 +245,7 @@ def _follow_layers(config: Any, stack: Stack) -> None:
         config.layer_types = [types[number] for number in kept]
 
 
-def _layer_types(config: Any) -> list[str] | None:
+def layer_types(config: Any) -> list[str] | None:
     """Of the layers in memory, one after the other: while some have no attention, the config's own list is that of the
     cache's slots."""
     record, entry = read_record(config), fused_entry(config)

@@ -33,7 +33,7 @@ def prove(model: Any, stack: Stack, folder: Path, code: str, name: str) -> None:
     with loaded_code(folder / f"{code}.py") as module:
         twin = _load(getattr(module, name), model, folder)
         _check_modules(model, twin, stack)
-        _check_logits(model, twin)
+        check_logits(model, twin)
 
 
 @contextmanager
@@ -95,7 +95,9 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _check_logits(model: Any, twin: Any) -> None:
+def check_logits(model: Any, twin: Any, form: str = "the transformers format") -> None:
+    """Raises `CheckpointError` unless a model that was read again computes the same, at once and with a cache."""
+    cannot = f"{form} cannot say this model"
     ids = proof_tokens(model)
     limit = _ALLOWED * max(torch.finfo(model.dtype).eps, torch.finfo(torch.float32).eps)  # norms are in float32
     try:
@@ -107,10 +109,10 @@ def _check_logits(model: Any, twin: Any) -> None:
     except SurgeryError as error:
         raise CheckpointError(f"what is written cannot be compared with the model: {error}") from error
     except Exception as error:  # a block behind a layer that asks for more than it is given, say
-        raise CheckpointError(f"{_CANNOT}: {first_line(error)}") from error
+        raise CheckpointError(f"{cannot}: {first_line(error)}") from error
     for how, (found, expected) in pairs.items():
         off = relative(found, expected)
         if not off <= limit:
             raise CheckpointError(
-                f"{_CANNOT}: tensors and settings fit, but the logits{how} are off by {off:.2g} (allowed {limit:.2g})"
+                f"{cannot}: tensors and settings fit, but the logits{how} are off by {off:.2g} (allowed {limit:.2g})"
             )

@@ -10,7 +10,6 @@ No name of a family's settings is known here: it is the one that, changed, gives
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,24 +17,13 @@ from typing import Any
 import torch
 
 from fxfusion.checkpoints.per_layer.stack import Block
+from fxfusion.checkpoints.varied import index_argument, table_of
 from fxfusion.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
 OWN = "own_parameters"
 _HEADS = re.compile(r"heads?$")  # num_heads, n_head, num_key_value_heads; no head_dim
-_INDEX = re.compile("layer|idx|index")
 _MOST = 4  # settings, or numbers of heads together, for one layer
-
-
-def index_argument(layer: type[Any]) -> str | None:
-    """By which argument a layer is told its number; None without one. Raises `CheckpointError` for others."""
-    _, config, *others = inspect.signature(layer.__init__).parameters.values()
-    found = next((one.name for one in others if _INDEX.search(one.name)), None)
-    needed = [one.name for one in others if one.default is inspect.Parameter.empty and one.name != found]
-    if config.name != "config" or needed:
-        words = ", ".join([config.name, *needed])
-        raise CheckpointError(f"{layer.__name__} is not made of a config and its number alone, but of {words}")
-    return found
 
 
 class LayerSettings:
@@ -44,6 +32,7 @@ class LayerSettings:
     def __init__(self, layer: type[Any], config: Any) -> None:
         self._layer, self._config, self._index = layer, config, index_argument(layer)
         self._known: dict[Any, dict[str, Any]] = {}
+        self._listed = [dict(form.settings) for form in table_of(config)]
 
     def of(self, block: Block, place: int) -> dict[str, Any]:
         """What the layer at this place needs to have the tensors of a block; empty where it has them.
@@ -51,13 +40,15 @@ class LayerSettings:
         Raises `CheckpointError` that names the tensor, where no setting gives them.
         """
         wanted = {name: tuple(value.shape) for name, value in block.module.state_dict(keep_vars=True).items()}
-        key = (tuple(wanted.items()), tuple(block.skip))
+        listed = self._listed[block.number] if block.number < len(self._listed) else {}
+        key = (tuple(wanted.items()), tuple(block.skip), *sorted(listed.items()))
         if key not in self._known:
-            self._known[key] = self._search(wanted, block, place)
+            self._known[key] = self._search(wanted, block, place, listed)
         return dict(self._known[key])
 
-    def _search(self, wanted: Shapes, block: Block, place: int) -> dict[str, Any]:
-        chosen: dict[str, Any] = {}
+    def _search(self, wanted: Shapes, block: Block, place: int, listed: Mapping[str, Any]) -> dict[str, Any]:
+        usual = vars(self._config)
+        chosen = {name: value for name, value in listed.items() if usual.get(name) != value}
         found = self._shapes(chosen, block.skip, place)
         if found is None:
             raise CheckpointError(f"{self._layer.__name__} cannot be built by its config alone")

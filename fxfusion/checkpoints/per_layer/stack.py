@@ -85,7 +85,7 @@ class Stack:
         classes = Classes(type(model.config), type(model), type(base), kinds[0])
         for kind in (classes.config, classes.causal, classes.base, classes.layer):
             _check_importable(kind)
-        return cls(classes, path, inner, _grouped(path, [_block(place, one) for place, one in enumerate(modules)]))
+        return cls(classes, path, inner, _grouped(path, [block_of(place, one) for place, one in enumerate(modules)]))
 
     @property
     def returns(self) -> dict[str, Returns]:
@@ -131,7 +131,8 @@ def _check_importable(kind: type[Any]) -> None:
         )
 
 
-def _block(number: int, layer: nn.Module) -> Block:
+def block_of(number: int, layer: nn.Module) -> Block:
+    """What a layer is made of, by what stands in it."""
     skip: dict[str, Returns] = {}
     for path, module in layer.named_modules():
         if isinstance(module, NoAttention):

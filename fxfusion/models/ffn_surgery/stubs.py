@@ -12,21 +12,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor, fx, nn
 
 from fxfusion.errors import SurgeryError
 from fxfusion.graph import provenance
 from fxfusion.graph.torch_private import hooks_in
+from fxfusion.models.attention_sites import layer_list_path
 from fxfusion.models.attention_surgery import run_once
-from fxfusion.models.ffn_surgery.layout import Member
 from fxfusion.models.no_attention import NoAttention, NoNorm, Nothing, Returned, candidates, watch
-from fxfusion.models.traced import TracedGraph
+from fxfusion.models.surgery_proof import check_same_graph, proof_tokens
+from fxfusion.models.traced import TracedGraph, TracedModel
 
 
 class NoFfn(NoAttention):
     """Takes the place of an FFN module that moved to another layer. Has no parameters; see `NoAttention`."""
+
+
+class HasWeights(Protocol):
+    """An FFN: its decoder layer, and the names of its matrices."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def large(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +52,7 @@ class FfnSite:
         return (self.ffn, *self.norms)
 
 
-def find_ffn_sites(traced: TracedGraph, prefix: str, members: Iterable[Member]) -> tuple[FfnSite, ...]:
+def find_ffn_sites(traced: TracedGraph, prefix: str, members: Iterable[HasWeights]) -> tuple[FfnSite, ...]:
     """The modules of some FFNs. `prefix`: path of the list of layers.
 
     Raises `SurgeryError` where an FFN is no module of its own.
@@ -59,7 +70,7 @@ def find_ffn_sites(traced: TracedGraph, prefix: str, members: Iterable[Member]) 
     return tuple(_site(member, f"{prefix}.{member.layer}", owned, dead) for member in found)
 
 
-def _site(member: Member, layer: str, owned: Mapping[str, list[fx.Node]], dead: set[fx.Node]) -> FfnSite:
+def _site(member: HasWeights, layer: str, owned: Mapping[str, list[fx.Node]], dead: set[fx.Node]) -> FfnSite:
     inside = [path for path in owned if path.startswith(f"{layer}.") and dead.issuperset(owned[path])]
     outermost = [path for path in inside if not any(path.startswith(f"{other}.") for other in inside)]
     holders = [path for path in outermost if all(name.startswith(f"{path}.") for name in member.large)]
@@ -132,13 +143,46 @@ class FfnStubs:
 
     def _refuse_others(self, site: FfnSite, moved: set[str]) -> None:
         for path in site.paths:
-            module: Any = self.model.get_submodule(path)
-            for name, _ in (*module.named_parameters(), *module.named_buffers()):
-                if f"{path}.{name}" not in moved:
-                    raise SurgeryError(f"{path}.{name} is no part of the FFN that moves, and would be lost")
+            for name in _tensors_of(self.model, path):
+                if name not in moved:
+                    raise SurgeryError(f"{name} is no part of the FFN that moves, and would be lost")
 
 
 def put_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put modules into their places, by path, in the mode of what stands there: the model may have changed its own."""
     for path, module in modules.items():
         model.set_submodule(path, module.train(model.get_submodule(path).training))
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    layer: int
+    large: tuple[str, ...]
+
+
+def drop_ffns(model: nn.Module, layers: Iterable[int]) -> None:
+    """Take the FFNs of some layers out of a model on the meta device, for good, proved by its graph.
+
+    Raises `SurgeryError` for a layer without an FFN that is understood; the model is then as it was.
+    """
+    ids, wanted = proof_tokens(model), set(layers)
+    traced = TracedModel(model).graph(ids)
+    blocks = [block for block in traced.blocks.ffns if block.layer in wanted]
+    if unknown := wanted - {block.layer for block in blocks}:
+        raise SurgeryError(f"layer {min(unknown)} has no FFN that is understood")
+    names = {id(value): name for name, value in model.named_parameters()}
+    alive = traced.needed([traced.logits])
+    found = []
+    for block in blocks:
+        read = [node for dead in alive - traced.needed([traced.logits], [block]) for node in dead.all_input_nodes]
+        values = (traced.captured.values.get(node.name) for node in read)
+        large = {names[id(value)] for value in values if value is not None and value.dim() > 1 and id(value) in names}
+        found.append(_Weights(block.layer, tuple(sorted(large))))
+    sites = find_ffn_sites(traced, layer_list_path(traced), found)
+    own = {site.ffn: [name for path in site.paths for name in _tensors_of(model, path)] for site in sites}
+    FfnStubs.of(model, sites, ids).put(sites, own, lambda: check_same_graph(model, traced, blocks, ids))
+
+
+def _tensors_of(model: nn.Module, path: str) -> list[str]:
+    module = model.get_submodule(path)
+    return [f"{path}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers())]

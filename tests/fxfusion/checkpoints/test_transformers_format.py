@@ -228,12 +228,30 @@ def test_layers_that_have_no_place_are_named(tmp_path: Path) -> None:
         ExportPlan.of(model)
 
 
-def test_fxfusion_does_not_run_the_code_of_a_folder_and_says_what_to_do(tmp_path: Path) -> None:
-    save(models.intact(), tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"which fxfusion does not run: AutoModel.* give fxfusion the canonical"):
-        fxfusion.from_pretrained(tmp_path / "out")
-    with pytest.raises(CheckpointError, match="which fxfusion does not run"):
-        load_config(tmp_path / "out")
+@pytest.mark.slow  # by the fixture
+@pytest.mark.parametrize("case", CASES)
+def test_fxfusion_reads_it_back_without_its_code(written: Any, case: str, tmp_path: Path) -> None:
+    root, fused_models = written
+    shutil.copytree(root / case, tmp_path / "out")
+    (tmp_path / "out" / "modeling_fused.py").write_text("raise SystemExit('this code was run')\n")
+    model, again, tokens = fused_models[case], fxfusion.from_pretrained(tmp_path / "out"), token_ids()
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        found = again(tokens, use_cache=False).logits
+    assert off(found.tolist(), expected.tolist()) < LIMIT
+    assert type(again) is type(model) and sum(map(torch.numel, again.parameters())) == sum(
+        map(torch.numel, model.parameters())
+    )
+    steps: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(again.generate(tokens, **steps), model.generate(tokens, **steps))
+    assert again.config.model_type == load_config(tmp_path / "out").model_type == model.config.model_type
+    file = tmp_path / "out" / "model.safetensors"
+    values = load_file(file)
+    name = next(name for name, value in values.items() if ".further." in name or value.dim() > 1)
+    save_file(values | {name: values[name] * 2}, file, {"format": "pt"})
+    with torch.no_grad():
+        changed = fxfusion.from_pretrained(tmp_path / "out")(tokens, use_cache=False).logits
+    assert off(changed.tolist(), expected.tolist()) > LIMIT
 
 
 def test_a_folder_of_others_is_not_replaced(tmp_path: Path) -> None:
