@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,9 +128,7 @@ def refit(
     limit = read(memory_limit, read_bytes, "--memory-limit")
     on = read(grid, WeightGrid.parse, "--grid")
 
-    def layout() -> None:
-        inputs.check_format(run.model_dir, format, chosen, output=output, gguf_type=gguf_type)
-
+    layout = partial(inputs.check_format, run.model_dir, format, chosen, output=output, gguf_type=gguf_type)
     run.check(output=output, reads=[plan, *(validation or ())], intact=True, layout=layout)
     result: dict[str, Any] = {
         "model": str(run.model_dir),
