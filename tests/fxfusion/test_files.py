@@ -157,7 +157,9 @@ def _heat_map(path: Path, **more: Any) -> None:
 
 
 def _gains(path: Path, **more: Any) -> None:
-    point = GainPoint(tp=1, batch=1, scale=1.0, hidden=8, before_ms=2.0, after_ms=1.0)
+    point = GainPoint(
+        launch="cuda-graph", all_reduce="plain", tp=1, batch=1, scale=1.0, hidden=8, before_ms=2.0, after_ms=1.0
+    )
     Gains(name="m", hardware="h", precision="bf16", points=(point,)).save(path, **more)
 
 

@@ -60,7 +60,9 @@ def test_a_model_may_be_saved_where_it_came_from(tmp_path: Path) -> None:
 
 
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="expected one of canonical, nemotron-nas, transformers, gguf, got 'onnx'"):
+    with pytest.raises(
+        OptionError, match="expected one of canonical, nemotron-nas, transformers, anymodel, gguf, got 'onnx'"
+    ):
         fxfusion.save_pretrained(models.intact(), tmp_path / "m", format="onnx")  # type: ignore[arg-type]
     assert not (tmp_path / "m").exists()
 
