@@ -96,9 +96,9 @@ def export(
     result = _started(run, output, plan, results)
     from fxfusion.cli import inputs
 
-    inputs.check_format(run.model_dir, format, output=output, gguf_type=gguf_type)
     rounding: dict[str, Any] = {"quantize": quantize and quantize.value, "group_size": group_size}
     inputs.check_rounding(run.model_dir, format, chosen, **rounding)
+    inputs.check_format(run.model_dir, format, output=output, gguf_type=gguf_type)
     if run.dry_run:
         return result | outline(run, chosen, format, max_shard_size, gguf_type)
     from fxfusion.models.ffn_surgery.record import plan_of

@@ -21,6 +21,7 @@ from fxfusion.errors import FxFusionError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fxfusion.models.weight_grid import WeightGrid
     from fxfusion.plan.fusion_plan import FusionPlan
     from fxfusion.plan.record import Refit
     from fxfusion.recovery.distil import Step
@@ -121,14 +122,10 @@ def refit(
     speed. A layer is changed only where that helps on text that was not fitted to. MODEL stays as it is; a run that
     was stopped goes on from --results.
     """
-    from fxfusion.cli import inputs
-    from fxfusion.models.weight_grid import WeightGrid
-
     chosen = fxfusion.FusionPlan.load(plan)
     limit = read(memory_limit, read_bytes, "--memory-limit")
-    on = read(grid, WeightGrid.parse, "--grid")
-
-    layout = partial(inputs.check_format, run.model_dir, format, chosen, output=output, gguf_type=gguf_type)
+    on = read(grid, _read_grid, "--grid")
+    layout = partial(_check_format, run.model_dir, format, chosen, output=output, gguf_type=gguf_type)
     run.check(output=output, reads=[plan, *(validation or ())], intact=True, layout=layout)
     result: dict[str, Any] = {
         "model": str(run.model_dir),
@@ -149,6 +146,18 @@ def refit(
     run.screen.line(f"written: {output}")
     say_how_to_run(run.screen, output, format)
     return result | {"dry_run": False, "refit": record.model_dump(mode="json")}
+
+
+def _read_grid(text: str, option: str) -> WeightGrid:
+    from fxfusion.models.weight_grid import WeightGrid  # which loads torch
+
+    return WeightGrid.parse(text, option)
+
+
+def _check_format(*arguments: Any, **options: Any) -> None:
+    from fxfusion.cli.inputs import check_format  # which loads torch
+
+    check_format(*arguments, **options)
 
 
 def _refit(
