@@ -285,8 +285,9 @@ def engines_of(written: Path) -> dict[str, str | None]:
         return {"llama.cpp": None}
     config = SafeFolder.of(written).json("config.json")
     if is_nemotron(written):
-        found = nemotron.engines_that_load(read_config(SafeFolder.of(written)))
-        return engines_of_quantised(found) if config.get("quantization_config") else found
+        if config.pop("quantization_config", None):
+            return engines_of_quantised(nemotron.engines_that_load(config))
+        return nemotron.engines_that_load(read_config(SafeFolder.of(written)))
     return per_layer.engines_that_load(config) if per_layer.is_ours(config) else {}
 
 

@@ -34,7 +34,9 @@ from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
 from fxfusion.checkpoints.llama_cpp import export as gguf_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
+from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
 from fxfusion.checkpoints.nemotron_nas.export import plan_export
+from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder
 from fxfusion.checkpoints.per_layer.any_model import AnyModelPlan
 from fxfusion.checkpoints.per_layer.export import ExportPlan
 from fxfusion.checkpoints.reading import SafeFolder, silent
@@ -198,8 +200,11 @@ def check_rounding(
     """Raises where the model of a folder, under a plan, cannot be quantised so, by its shapes."""
     grid = quantised.grid_of(quantize, group_size, format.value)
     if grid is not None:
-        model = build_without_weights(folder)
-        quantised.check_layers(model if plan is None else fuse(model, plan), grid)
+        model: Any = build_without_weights(folder)
+        model = model if plan is None else fuse(model, plan)
+        if format is Format.nemotron_nas:  # whose widths are rounded up
+            model = empty_decoder(DeciLMConfig(**plan_export(model, check=False).config))
+        quantised.check_layers(model, grid)
 
 
 def read_type(given: GgufType) -> Any:
