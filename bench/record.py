@@ -206,7 +206,7 @@ class Record(_Strict):
         return cls(
             benchmark=benchmark,
             date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            command=" ".join(["python -m", _module(), *sys.argv[1:]]),
+            command=" ".join(["python -m", _module(), *map(_portable, sys.argv[1:])]),
             commit=_commit(),
             machine=Machine.here(),
             versions=versions(),
@@ -365,6 +365,15 @@ def _processor() -> str:
     except OSError:
         pass
     return platform.processor() or "unknown"
+
+
+def _portable(argument: str) -> str:
+    """A path as seen from the checkout, or its name alone: where others keep things is not ours to tell."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    root = RESULTS.parents[1]
+    return str(path.relative_to(root)) if path.is_relative_to(root) else path.name
 
 
 def _commit() -> str:

@@ -2,10 +2,14 @@
 
 import os
 
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # no process for the scheduler alone
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process for the scheduler alone
+    "VLLM_NO_USAGE_STATS": "1",
+}
+for name, value in ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
 
 
 def options(tensor_parallel_size: int = 1, **others) -> dict:

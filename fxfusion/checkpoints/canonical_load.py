@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fxfusion.checkpoints.empty_model import changed_own, config_of, empty_model, fuse_on_meta, outline, own_tensors
+from fxfusion.checkpoints.listed_layers import stored_names, table_of
 from fxfusion.checkpoints.reading import CheckpointReader, SafeFolder, read_model
 from fxfusion.checkpoints.shards import TensorFacts
-from fxfusion.checkpoints.varied import stored_names, table_of
 from fxfusion.errors import CheckpointError
 from fxfusion.models.drop_record import write_refit
 from fxfusion.models.ffn_surgery.fuse import fuse

@@ -26,9 +26,9 @@ from fxfusion.checkpoints.canonical_load import CONFIG, PLAN
 from fxfusion.checkpoints.companions import CardText, write_beside
 from fxfusion.checkpoints.empty_model import changed_own, check_plain, empty_model, outline, own_tensors, tied_names
 from fxfusion.checkpoints.folder import replacing, write_file
+from fxfusion.checkpoints.listed_layers import table_of
 from fxfusion.checkpoints.reading import CheckpointReader
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
-from fxfusion.checkpoints.varied import table_of
 from fxfusion.errors import CheckpointError, SurgeryError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.drop_attention import drop_traced

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfusion.checkpoints.varied import give_layers, table_of, take_out, with_table
+from fxfusion.checkpoints.listed_layers import give_layers, table_of, take_out, with_table
 from fxfusion.cost.layer_forms import KNOWN
 from fxfusion.errors import CheckpointError, SurgeryError
 from fxfusion.models.adapters.wrappers import find_wrappers

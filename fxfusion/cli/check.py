@@ -52,7 +52,7 @@ def _checks(run: Conversion) -> dict[str, Callable[[], Verdict]]:
     """What can be checked of a folder, one after the other; each needs those before it."""
     from fxfusion.checkpoints.gguf.header import GgufFile, is_gguf
     from fxfusion.checkpoints.gguf.layers import ARCHITECTURES
-    from fxfusion.cli.inputs import is_varied, stored_plan
+    from fxfusion.cli.inputs import lists_layers, stored_plan
 
     folder = _Folder(run)
     found = {"files": folder.files, "loads": folder.loads, "computes": folder.computes, "cache": folder.caches}
@@ -61,7 +61,7 @@ def _checks(run: Conversion) -> dict[str, Callable[[], Verdict]]:
         layers = {"layers": folder.layers} if kind in ARCHITECTURES else {}
         return {"files": folder.files} | layers | ({} if kind == "deci" else found)
     plan = stored_plan(run.model_dir)
-    has_members = plan is not None and plan.groups and not is_varied(run.model_dir)
+    has_members = plan is not None and plan.groups and not lists_layers(run.model_dir)
     return found | ({"fused": lambda: folder.fuses(plan)} if has_members else {})
 
 

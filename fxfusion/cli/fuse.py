@@ -194,7 +194,7 @@ def outline(
     run.tell_read(path)
     with run.screen.busy("looking at the layers"):
         # such a folder holds the fused form itself
-        fused_already = inputs.is_nemotron(path) or inputs.is_varied(path)
+        fused_already = inputs.is_nemotron(path) or inputs.lists_layers(path)
         model: Any = inputs.build_without_weights(path, changed=False)
         before = facts(model)
         chosen = plan or (None if fused_already else inputs.stored_plan(path))

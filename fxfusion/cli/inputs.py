@@ -32,6 +32,7 @@ from fxfusion.checkpoints.empty_model import config_of, outline
 from fxfusion.checkpoints.gguf.header import SUFFIX, GgufFile, is_gguf
 from fxfusion.checkpoints.gguf.load import load_tokenizer as load_gguf_tokenizer
 from fxfusion.checkpoints.gguf.load import read_config as read_gguf_config
+from fxfusion.checkpoints.listed_layers import table_of
 from fxfusion.checkpoints.llama_cpp import export as gguf_export
 from fxfusion.checkpoints.nemotron_nas import load as nemotron
 from fxfusion.checkpoints.nemotron_nas.configuration_decilm import DeciLMConfig
@@ -40,7 +41,6 @@ from fxfusion.checkpoints.nemotron_nas.proof import empty_decoder
 from fxfusion.checkpoints.per_layer.any_model import AnyModelPlan
 from fxfusion.checkpoints.per_layer.export import ExportPlan
 from fxfusion.checkpoints.reading import SafeFolder, silent
-from fxfusion.checkpoints.varied import table_of
 from fxfusion.cli.options import Format, GgufType, check_model
 from fxfusion.cost.layer_forms import BLOCKS, PER_LAYER
 from fxfusion.errors import CheckpointError, FxFusionError, OptionError, first_line
@@ -61,7 +61,7 @@ def is_nemotron(folder: Path) -> bool:
         return False
 
 
-def is_varied(folder: Path) -> bool:
+def lists_layers(folder: Path) -> bool:
     """Whether a folder's config lists its layers one by one, so that our own reader builds them."""
     try:
         found = {} if is_gguf(folder) else SafeFolder.of(folder).json(CONFIG)
@@ -77,7 +77,7 @@ def load_config(folder: Path) -> Any:
         return read_gguf_config(GgufFile.read(folder))
     if is_nemotron(folder):
         return nemotron.read_config(SafeFolder.of(folder))
-    if is_varied(folder):
+    if lists_layers(folder):
         return config_of(SafeFolder.of(folder).json(CONFIG), folder / CONFIG)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -188,7 +188,7 @@ def check_format(
         raise OptionError(
             f"--format {format.value}: {folder} is in the nemotron-nas layout, which has no {format.value} form"
         )
-    elif format is Format.canonical and is_varied(folder):
+    elif format is Format.canonical and lists_layers(folder):
         raise OptionError(f"--format {format.value}: the layers of {folder} differ, as its config lists them: anymodel")
     elif format is Format.transformers:
         ExportPlan.of(build_without_weights(folder))
@@ -221,7 +221,7 @@ def changes_of(folder: Path) -> FusionPlan | None:
     """What is done to the model of a folder as it is loaded, by the plan in it; None where nothing is. A folder
     that lists its layers holds what it is. Raises `PlanError`."""
     known = stored_plan(folder)
-    holds_itself = is_nemotron(folder) or is_varied(folder)
+    holds_itself = is_nemotron(folder) or lists_layers(folder)
     return known if known is not None and is_changed(folder) and not holds_itself else None
 
 
@@ -261,7 +261,7 @@ def load_model(folder: Path, device: torch.device, dtype: str) -> PreTrainedMode
     config = causal_config(folder)
     model: PreTrainedModel
     wanted: Any = dtype if dtype != "auto" else ("float32" if device.type == "cpu" else "auto")
-    if is_gguf(folder) or is_nemotron(folder) or is_varied(folder) or changes_of(folder) is not None:
+    if is_gguf(folder) or is_nemotron(folder) or lists_layers(folder) or changes_of(folder) is not None:
         model = from_pretrained(folder, dtype=wanted, device=device)
         model.config.use_cache = False
     else:

@@ -29,6 +29,13 @@ def test_every_recorded_file_fits_the_schema(path: Path) -> None:
     assert found.version == VERSION and found.benchmark == path.stem
     assert found.measurements or found.results
     assert found.command.startswith("python -m bench.") and found.commit
+    assert " /" not in found.command, "a path of somebody's machine"
+
+
+def test_a_command_says_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, elsewhere = RESULTS.parents[1] / "a" / "b.gguf", Path.home() / "c.gguf"
+    monkeypatch.setattr("sys.argv", ["x", "--gguf", str(inside), str(elsewhere), "d/e", "--only=f"])
+    assert a_record().command.partition(" --gguf ")[2] == "a/b.gguf c.gguf d/e --only=f"
 
 
 def test_there_are_recorded_files() -> None:

@@ -6,6 +6,7 @@ Each engine runs in a virtual environment of its own, where fxfusion is not inst
 from __future__ import annotations
 
 import json
+import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,11 @@ from typing import Any
 import pytest
 
 import fxfusion
-from bench.engines import HOISTED, LIMIT, ROOT, Answer, Comparison, run_command, run_script, write_folders
+from bench.engines import HOISTED, LIMIT, ROOT, SCRIPTS, Answer, Comparison, run_command, run_script, write_folders
 from bench.reference import load_model, load_tokenizer
 from fxfusion.checkpoints.companions import how_to_run
 
 pytestmark = pytest.mark.engines
-# How vLLM runs on few cores, as in engines/vllm_settings.py.
-SMALL = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 @dataclass(frozen=True)
@@ -106,6 +100,7 @@ def test_what_the_card_says_runs(engine: str, form: Any, tmp_path: Path) -> None
     assert f"\n{words}```\n" in (tmp_path / "this folder" / "README.md").read_text("utf-8")
     program = "bash" if engine == "mlx-lm" else "python"
     (tmp_path / "words").write_text(words)
-    said = run_command(engine.removesuffix("-lm"), [program, "words"], tmp_path, timeout=300, **SMALL)
+    few_cores = runpy.run_path(str(SCRIPTS / "vllm_settings.py"))["ENVIRONMENT"]
+    said = run_command(engine.removesuffix("-lm"), [program, "words"], tmp_path, timeout=300, **few_cores)
     wanted = "Generation: 100 tokens" if engine == "mlx-lm" else "Processed prompts: 100%"
     assert wanted in said, said[-2000:]

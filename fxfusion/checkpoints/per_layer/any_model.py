@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from fxfusion.checkpoints.canonical_load import CONFIG, PLAN, load
+from fxfusion.checkpoints.canonical_load import load
 from fxfusion.checkpoints.companions import CardText, write_beside
 from fxfusion.checkpoints.empty_model import own_tensors
-from fxfusion.checkpoints.folder import replacing, write_file
-from fxfusion.checkpoints.per_layer.export import check_model, layer_types
+from fxfusion.checkpoints.folder import replacing
+from fxfusion.checkpoints.per_layer.export import check_model, layer_types, refuse_meta, write_around
 from fxfusion.checkpoints.per_layer.proof import check_logits
 from fxfusion.checkpoints.per_layer.settings import OWN, LayerSettings
 from fxfusion.checkpoints.per_layer.stack import block_of
@@ -33,9 +33,8 @@ from fxfusion.errors import CheckpointError
 from fxfusion.models.bare_model import bare_model
 from fxfusion.models.cache_slots import SHARING_NAMES, is_computed
 from fxfusion.models.drop_record import NAME
-from fxfusion.models.ffn_surgery.record import plan_of
 from fxfusion.models.ffn_surgery.stubs import NoFfn
-from fxfusion.models.fingerprint import decoder_layers, facts_of
+from fxfusion.models.fingerprint import decoder_layers
 from fxfusion.models.no_attention import NoAttention
 
 _KV_HEADS, _WIDTH = "num_key_value_heads", "intermediate_size"
@@ -79,17 +78,11 @@ def save(
     """
     bare: Any = bare_model(model)
     plan = AnyModelPlan.of(bare)
-    own = own_tensors(bare)
-    if any(value.is_meta for value in own.values()):
-        raise CheckpointError("the model is on the meta device: there are no weights to write")
-    made = plan_of(bare)
+    refuse_meta(bare)
     with replacing(directory, overwrite=overwrite) as folder:
-        write_file(folder / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
+        write_around(folder, bare, plan.config)
         write_beside(folder, bare, tokenizer, card)
-        if not made.changes_nothing:
-            made.replace(model=made.model or facts_of(bare)).save(folder / PLAN)
-        values: Iterator[tuple[str, Tensor]] = iter(own.items())
-        write_shards(folder, plan.tensors, values, max_shard_size, progress)
+        write_shards(folder, plan.tensors, own_tensors(bare).items(), max_shard_size, progress)
         check_logits(bare, load(folder, dtype=bare.dtype, device=bare.device), "the anymodel format")
     return plan
 

@@ -24,12 +24,12 @@ from fxfusion.checkpoints.canonical_load import CONFIG, PLAN
 from fxfusion.checkpoints.companions import CardText, write_beside
 from fxfusion.checkpoints.empty_model import check_plain, own_tensors
 from fxfusion.checkpoints.folder import replacing, write_file
+from fxfusion.checkpoints.listed_layers import PREFIX, index_argument
 from fxfusion.checkpoints.per_layer.proof import loaded_code, prove
 from fxfusion.checkpoints.per_layer.settings import OWN, LayerSettings
 from fxfusion.checkpoints.per_layer.stack import FURTHER, Stack
 from fxfusion.checkpoints.quantised import check_layers, engines_of_quantised, linear_layers, quantise
 from fxfusion.checkpoints.shards import DEFAULT_SHARD_SIZE, TensorFacts, write_shards
-from fxfusion.checkpoints.varied import PREFIX, index_argument
 from fxfusion.cost.layer_forms import KNOWN
 from fxfusion.errors import CheckpointError
 from fxfusion.models.bare_model import bare_model
@@ -99,16 +99,12 @@ def save(
     plan = ExportPlan.of(bare)
     if grid is not None:
         check_layers(bare, grid)
-    if any(value.is_meta for value in own_tensors(bare).values()):
-        raise CheckpointError("the model is on the meta device: there are no weights to write")
-    made = plan_of(bare)
+    refuse_meta(bare)
     engines = engines_that_load(plan.config)
     with replacing(directory, overwrite=overwrite) as folder:
-        write_file(folder / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
         write_file(folder / f"{CODE}.py", plan.code)
+        write_around(folder, bare, plan.config)
         write_beside(folder, bare, tokenizer, card, engines if grid is None else engines_of_quantised(engines))
-        if not made.changes_nothing:
-            made.replace(model=made.model or facts_of(bare)).save(folder / PLAN)
         write_shards(folder, plan.tensors, plan.values(bare), max_shard_size, progress)
         name = plan.config["architectures"][0]
         prove(bare, plan.stack, folder, CODE, name)
@@ -117,6 +113,19 @@ def save(
             with loaded_code(folder / f"{CODE}.py") as module:
                 quantise(folder, getattr(module, name), names, grid, max_shard_size, progress)
     return plan
+
+
+def refuse_meta(model: Any) -> None:
+    if any(value.is_meta for value in own_tensors(model).values()):
+        raise CheckpointError("the model is on the meta device: there are no weights to write")
+
+
+def write_around(folder: Path, model: Any, config: Mapping[str, Any]) -> None:
+    """The config, and the plan by which the model was changed, where it was."""
+    write_file(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    made = plan_of(model)
+    if not made.changes_nothing:
+        made.replace(model=made.model or facts_of(model)).save(folder / PLAN)
 
 
 def is_ours(config: Mapping[str, Any]) -> bool:

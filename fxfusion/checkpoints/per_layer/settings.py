@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from fxfusion.checkpoints.listed_layers import index_argument, table_of
 from fxfusion.checkpoints.per_layer.stack import Block
-from fxfusion.checkpoints.varied import index_argument, table_of
 from fxfusion.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import fxfusion
-from tests.fxfusion.checkpoints import varied_folders as others
+from tests.fxfusion.checkpoints import listed_folders as others
 from tests.fxfusion.checkpoints.nemotron_models import ids, logits, off
 from tests.fxfusion.cli.conftest import SMALL, Run
 
@@ -25,7 +25,7 @@ SCHEMAS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By schema; and token ids."""
-    root = tmp_path_factory.mktemp("varied")
+    root = tmp_path_factory.mktemp("listed")
     for name, (config, layers) in SCHEMAS.items():
         others.write(root / name, config(), others.tensors(layers))
     random = torch.Generator().manual_seed(3)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import fxfusion
 from fxfusion.errors import CheckpointError
 from tests.fxfusion.checkpoints import gguf_eager
-from tests.fxfusion.checkpoints import varied_folders as others
+from tests.fxfusion.checkpoints import listed_folders as others
 from tests.fxfusion.checkpoints.nemotron_models import ids, logits, off
 
 KINDS: dict[str, tuple[Callable[[], dict[str, Any]], Any, bool]] = {
